@@ -1,0 +1,95 @@
+"""The architectures of the paper by name, as data. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ccn_deploy.errors import unknown
+
+POOL = "pool"
+"""A 2x2 max-pool with stride 2, between the channel counts of :attr:`Architecture.features`."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A convolutional classifier: 3x3 convolutions, 2x2 max-pools, then linear layers.
+
+    Attributes:
+        name: What manifests and users call it.
+        title: A line for people.
+        input_shape: (channels, height, width) of one image.
+        features: Output channels of each 3x3 convolution, with ``POOL`` between them.
+        padding: Zero padding of every convolution, in pixels.
+        hidden: Units of the linear layers before the last one.
+        dropout: Probability of dropping a hidden linear activation while training.
+        classes: Number of logits, unless the data set says otherwise.
+    """
+
+    name: str
+    title: str
+    input_shape: tuple[int, int, int]
+    features: tuple[int | str, ...]
+    padding: int
+    hidden: tuple[int, ...]
+    dropout: float
+    classes: int
+
+    def flat_features(self) -> int:
+        """Return the number of features that reach the first linear layer."""
+        channels, height, width = self.input_shape
+        for item in self.features:
+            if isinstance(item, str):
+                height, width = height // 2, width // 2
+            else:
+                channels = item
+                height, width = height - 2 + 2 * self.padding, width - 2 + 2 * self.padding
+        return channels * height * width
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture(
+            name="mnist-cnn",
+            title="MNIST network of table 10, valid padding",
+            input_shape=(1, 28, 28),
+            features=(32, 32, POOL, 64, 64, POOL),
+            padding=0,
+            hidden=(200, 200),
+            dropout=0.0,
+            classes=10,
+        ),
+        Architecture(
+            name="vgg11-cifar10",
+            title="CIFAR-10 VGG11 of table 10, padding 1",
+            input_shape=(3, 32, 32),
+            features=(64, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL),
+            padding=1,
+            hidden=(512, 512),
+            dropout=0.0,
+            classes=10,
+        ),
+        Architecture(
+            name="vgg11-imagenet",
+            title="ImageNet VGG11 (Simonyan and Zisserman, configuration A)",
+            input_shape=(3, 224, 224),
+            features=(64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL),
+            padding=1,
+            hidden=(4096, 4096),
+            dropout=0.5,
+            classes=1000,
+        ),
+    )
+}
+
+
+def architecture_named(name: str) -> Architecture:
+    """Look an architecture up by name.
+
+    Raises:
+        UsageError: No such architecture; the hint suggests the nearest.
+    """
+    try:
+        return ARCHITECTURES[name.lower()]
+    except KeyError:
+        raise unknown("architecture", name, ARCHITECTURES) from None

@@ -1,0 +1,118 @@
+"""Opening a bundle: digests first, parsers after."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ccn_deploy.bundle.manifest import DAMAGED, MANIFEST, FileRecord, Manifest, check_path
+from ccn_deploy.errors import IntegrityError, NotABundleError, RuntimeUnavailableError
+from ccn_deploy.storage import sha256, sha256_file
+
+EVIDENCE = "evidence"
+"""Directory inside a bundle where measurements are cached; the manifest does not cover it."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A directory whose every file has been checked against the manifest.
+
+    Attributes:
+        path: The directory.
+        manifest: What it says of itself.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def evidence(self) -> Path:
+        """Directory of cached measurements; may not exist yet."""
+        return self.path / EVIDENCE
+
+    def file(self, role: str, precision: str = "") -> FileRecord:
+        """Find the file with a role and precision.
+
+        Raises:
+            RuntimeUnavailableError: The bundle has none; the hint lists what it has.
+        """
+        for record in self.manifest.files:
+            if record.role == role and record.precision == precision:
+                return record
+        have = sorted(r.precision for r in self.manifest.files if r.role == role)
+        raise RuntimeUnavailableError(
+            f"The bundle has no {role} file{f' in {precision}' if precision else ''}.",
+            f"It has: {', '.join(have) or 'none'}. Export again with --precision {precision}."
+            if precision
+            else "Export the run again.",
+        )
+
+    def read(self, record: FileRecord) -> bytes:
+        """Return the bytes of a file, checked again, for a parser to read.
+
+        What is parsed is what was checked: the file is not opened a second time.
+
+        Raises:
+            IntegrityError: The bytes are not those of the manifest.
+        """
+        data = _inside(self.path, record).read_bytes()
+        if sha256(data) != record.sha256:
+            raise _changed(record)
+        return data
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Open a bundle, checking the digest of every file in it.
+
+    Raises:
+        NotABundleError: No such directory, or no manifest in it.
+        IntegrityError: A file is missing, was changed, is a link, or lies outside.
+        EnvironmentUnfitError: Written by a newer version of this package.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise NotABundleError(
+            f"{root} is {'a file, not a directory' if root.exists() else 'not there'}.",
+            "Give the directory that `ccn-deploy export` wrote.",
+        )
+    manifest_path = root / MANIFEST
+    if not manifest_path.is_file():
+        raise NotABundleError(
+            f"{root} is no bundle: it has no {MANIFEST}.",
+            "Make one with: ccn-deploy export RUN --output BUNDLE",
+        )
+    if manifest_path.is_symlink():
+        raise _link(MANIFEST)
+    manifest = Manifest.from_bytes(manifest_path.read_bytes())
+    for record in manifest.files:
+        file = _inside(root, record)
+        if file.stat().st_size != record.bytes or sha256_file(file) != record.sha256:
+            raise _changed(record)
+    return Bundle(root, manifest)
+
+
+def _inside(root: Path, record: FileRecord) -> Path:
+    """Return the path of a file, refusing links at every step below the bundle."""
+    path = root
+    for part in check_path(record.path).parts:
+        path = path / part
+        if path.is_symlink():
+            raise _link(record.path)
+    if not path.is_file():
+        raise IntegrityError(f"{record.path} is listed in {MANIFEST} and is not there.", DAMAGED)
+    return path
+
+
+def _link(path: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path} is a symbolic link; a bundle holds its files itself.",
+        "Copy the bundle with its files (cp -rL), and make sure you trust where it came from.",
+    )
+
+
+def _changed(record: FileRecord) -> IntegrityError:
+    return IntegrityError(
+        f"{record.path} is not the file that was exported (SHA-256 differs from {MANIFEST}).",
+        DAMAGED,
+    )

@@ -1,0 +1,66 @@
+"""What a data set is: labels at hand, images on request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccn_deploy.errors import InputError
+
+Split = Literal["train", "test"]
+Images = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images of one split.
+
+    Images are produced on request, so that a set larger than memory has the same type as one
+    that fits: ask for a batch at a time.
+
+    Attributes:
+        name: The name it was loaded by, for example ``"mnist5k"``.
+        split: ``"train"`` or ``"test"``.
+        class_names: One per class, in order of label.
+        input_shape: (channels, height, width).
+        labels: int64 [N].
+        fetch: Maps indices int64 [n] to float32 [n, C, H, W] in [0, 1].
+        digest: SHA-256 that changes when any image or label does.
+    """
+
+    name: str
+    split: Split
+    class_names: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+    labels: Labels
+    fetch: Callable[[NDArray[np.int64]], Images]
+    digest: str
+
+    def __post_init__(self) -> None:
+        bad = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.class_names)))
+        if len(bad):
+            raise InputError(
+                f"{self.name} ({self.split}): label {self.labels[bad[0]]} at index {bad[0]} is "
+                f"outside 0..{len(self.class_names) - 1}.",
+                "Check that the label file belongs to this data set and is not damaged.",
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, indices: Sequence[int] | NDArray[np.int64]) -> Images:
+        """Return the images at ``indices``: float32 [n, C, H, W] in [0, 1]."""
+        return self.fetch(np.asarray(indices, dtype=np.int64))
+
+    def order(self, seed: int = 0) -> NDArray[np.int64]:
+        """Return a fixed permutation of all indices.
+
+        Its first n entries are the sample that an evaluation of n images uses, so a larger
+        evaluation contains every smaller one.
+        """
+        return np.random.default_rng(seed).permutation(len(self))

@@ -1,0 +1,30 @@
+"""Optional dependencies, imported when they are needed and not before."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from ccn_deploy.errors import MissingExtraError
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import ``module``, or say which extra of this package brings it.
+
+    Args:
+        module: Name to import, for example ``"torch"``.
+        extra: The extra that installs it, for example ``"train"``.
+        purpose: What needs it, for the error: ``"to train a network"``.
+
+    Raises:
+        MissingExtraError: ``module`` is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise  # the package is there, one of its own imports is not
+        raise MissingExtraError(
+            f"The package {module.split('.')[0]!r} is needed {purpose} and is not installed.",
+            f"Install it with: pip install 'ccn-deploy[{extra}]'",
+        ) from error

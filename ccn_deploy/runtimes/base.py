@@ -1,0 +1,181 @@
+"""What every runtime offers, and the checks they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccn_deploy.errors import InputError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How a runtime uses the machine.
+
+    Attributes:
+        threads: CPU threads of one call; the runtime's own choice if None.
+        memory_limit: Bytes of device memory the runtime may take; CUDA only.
+        arena: Whether the CPU provider keeps freed memory for the next call. Faster; more memory.
+        device: Index of the GPU.
+        max_batch: Larger batches are split into pieces of this size.
+        check_range: Whether images outside [0, 1] are an error. Only an attack that is meant to
+            leave the box turns this off.
+    """
+
+    threads: int | None = None
+    memory_limit: int | None = None
+    arena: bool = True
+    device: int = 0
+    max_batch: int = 256
+    check_range: bool = True
+
+
+@dataclass(frozen=True)
+class RuntimeSpec:
+    """What a runtime is and takes.
+
+    Attributes:
+        name: As asked for, for example ``"onnxruntime-cpu"``.
+        precision: ``"fp32"``, ``"fp64"``, later ``"fp16"``, ``"bf16"``, ``"int8"``.
+        input_shape: (channels, height, width) of one image.
+        classes: Number of logits.
+        max_batch: The largest batch that runs in one piece; larger ones are split.
+        device: What computes, for example ``"cpu"`` or ``"cuda:0"``.
+        versions: Libraries that shape the numbers, by name.
+        thread_safe: Whether several threads may call at once.
+    """
+
+    name: str
+    precision: str
+    input_shape: tuple[int, int, int]
+    classes: int
+    max_batch: int
+    device: str
+    versions: Mapping[str, str]
+    thread_safe: bool
+
+    @property
+    def target(self) -> str:
+        """Name in tables and test ids, for example ``"onnxruntime-cpu-fp32"``."""
+        return f"{self.name}-{self.precision}"
+
+
+class Runtime(Protocol):
+    """A program that maps images to logits: what production runs, or the reference.
+
+    A runtime owns its memory and is closed by :meth:`close` or a ``with`` block. It never
+    answers from another device or precision than its :attr:`spec` names.
+    """
+
+    @property
+    def spec(self) -> RuntimeSpec:
+        """What this runtime is and takes."""
+        ...
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether :meth:`vjp` gives the true input gradient of :meth:`logits`."""
+        ...
+
+    def logits(self, images: Array) -> Array:
+        """Return float32 [N, classes] for float32 images [N, C, H, W] in [0, 1].
+
+        The float64 reference returns float64.
+
+        Raises:
+            InputError: Wrong shape or dtype, a NaN, or a value outside [0, 1].
+        """
+        ...
+
+    def vjp(self, images: Array, cotangents: Array) -> tuple[Array, Array]:
+        """Return logits and K input gradients per image, the forward computed once.
+
+        Args:
+            images: [N, C, H, W] as for :meth:`logits`.
+            cotangents: float32 [N, K, classes]; row k asks for the gradient of
+                ``sum_j cotangents[n, k, j] * logits[n, j]`` with respect to image n.
+
+        Returns:
+            Logits [N, classes] and gradients [N, K, C, H, W].
+
+        Raises:
+            RuntimeUnavailableError: :attr:`differentiable` is false.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release sessions and memory. Calling twice is harmless."""
+        ...
+
+    def __enter__(self) -> Runtime: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def check_images(images: Array, spec: RuntimeSpec, *, check_range: bool = True) -> None:
+    """Refuse anything that is not a batch of images this runtime takes.
+
+    Raises:
+        InputError: Says what is wrong and which image it is.
+    """
+    wanted = spec.input_shape
+    if not isinstance(images, np.ndarray) or images.dtype != np.float32:
+        kind = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
+        raise InputError(
+            f"Images must be a NumPy array of float32, got {kind}.",
+            "Convert with: images.astype('float32') / 255 for 8-bit pixels.",
+        )
+    if images.ndim != 4 or images.shape[1:] != wanted:
+        raise InputError(
+            f"Images must have shape [N, {', '.join(map(str, wanted))}], got {list(images.shape)}.",
+            "Add a batch axis to a single image, and put channels first.",
+        )
+    if not images.size or not check_range:
+        if images.size and not np.isfinite(images).all():
+            raise _non_finite(images)
+        return
+    low, high = images.min(), images.max()
+    if low >= 0.0 and high <= 1.0:  # false for NaN too
+        return
+    if not np.isfinite(images).all():
+        raise _non_finite(images)
+    outside = (images < 0.0) | (images > 1.0)
+    where = int(np.flatnonzero(outside.any(axis=(1, 2, 3)))[0])
+    raise InputError(
+        f"Image {where} has values from {images[where].min():g} to {images[where].max():g}, "
+        "outside [0, 1].",
+        "Divide 8-bit pixels by 255; the mean is subtracted inside the model.",
+    )
+
+
+def in_batches(
+    images: Array, max_batch: int, run: Callable[[Array], Array], classes: int
+) -> Array:
+    """Run ``run`` on pieces of at most ``max_batch`` images and join the results."""
+    if len(images) <= max_batch:
+        if len(images) == 0:
+            return np.empty((0, classes), dtype=np.float32)
+        return run(images)
+    pieces = [run(images[at : at + max_batch]) for at in range(0, len(images), max_batch)]
+    return np.concatenate(pieces)
+
+
+def _non_finite(images: Array) -> InputError:
+    bad = ~np.isfinite(images).all(axis=(1, 2, 3))
+    return InputError(
+        f"Image {int(np.flatnonzero(bad)[0])} has NaN or infinite pixels ({int(bad.sum())} of "
+        f"{len(images)} images do).",
+        "Check the preprocessing that made them; a network answers NaN with any label.",
+    )

@@ -1,0 +1,147 @@
+"""Files: digests, canonical JSON, and writes that happen whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ccn_deploy.errors import StorageError, UsageError
+
+_STORAGE_ERRNOS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.ENOTDIR,
+}  # fmt: skip
+
+
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 of ``data`` in lower-case hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file in lower-case hex, without loading it whole."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def canonical_json(document: Any) -> bytes:
+    """Serialise to the one JSON form that digests are taken of.
+
+    Keys sorted, ASCII, two spaces of indentation, a final newline; NaN and infinity are refused.
+    """
+    return (json.dumps(document, sort_keys=True, indent=2, allow_nan=False) + "\n").encode("ascii")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        StorageError: The disk is full or the directory is not writable; ``path`` is unchanged.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise _storage_error(path, error) from error
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty sibling directory that becomes ``path`` when the block ends without error.
+
+    Every file is flushed to disk before the rename. On any error, or on a signal that raises,
+    the sibling is removed and ``path`` is as it was.
+
+    Raises:
+        UsageError: ``path`` exists and ``overwrite`` is false.
+        StorageError: The disk is full or not writable.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and not overwrite:
+        raise UsageError(
+            f"{path} exists already.", "Choose another --output, or add --overwrite to replace it."
+        )
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        os.chmod(temporary, 0o777 & ~_umask())
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                _sync_file(file)
+        _sync_directory(temporary)
+        _replace_directory(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRNOS:  # not about this disk: a bug, or another file
+            raise
+        raise _storage_error(path, error) from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _replace_directory(new: Path, path: Path) -> None:
+    """Put ``new`` at ``path``; a directory cannot be renamed over a non-empty one in one step."""
+    if not path.exists():
+        new.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    path.rename(aside / path.name)
+    try:
+        new.rename(path)
+    except OSError:
+        (aside / path.name).rename(path)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name != "posix":  # Windows cannot open a directory for syncing
+        return
+    _sync_file(path)
+
+
+def _storage_error(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"Could not write {path}: {error.strerror or error}.",
+        "Free space or choose a writable --output; nothing half-written was left behind.",
+    )

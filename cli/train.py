@@ -1,0 +1,8 @@
+"""`ccn-deploy train`."""
+
+from __future__ import annotations
+
+
+def train() -> None:
+    """To be written."""
+    raise NotImplementedError
