@@ -1,0 +1,46 @@
+# On a machine with Python 3.10 to 3.13 and make: `make quickstart`, `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+QUICKSTART ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-gpu lint format bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: $(INSTALLED) ## Create $(VENV) and install everything into it
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 14) else "Python 3.10 to 3.13 is needed, this is %d.%d: make PYTHON=python3.11 ..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: $(INSTALLED) ## Train, lower, prove and attack, on real digits (about 4 minutes)
+	$(BIN)/ccn-deploy quickstart $(QUICKSTART)
+
+test: $(INSTALLED) ## Run the tests
+	$(BIN)/python -m pytest
+
+test-gpu: $(INSTALLED) ## Run the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(INSTALLED) ## Check style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## Rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## Measure speed as ratios in one run
+	$(BIN)/python -m benchmarks
+
+clean: ## Remove the environment and what the quickstart wrote
+	rm -rf $(VENV) quickstart
