@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,9 @@ class Dataset:
         labels: int64 [N].
         fetch: Maps indices int64 [n] to float32 [n, C, H, W] in [0, 1].
         digest: SHA-256 that changes when any image or label does.
+
+    Raises:
+        InputError: A label that is no class.
     """
 
     name: str
@@ -42,13 +45,7 @@ class Dataset:
     digest: str
 
     def __post_init__(self) -> None:
-        bad = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.class_names)))
-        if len(bad):
-            raise InputError(
-                f"{self.name} ({self.split}): label {self.labels[bad[0]]} at index {bad[0]} is "
-                f"outside 0..{len(self.class_names) - 1}.",
-                "Check that the label file belongs to this data set and is not damaged.",
-            )
+        check_labels(self.labels, len(self.class_names), f"{self.name} ({self.split})")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,6 +58,35 @@ class Dataset:
         """Return a fixed permutation of all indices.
 
         Its first n entries are the sample that an evaluation of n images uses, so a larger
-        evaluation contains every smaller one.
+        evaluation contains every smaller one. It ranks the raw words of PCG64, whose stream
+        NumPy keeps across versions, which it does not promise of ``Generator.permutation``.
         """
-        return np.random.default_rng(seed).permutation(len(self))
+        words = np.random.PCG64(seed).random_raw(len(self))
+        return np.argsort(words, kind="stable")
+
+
+def check_labels(labels: NDArray[Any], classes: int, name: str = "labels") -> Labels:
+    """Return ``labels`` as int64 [N] after checking that each is one of ``classes``.
+
+    Args:
+        labels: Integers [N].
+        classes: How many classes there are; labels run from 0 to one less.
+        name: What the error calls them.
+
+    Raises:
+        InputError: Not one row of integers, or a label outside ``0..classes - 1``.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise InputError(
+            f"{name}: labels must be integers of shape [N], got {labels.dtype} "
+            f"{list(labels.shape)}.",
+            "Give the index of the class, one per image; undo any one-hot encoding.",
+        )
+    bad = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(bad):
+        raise InputError(
+            f"{name}: label {labels[bad[0]]} at index {bad[0]} is outside 0..{classes - 1}.",
+            "Check that the label file belongs to this data set and is not damaged.",
+        )
+    return labels.astype(np.int64)
