@@ -160,9 +160,7 @@ def check_images(images: Array, spec: RuntimeSpec, *, check_range: bool = True) 
     )
 
 
-def in_batches(
-    images: Array, max_batch: int, run: Callable[[Array], Array], classes: int
-) -> Array:
+def in_batches(images: Array, max_batch: int, run: Callable[[Array], Array], classes: int) -> Array:
     """Run ``run`` on pieces of at most ``max_batch`` images and join the results."""
     if len(images) <= max_batch:
         if len(images) == 0:

@@ -1,0 +1,7 @@
+"""Lowering a trained network to ONNX, checking the graph, and writing the bundle."""
+
+from __future__ import annotations
+
+from ccn_deploy.exporters.export import export_run
+
+__all__ = ["export_run"]

@@ -1,0 +1,173 @@
+"""What must be true of an exported graph before it is written.
+
+The expected ops are written down here a second time, apart from the lowering, so that a slip in
+the one is caught by the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper, shape_inference
+from torch import nn
+
+from ccn_deploy.errors import LoweringError
+from ccn_deploy.exporters.graph import BATCH, INPUT, OUTPUT
+from ccn_deploy.exporters.lowering import deployed_layers
+from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear, SubtractMean
+from ccn_deploy.models import Classifier
+
+PATTERNS: dict[type[nn.Module], str] = {
+    SubtractMean: "Sub/2",
+    nn.Conv2d: "Conv/3",
+    CompactConv2d: "ReduceSumSquare/2 Conv/2 Sqrt/1 Add/2 Conv/2 Div/2 Add/2",
+    nn.Linear: "Gemm/3",
+    CompactLinear: "ReduceSumSquare/2 Sqrt/1 Add/2 Gemm/2 Div/2 Add/2",
+    nn.ReLU: "Relu/1",
+    BoundedReLU: "Clip/3",
+    nn.MaxPool2d: "MaxPool/1",
+    nn.Flatten: "Flatten/1",
+}
+"""Ops of each kind of layer, in order, each with its number of inputs: ``Conv/2`` has no bias."""
+
+LARGEST = 2**31 - 1
+"""Bytes that a protobuf message may have."""
+
+HINT = "Nothing was written; this is a bug in the exporter, please report it."
+
+
+def check_size(model: Classifier) -> None:
+    """Refuse a network whose float32 weights do not fit into one ONNX file.
+
+    Raises:
+        LoweringError: They are larger than protobuf's limit of 2 GiB.
+    """
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    if size > LARGEST - 2**20:  # a mebibyte for names and nodes
+        raise LoweringError(
+            f"The network has {size / 2**30:.1f} GiB of weights; an ONNX file holds at most 2 GiB.",
+            "Choose a smaller architecture or fewer classes.",
+        )
+
+
+def check_graph(graph: onnx.ModelProto, model: Classifier) -> None:
+    """Run every structural check: the ONNX checker, shapes, pattern, no stray text.
+
+    Raises:
+        LoweringError: Says which check failed, and where.
+    """
+    check_valid(graph)
+    check_shapes(graph, model)
+    check_pattern(graph, model)
+    check_plain(graph)
+
+
+def check_valid(graph: onnx.ModelProto) -> None:
+    """Run the ONNX checker in full.
+
+    Raises:
+        LoweringError: The checker complains.
+    """
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+    except (onnx.checker.ValidationError, shape_inference.InferenceError) as error:
+        raise LoweringError(f"The ONNX checker refuses the graph: {_line(error)}", HINT) from error
+
+
+def check_shapes(graph: onnx.ModelProto, model: Classifier) -> None:
+    """Infer every shape, strictly, with a symbolic batch.
+
+    Raises:
+        LoweringError: A tensor without a known shape, one that does not keep the batch, or
+            logits of another shape than [batch, classes].
+    """
+    try:
+        inferred = shape_inference.infer_shapes(
+            graph, check_type=True, strict_mode=True, data_prop=True
+        ).graph
+    except shape_inference.InferenceError as error:
+        raise LoweringError(f"Shape inference fails: {_line(error)}", HINT) from error
+    shapes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in [*inferred.input, *inferred.value_info, *inferred.output]
+    }
+    for node in inferred.node:
+        shape = shapes.get(node.output[0], [])
+        if not shape or shape[0] != BATCH or 0 in shape:
+            raise LoweringError(f"The shape of {node.output[0]!r} is not known: {shape}.", HINT)
+    wanted = [BATCH, model.classes]
+    if shapes[OUTPUT] != wanted:
+        raise LoweringError(f"The logits have shape {shapes[OUTPUT]}, not {wanted}.", HINT)
+
+
+def check_pattern(graph: onnx.ModelProto, model: Classifier) -> None:
+    """Assert the exact ops of every layer, their order, their wiring and their constants.
+
+    Raises:
+        LoweringError: Names the first layer that is not as it must be.
+    """
+    nodes = list(graph.graph.node)
+    constants = {c.name: c for c in graph.graph.initializer}
+    layers = deployed_layers(model)
+    tensor = INPUT
+    for name, layer in layers:
+        pattern = PATTERNS[type(layer)].split()
+        mine, nodes = nodes[: len(pattern)], nodes[len(pattern) :]
+        found = [f"{node.op_type}/{len(node.input)}" for node in mine]
+        if found != pattern or not all(node.domain == "" for node in mine):
+            raise LoweringError(
+                f"Layer {name!r} was lowered to {_ops(found)}, not to {_ops(pattern)}.", HINT
+            )
+        own = {node.output[0] for node in mine} | {c for c in constants if _of(c, name)}
+        outside = {x for node in mine for x in node.input} - own
+        output = OUTPUT if name == layers[-1][0] else name
+        names = all(_of(node.name, name) for node in mine)
+        if outside != {tensor} or mine[-1].output[0] != output or not names:
+            raise LoweringError(
+                f"Layer {name!r} is wired from {sorted(outside)} to {mine[-1].output[0]!r}, "
+                f"not from {tensor!r} to {output!r}.",
+                HINT,
+            )
+        for what, value in _fixed(name, layer):
+            if not np.array_equal(numpy_helper.to_array(constants[what]), value):
+                raise LoweringError(f"The constant {what!r} has a wrong value.", HINT)
+        tensor = output
+    if nodes:
+        raise LoweringError(f"The graph has further ops: {_ops(n.op_type for n in nodes)}.", HINT)
+
+
+def check_plain(graph: onnx.ModelProto) -> None:
+    """Assert that the file says nothing but the function: no doc strings, metadata or paths.
+
+    Raises:
+        LoweringError: Something else is in it.
+    """
+    body = graph.graph
+    described = [graph, body, *body.node, *body.input, *body.output, *body.initializer]
+    stray = [part for part in described if part.doc_string or part.metadata_props]
+    external = [c.name for c in body.initializer if c.external_data]
+    if stray or external or body.value_info or graph.functions or graph.producer_version:
+        raise LoweringError("The graph carries text beside its function.", HINT)
+
+
+def _fixed(name: str, layer: nn.Module) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield the constants that are given by the paper and not learnt."""
+    if isinstance(layer, CompactConv2d):
+        yield f"{name}.ones", np.ones((1, 1, *layer.kernel_size), dtype=np.float32)
+    if isinstance(layer, CompactConv2d | CompactLinear):
+        yield f"{name}.delta", np.array(layer.delta, dtype=np.float32)
+
+
+def _of(name: str, layer: str) -> bool:
+    return name == layer or name.startswith(f"{layer}.")
+
+
+def _ops(ops: Iterator[str] | list[str]) -> str:
+    return " ".join(op.split("/")[0] for op in ops) or "nothing"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,170 @@
+"""From a network to an ONNX graph: one short function per kind of layer.
+
+A compact layer becomes the ops of the paper's figure 4 and nothing else. Its scalar alpha is
+folded into the weights, and its root needs no floor: the floor in
+:func:`ccn_deploy.layers.guarded_sqrt` is there for gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ccn_deploy.errors import LoweringError
+from ccn_deploy.exporters.graph import INPUT, OUTPUT, GraphBuilder
+from ccn_deploy.layers import MEAN, BoundedReLU, CompactConv2d, CompactLinear, SubtractMean
+from ccn_deploy.models import Classifier
+
+Lowering = Callable[[GraphBuilder, Any, str, str, str], None]
+"""Adds a layer's nodes, given the builder, the layer, its name, its input and its output."""
+
+
+def lower(model: Classifier) -> onnx.ModelProto:
+    """Return the forward graph of a network in float32: images in [0, 1] to logits.
+
+    Layers that do nothing in deployment (dropout) leave no node. See
+    :mod:`ccn_deploy.exporters.graph` for the names.
+
+    Raises:
+        LoweringError: A kind of layer, or an option of one, that has no lowering.
+    """
+    builder = GraphBuilder()
+    layers = deployed_layers(model)
+    tensor = INPUT
+    for name, layer in layers:
+        lowering = LOWERINGS.get(type(layer))
+        if lowering is None:
+            raise LoweringError(
+                f"Layer {name!r} is a {type(layer).__name__}, which has no lowering to ONNX.",
+                f"Known: {', '.join(sorted(kind.__name__ for kind in LOWERINGS))}.",
+            )
+        output = OUTPUT if name == layers[-1][0] else name
+        lowering(builder, layer, name, tensor, output)
+        tensor = output
+    return builder.model(model.architecture.name, model.architecture.input_shape, model.classes)
+
+
+def deployed_layers(model: Classifier) -> list[tuple[str, nn.Module]]:
+    """Return (name, layer) in order of execution, without those that only act in training."""
+    return [(n, layer) for n, layer in model.named_layers() if not isinstance(layer, nn.Dropout)]
+
+
+def _mean(g: GraphBuilder, layer: SubtractMean, name: str, x: str, y: str) -> None:
+    g.node("Sub", [x, g.constant(f"{name}.value", np.float32(MEAN))], name, output=y)
+
+
+def _conv(g: GraphBuilder, layer: nn.Conv2d, name: str, x: str, y: str) -> None:
+    weight = g.constant(f"{name}.weight", _array(layer.weight))
+    bias = g.constant(f"{name}.bias", _array(layer.bias))
+    g.node("Conv", [x, weight, bias], name, output=y, **_window(layer, name))
+
+
+def _compact_conv(g: GraphBuilder, layer: CompactConv2d, name: str, x: str, y: str) -> None:
+    window = _window(layer, name)
+    axes = g.constant(f"{name}.axes", np.array([1], dtype=np.int64))
+    ones = g.constant(f"{name}.ones", np.ones((1, 1, *layer.kernel_size), dtype=np.float32))
+    delta = g.constant(f"{name}.delta", np.float32(layer.delta))
+    weight = g.constant(f"{name}.weight", _array(layer.weight) * _array(layer.alpha))
+    bias = g.constant(f"{name}.bias", _array(layer.bias).reshape(-1, 1, 1))
+
+    squares = g.node("ReduceSumSquare", [x, axes], f"{name}.squares", keepdims=1)
+    patches = g.node("Conv", [squares, ones], f"{name}.patches", **window)
+    norm = g.node("Sqrt", [patches], f"{name}.norm")
+    divisor = g.node("Add", [norm, delta], f"{name}.divisor")
+    product = g.node("Conv", [x, weight], f"{name}.product", **window)
+    quotient = g.node("Div", [product, divisor], f"{name}.quotient")
+    g.node("Add", [quotient, bias], name, output=y)
+
+
+def _linear(g: GraphBuilder, layer: nn.Linear, name: str, x: str, y: str) -> None:
+    weight = g.constant(f"{name}.weight", _array(layer.weight))
+    bias = g.constant(f"{name}.bias", _array(layer.bias))
+    g.node("Gemm", [x, weight, bias], name, output=y, transB=1)
+
+
+def _compact_linear(g: GraphBuilder, layer: CompactLinear, name: str, x: str, y: str) -> None:
+    axes = g.constant(f"{name}.axes", np.array([1], dtype=np.int64))
+    delta = g.constant(f"{name}.delta", np.float32(layer.delta))
+    weight = g.constant(f"{name}.weight", _array(layer.weight) * _array(layer.alpha))
+    bias = g.constant(f"{name}.bias", _array(layer.bias))
+
+    squares = g.node("ReduceSumSquare", [x, axes], f"{name}.squares", keepdims=1)
+    norm = g.node("Sqrt", [squares], f"{name}.norm")
+    divisor = g.node("Add", [norm, delta], f"{name}.divisor")
+    product = g.node("Gemm", [x, weight], f"{name}.product", transB=1)
+    quotient = g.node("Div", [product, divisor], f"{name}.quotient")
+    g.node("Add", [quotient, bias], name, output=y)
+
+
+def _relu(g: GraphBuilder, layer: nn.ReLU, name: str, x: str, y: str) -> None:
+    g.node("Relu", [x], name, output=y)
+
+
+def _bounded_relu(g: GraphBuilder, layer: BoundedReLU, name: str, x: str, y: str) -> None:
+    low = g.constant(f"{name}.low", np.float32(0))
+    high = g.constant(f"{name}.high", np.float32(1))
+    g.node("Clip", [x, low, high], name, output=y)
+
+
+def _max_pool(g: GraphBuilder, layer: nn.MaxPool2d, name: str, x: str, y: str) -> None:
+    plain = _pair(layer.dilation) == (1, 1) and not layer.ceil_mode and not layer.return_indices
+    _require(plain, name, "a max-pool with dilation, ceil_mode or indices")
+    g.node(
+        "MaxPool", [x], name, output=y,
+        kernel_shape=_pair(layer.kernel_size),
+        strides=_pair(layer.stride),
+        pads=_pair(layer.padding) * 2,
+    )  # fmt: skip
+
+
+def _flatten(g: GraphBuilder, layer: nn.Flatten, name: str, x: str, y: str) -> None:
+    _require((layer.start_dim, layer.end_dim) == (1, -1), name, "a partial flatten")
+    g.node("Flatten", [x], name, output=y, axis=1)
+
+
+LOWERINGS: dict[type[nn.Module], Lowering] = {
+    SubtractMean: _mean,
+    nn.Conv2d: _conv,
+    CompactConv2d: _compact_conv,
+    nn.Linear: _linear,
+    CompactLinear: _compact_linear,
+    nn.ReLU: _relu,
+    BoundedReLU: _bounded_relu,
+    nn.MaxPool2d: _max_pool,
+    nn.Flatten: _flatten,
+}
+"""By exact type: a subclass may compute something else."""
+
+
+def _window(layer: nn.Conv2d, name: str) -> dict[str, tuple[int, ...]]:
+    """Return the attributes of the sliding window that a layer's convolutions share."""
+    plain = layer.groups == 1 and _pair(layer.dilation) == (1, 1) and layer.padding_mode == "zeros"
+    _require(plain, name, "a convolution with groups, dilation or another padding than zeros")
+    _require(not isinstance(layer.padding, str), name, "a convolution with padding by name")
+    return {
+        "kernel_shape": _pair(layer.kernel_size),
+        "strides": _pair(layer.stride),
+        "pads": _pair(layer.padding) * 2,  # begin of each axis, then end of each
+    }
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _array(tensor: Tensor | None) -> NDArray[np.float32]:
+    assert tensor is not None
+    return tensor.detach().cpu().numpy().astype(np.float32, copy=False)
+
+
+def _require(holds: bool, name: str, what: str) -> None:
+    if not holds:
+        raise LoweringError(
+            f"Layer {name!r} is {what}, which has no lowering to ONNX.",
+            "Use the layers that the architectures of this package use.",
+        )
