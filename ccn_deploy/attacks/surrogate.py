@@ -1,0 +1,177 @@
+"""A Foolbox model over any runtime: its logits forward, true gradients backward.
+
+Every Foolbox attack on such a model sees the deployed program's own logits. Where the gradient
+comes from is one object, a :class:`GradientSource`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import torch
+from foolbox.models.pytorch import PyTorchModel
+from torch import Tensor, nn
+
+from ccn_deploy.errors import RuntimeUnavailableError
+from ccn_deploy.runtimes.base import Runtime
+
+Gradient = Literal["twin", "native"]
+BOUNDS = (0.0, 1.0)
+
+
+class Tape(Protocol):
+    """What one forward pass leaves behind for backward passes through it."""
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        """Return the input gradient [N, C, H, W] of ``sum(cotangent * logits)``."""
+        ...
+
+
+class GradientSource(Protocol):
+    """Where the gradients of an attack come from."""
+
+    def record(self, images: Tensor) -> Tape:
+        """Prepare backward passes at ``images`` [N, C, H, W]."""
+        ...
+
+
+class TwinGradient:
+    """Gradients of the PyTorch network that the runtime's graph was lowered from.
+
+    Args:
+        twin: The network, in evaluation mode with frozen parameters.
+    """
+
+    def __init__(self, twin: nn.Module) -> None:
+        self.twin = frozen(twin)
+
+    def record(self, images: Tensor) -> Tape:
+        """Run the twin once; any number of backward passes follow."""
+        with torch.enable_grad():
+            inputs = images.detach().requires_grad_()
+            return _TwinTape(inputs, self.twin(inputs))
+
+
+class _TwinTape:
+    def __init__(self, inputs: Tensor, logits: Tensor) -> None:
+        self.inputs = inputs
+        self.logits = logits
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(
+            self.logits, self.inputs, cotangent.to(self.logits.dtype), retain_graph=True
+        )
+        return gradient
+
+
+class NativeGradient:
+    """Gradients computed by the runtime itself.
+
+    Args:
+        runtime: A differentiable runtime.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def record(self, images: Tensor) -> Tape:
+        """Keep the images; the runtime computes forward and backward together."""
+        return _NativeTape(self.runtime, images.detach())
+
+
+class _NativeTape:
+    def __init__(self, runtime: Runtime, images: Tensor) -> None:
+        self.runtime = runtime
+        self.images = images
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        _, gradients = self.runtime.vjp(
+            self.images.cpu().numpy(), cotangent[:, None].float().cpu().numpy()
+        )
+        return torch.from_numpy(gradients[:, 0]).to(self.images)
+
+
+def foolbox_model(
+    runtime: Runtime, twin: nn.Module | None, *, gradient: Gradient = "twin"
+) -> PyTorchModel:
+    """Return a Foolbox model whose every logit comes from ``runtime``.
+
+    A gradient attack on a model without gradients does not fail by itself: Foolbox's C&W has
+    been seen to report all-black images as success. So there is no such model: either a true
+    source of gradients is there, or this raises.
+
+    Args:
+        runtime: What is attacked.
+        twin: The PyTorch network it was lowered from, or None if there is none.
+        gradient: ``"twin"``, or ``"native"`` for the runtime's own.
+
+    Raises:
+        RuntimeUnavailableError: The source asked for is not there.
+    """
+    source: GradientSource
+    if gradient == "native":
+        if not runtime.differentiable:
+            raise RuntimeUnavailableError(
+                f"{runtime.spec.target} gives no gradients of its own.",
+                "Attack it with gradients of the PyTorch twin, which the bundle's weights make.",
+            )
+        source = NativeGradient(runtime)
+        device = torch.device("cpu")
+    elif twin is None:
+        raise RuntimeUnavailableError(
+            f"{runtime.spec.target} cannot be attacked by gradient: no PyTorch twin was given.",
+            "Give the network it was lowered from, as load_twin(bundle) returns it.",
+        )
+    else:
+        source = TwinGradient(twin)
+        device = next(twin.parameters()).device
+    module = _RuntimeModule(runtime, source).eval()
+    # The device is said, always: left out, Foolbox takes cuda:0 where there is one.
+    return PyTorchModel(module, bounds=BOUNDS, device=device)
+
+
+def twin_model(twin: nn.Module) -> PyTorchModel:
+    """Return a Foolbox model of a PyTorch network itself, on the device where it is."""
+    return PyTorchModel(frozen(twin), bounds=BOUNDS, device=next(twin.parameters()).device)
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    """Check that a network is fit to be attacked: no dropout, no gradients of weights.
+
+    Raises:
+        ValueError: It is in training mode or has parameters that ask for gradients, which would
+            make attacks random or a quarter slower.
+    """
+    if network.training or any(p.requires_grad for p in network.parameters()):
+        raise ValueError("attack a network after .eval() and .requires_grad_(False)")
+    return network
+
+
+class _RuntimeModule(nn.Module):
+    """The runtime as a differentiable torch function."""
+
+    def __init__(self, runtime: Runtime, source: GradientSource) -> None:
+        super().__init__()
+        self.runtime = runtime
+        self.source = source
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = _RuntimeLogits.apply(  # type: ignore[no-untyped-call]
+            images, self.runtime, self.source
+        )
+        return logits
+
+
+class _RuntimeLogits(torch.autograd.Function):
+    """Forward: the runtime. Backward: the gradient source, at the same images."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, runtime: Runtime, source: GradientSource) -> Tensor:
+        if ctx.needs_input_grad[0]:
+            ctx.tape = source.record(images)
+        logits = runtime.logits(images.detach().contiguous().cpu().numpy())
+        return torch.from_numpy(logits).to(images)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.tape.vjp(cotangents[0]), None, None
