@@ -17,7 +17,7 @@ from ccn_deploy.errors import StorageError, UsageError
 
 _STORAGE_ERRNOS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-    errno.ENOTDIR,
+    errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
 }  # fmt: skip
 
 
@@ -61,10 +61,11 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
         _sync_directory(path.parent)
     except OSError as error:
+        raise _storage_error(path, error) from error
+    finally:  # after a signal that raises, too
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        raise _storage_error(path, error) from error
 
 
 @contextlib.contextmanager
@@ -79,7 +80,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         StorageError: The disk is full or not writable.
     """
     path = Path(os.path.abspath(path))
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise UsageError(
             f"{path} exists already.", "Choose another --output, or add --overwrite to replace it."
         )
@@ -112,18 +113,21 @@ def _umask() -> int:
 
 def _replace_directory(new: Path, path: Path) -> None:
     """Put ``new`` at ``path``; a directory cannot be renamed over a non-empty one in one step."""
-    if not path.exists():
+    if not os.path.lexists(path):
         new.rename(path)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    path.rename(aside / path.name)
+    old = aside / path.name
     try:
+        path.rename(old)
         new.rename(path)
-    except OSError:
-        (aside / path.name).rename(path)
+    except BaseException:  # a signal that raises, too: the old directory must not be lost
+        if os.path.lexists(old) and not os.path.lexists(path):
+            old.rename(path)
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if os.path.lexists(path):
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync_file(path: Path) -> None:

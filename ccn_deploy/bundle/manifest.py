@@ -80,12 +80,11 @@ class Manifest:
         try:
             document = json.loads(data)
             digest, schema = document.pop("digest"), document.pop("schema")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            recomputed = sha256(canonical_json({**document, "schema": schema}))
+            canonical = canonical_json({**document, "schema": schema, "digest": digest})
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise IntegrityError(f"{MANIFEST} is damaged: {error}.", DAMAGED) from error
-        recomputed = sha256(canonical_json({**document, "schema": schema}))
-        if digest != recomputed or data != canonical_json(
-            {**document, "schema": schema, "digest": digest}
-        ):
+        if digest != recomputed or data != canonical:
             raise IntegrityError(
                 f"{MANIFEST} does not match its own digest: it was changed after export.", DAMAGED
             )
@@ -95,20 +94,26 @@ class Manifest:
                 "Upgrade with: pip install --upgrade ccn-deploy",
             )
         try:
-            files = tuple(FileRecord(**record) for record in document.pop("files"))
-            document.pop("input"), document.pop("output")
             manifest = cls(
                 architecture=document["architecture"],
                 defense=document["defense"],
                 input_shape=tuple(document["input_shape"]),
                 class_names=tuple(document["class_names"]),
                 training=document["training"],
-                files=files,
+                files=tuple(FileRecord(**record) for record in document["files"]),
             )
+            names = (manifest.architecture, manifest.defense, *manifest.class_names)
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("names must be strings")
+            for record in manifest.files:
+                check_path(record.path)
+            whole = manifest.to_bytes() == data  # nothing unknown, nothing of another type
         except (KeyError, TypeError) as error:
-            raise IntegrityError(f"{MANIFEST} lacks or mistypes a field: {error}.", DAMAGED) from error
-        for record in manifest.files:
-            check_path(record.path)
+            raise IntegrityError(
+                f"{MANIFEST} lacks or mistypes a field: {error}.", DAMAGED
+            ) from error
+        if not whole:
+            raise IntegrityError(f"{MANIFEST} has fields that its schema does not.", DAMAGED)
         return manifest
 
     def _document(self) -> dict[str, Any]:

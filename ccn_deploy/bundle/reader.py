@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ccn_deploy.bundle.manifest import DAMAGED, MANIFEST, FileRecord, Manifest, check_path
-from ccn_deploy.errors import IntegrityError, NotABundleError, RuntimeUnavailableError
+from ccn_deploy.errors import (
+    EnvironmentUnfitError,
+    IntegrityError,
+    NotABundleError,
+    RuntimeUnavailableError,
+)
 from ccn_deploy.storage import sha256, sha256_file
 
 EVIDENCE = "evidence"
@@ -28,8 +33,15 @@ class Bundle:
 
     @property
     def evidence(self) -> Path:
-        """Directory of cached measurements; may not exist yet."""
-        return self.path / EVIDENCE
+        """Directory of cached measurements; may not exist yet.
+
+        Raises:
+            IntegrityError: It is a link: what is written there would land outside.
+        """
+        path = self.path / EVIDENCE
+        if path.is_symlink():
+            raise _link(EVIDENCE)
+        return path
 
     def file(self, role: str, precision: str = "") -> FileRecord:
         """Find the file with a role and precision.
@@ -56,7 +68,11 @@ class Bundle:
         Raises:
             IntegrityError: The bytes are not those of the manifest.
         """
-        data = _inside(self.path, record).read_bytes()
+        file = _inside(self.path, record)
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise _unreadable(file, error) from error
         if sha256(data) != record.sha256:
             raise _changed(record)
         return data
@@ -68,7 +84,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     Raises:
         NotABundleError: No such directory, or no manifest in it.
         IntegrityError: A file is missing, was changed, is a link, or lies outside.
-        EnvironmentUnfitError: Written by a newer version of this package.
+        EnvironmentUnfitError: Written by a newer version of this package, or unreadable.
     """
     root = Path(path)
     if not root.is_dir():
@@ -84,11 +100,14 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         )
     if manifest_path.is_symlink():
         raise _link(MANIFEST)
-    manifest = Manifest.from_bytes(manifest_path.read_bytes())
-    for record in manifest.files:
-        file = _inside(root, record)
-        if file.stat().st_size != record.bytes or sha256_file(file) != record.sha256:
-            raise _changed(record)
+    try:
+        manifest = Manifest.from_bytes(manifest_path.read_bytes())
+        for record in manifest.files:
+            file = _inside(root, record)
+            if file.stat().st_size != record.bytes or sha256_file(file) != record.sha256:
+                raise _changed(record)
+    except OSError as error:
+        raise _unreadable(root, error) from error
     return Bundle(root, manifest)
 
 
@@ -102,6 +121,13 @@ def _inside(root: Path, record: FileRecord) -> Path:
     if not path.is_file():
         raise IntegrityError(f"{record.path} is listed in {MANIFEST} and is not there.", DAMAGED)
     return path
+
+
+def _unreadable(path: Path, error: OSError) -> EnvironmentUnfitError:
+    return EnvironmentUnfitError(
+        f"Could not read {error.filename or path}: {error.strerror or error}.",
+        "Check its permissions and the disk.",
+    )
 
 
 def _link(path: str) -> IntegrityError:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ccn_deploy.bundle.manifest import MANIFEST, FileRecord, Manifest, check_path
 from ccn_deploy.bundle.reader import Bundle, open_bundle
+from ccn_deploy.errors import UsageError
 from ccn_deploy.storage import atomic_directory, sha256
 
 
@@ -52,9 +53,14 @@ def write_bundle(
     The same content gives the same bytes: a bundle holds no time and no path.
 
     Raises:
-        UsageError: ``path`` exists and ``overwrite`` is false.
+        UsageError: ``path`` exists and ``overwrite`` is false, or what is there is no bundle.
         StorageError: The disk is full or not writable; nothing half-written is left.
     """
+    if overwrite and path.exists() and not (path / MANIFEST).is_file():
+        raise UsageError(
+            f"{path} is not a bundle, so --overwrite does not replace it.",
+            "Choose another --output, or remove it yourself.",
+        )
     manifest = Manifest(
         architecture=architecture,
         defense=defense,
