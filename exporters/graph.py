@@ -9,6 +9,7 @@ node named ``<layer>`` gives that layer's result, so the tensor ``conv1`` is wha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -35,7 +36,7 @@ class GraphBuilder:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, TensorProto] = {}
 
-    def constant(self, name: str, value: NDArray[np.float32] | NDArray[np.int64]) -> str:
+    def constant(self, name: str, value: NDArray[Any] | np.generic) -> str:
         """Add a constant and return its name. The dtype is that of ``value``."""
         assert name not in self.constants, name
         self.constants[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
@@ -48,7 +49,7 @@ class GraphBuilder:
         name: str,
         *,
         output: str = "",
-        **attributes: int | Sequence[int],
+        **attributes: Any,
     ) -> str:
         """Add a node and return the name of its output, which is ``name`` unless given."""
         output = output or name
@@ -74,4 +75,5 @@ class GraphBuilder:
 
 def to_bytes(graph: onnx.ModelProto) -> bytes:
     """Serialise so that equal graphs give equal bytes."""
-    return graph.SerializeToString(deterministic=True)
+    data: bytes = graph.SerializeToString(deterministic=True)
+    return data

@@ -141,7 +141,7 @@ LOWERINGS: dict[type[nn.Module], Lowering] = {
 """By exact type: a subclass may compute something else."""
 
 
-def _window(layer: nn.Conv2d, name: str) -> dict[str, tuple[int, ...]]:
+def _window(layer: nn.Conv2d, name: str) -> dict[str, Any]:
     """Return the attributes of the sliding window that a layer's convolutions share."""
     plain = layer.groups == 1 and _pair(layer.dilation) == (1, 1) and layer.padding_mode == "zeros"
     _require(plain, name, "a convolution with groups, dilation or another padding than zeros")

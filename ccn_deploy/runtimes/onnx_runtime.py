@@ -44,24 +44,14 @@ class OnnxRuntime:
         self, bundle: Bundle, *, name: str, precision: str, options: RuntimeOptions
     ) -> None:
         record = bundle.file("forward", precision)
-        ort = _library(name)
+        ort = load_library(name)
         session = make_session(ort, bundle.read(record), record.path, name, options)
-        manifest = bundle.manifest
-        _check_signature(session, manifest.input_shape, len(manifest.class_names), record.path)
-
+        spec = make_spec(ort, bundle, name, precision, options)
+        _check_signature(session, spec, record.path)
         self._session: Any = session
-        self._options = options
+        self._spec = spec
+        self._check_range = options.check_range
         self._failures = _failures(ort)
-        self._spec = RuntimeSpec(
-            name=name,
-            precision=precision,
-            input_shape=manifest.input_shape,
-            classes=len(manifest.class_names),
-            max_batch=options.max_batch,
-            device="cpu" if name == "onnxruntime-cpu" else f"cuda:{options.device}",
-            versions={"onnxruntime": ort.__version__},
-            thread_safe=True,
-        )
 
     @property
     def spec(self) -> RuntimeSpec:
@@ -84,7 +74,7 @@ class OnnxRuntime:
         session = self._session  # a local, so that close() in another thread cannot take it away
         if session is None:
             raise UsageError(f"This {self._spec.name} runtime is closed.", "Open it again.")
-        check_images(images, self._spec, check_range=self._options.check_range)
+        check_images(images, self._spec, check_range=self._check_range)
 
         def run(batch: Array) -> Array:
             logits: Array = session.run(OUTPUTS, {INPUT: batch})[0]
@@ -170,12 +160,28 @@ def make_session(
     return session
 
 
+def make_spec(
+    ort: ModuleType, bundle: Bundle, name: str, precision: str, options: RuntimeOptions
+) -> RuntimeSpec:
+    """Describe a session of :func:`make_session`."""
+    return RuntimeSpec(
+        name=name,
+        precision=precision,
+        input_shape=bundle.manifest.input_shape,
+        classes=len(bundle.manifest.class_names),
+        max_batch=options.max_batch,
+        device="cpu" if name == "onnxruntime-cpu" else f"cuda:{options.device}",
+        versions={"onnxruntime": ort.__version__},
+        thread_safe=True,
+    )
+
+
 def one_line(error: Exception) -> str:
     """Return the first 300 characters of a library's message, on one line."""
     return " ".join(str(error).split())[:300]
 
 
-def _library(name: str) -> ModuleType:
+def load_library(name: str) -> ModuleType:
     """Import ONNX Runtime and make sure that it has the provider.
 
     Raises:
@@ -216,17 +222,14 @@ def _failures(ort: ModuleType) -> tuple[type[Exception], ...]:
     return (*own, ValueError, RuntimeError)
 
 
-def _check_signature(
-    session: Any, input_shape: tuple[int, int, int], classes: int, path: str
-) -> None:
+def _check_signature(session: Any, spec: RuntimeSpec, path: str) -> None:
     """Refuse a graph that does not map this bundle's images to its classes."""
     inputs = [(x.name, x.type, list(x.shape)[1:]) for x in session.get_inputs()]
     outputs = [(y.name, y.type, list(y.shape)[1:]) for y in session.get_outputs()]
-    if inputs != [(INPUT, "tensor(float)", list(input_shape))] or outputs != [
-        (OUTPUTS[0], "tensor(float)", [classes])
-    ]:
+    wanted_inputs = [(INPUT, "tensor(float)", list(spec.input_shape))]
+    wanted_outputs = [(OUTPUTS[0], "tensor(float)", [spec.classes])]
+    if (inputs, outputs) != (wanted_inputs, wanted_outputs):
         raise IntegrityError(
-            f"{path} is not a graph from {INPUT} {list(input_shape)} to {classes} "
-            f"{OUTPUTS[0]}: it has {inputs} and {outputs}.",
+            f"{path} maps {inputs} to {outputs}, not {wanted_inputs} to {wanted_outputs}.",
             "Export the run again.",
         )

@@ -8,7 +8,7 @@ from types import TracebackType
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError, UsageError
@@ -131,6 +131,24 @@ class TorchRuntime:
         with self._settings(), torch.inference_mode():
             pieces = [self._array(model(self._tensor(piece))) for piece in self._split(images)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def activations(self, images: Array) -> dict[str, Array]:
+        """Return the output of every layer that acts in deployment, in order of execution.
+
+        Raises:
+            InputError: As for :meth:`logits`.
+            UsageError: The runtime is closed.
+        """
+        model = self._network()
+        check_images(images, self._spec, check_range=self._options.check_range)
+        found = {}
+        with self._settings(), torch.inference_mode():
+            x = self._tensor(images)
+            for name, layer in model.named_layers():
+                x = layer(x)
+                if not isinstance(layer, nn.Dropout):
+                    found[name] = self._array(x)
+        return found
 
     def vjp(self, images: Array, cotangents: Array) -> tuple[Array, Array]:
         """Return logits [N, classes] and K input gradients an image [N, K, C, H, W].
