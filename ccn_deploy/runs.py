@@ -3,10 +3,10 @@
 ::
 
     runs/ccn/
-        run.json              what was asked for; when finished, accuracy and the weights' digest
-        metrics.csv           one line per epoch
-        weights.safetensors   the final weights, once training is finished
-        checkpoint.*          the last whole epoch, while it is not
+        run.json                what was asked for; when finished, accuracy and weights' digest
+        metrics.csv             one line per epoch
+        weights.safetensors     the final weights, once training is finished
+        checkpoint.safetensors  the last whole epoch, while it is not
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ SCHEMA = "ccn-deploy/run/1"
 RUN = "run.json"
 METRICS = "metrics.csv"
 WEIGHTS = "weights.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ def open_run(path: str | os.PathLike[str]) -> TrainedRun:
             architecture=document["architecture"],
             defense=document["defense"],
             class_names=tuple(document["class_names"]),
-            training=document["training"],
+            training={
+                **document["training"],
+                **{k: v for k, v in (finished or {}).items() if k.endswith("_accuracy")},
+            },
             weights=b"",
         )
     except (ValueError, KeyError, TypeError) as error:

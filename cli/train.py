@@ -2,7 +2,214 @@
 
 from __future__ import annotations
 
+import shlex
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-def train() -> None:
-    """To be written."""
-    raise NotImplementedError
+import typer
+
+from ccn_deploy.cli.options import DataDirOption, JsonOption, SeedOption
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from ccn_deploy.runs import TrainedRun
+    from ccn_deploy.trainers import Event
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+class Device(str, Enum):
+    """What ``--device`` takes."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def train(
+    *,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory of the run; resumed if it is there.")
+    ],
+    defense: Annotated[
+        str, typer.Option("--defense", help="sm, ls, brelu, l2sm, ccn or ccn+ls.")
+    ] = "ccn",
+    dataset: Annotated[
+        str,
+        typer.Option("--dataset", help="mnist5k, mnist, fashion-mnist, cifar10 or imagenet."),
+    ] = "mnist5k",
+    recipe: Annotated[
+        str,
+        typer.Option("--recipe", help="quick, paper-mnist, paper-cifar10 or paper-imagenet."),
+    ] = "quick",
+    architecture: Annotated[
+        str | None,
+        typer.Option(
+            "--architecture",
+            help="mnist-cnn, vgg11-cifar10 or vgg11-imagenet.",
+            show_default="the one for the data set's images",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option("--epochs", min=1, help="Passes over the data.", show_default="the recipe's"),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Images per step, all devices together.",
+            show_default="the recipe's",
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--learning-rate", help="Before the schedule's drops.", show_default="the recipe's"
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads", min=1, help="CPU threads of each process.", show_default="torch's choice"
+        ),
+    ] = None,
+    device: Annotated[
+        Device, typer.Option("--device", help="auto: cuda if there is a GPU, else cpu.")
+    ] = Device.auto,
+    devices: Annotated[
+        int, typer.Option("--devices", min=1, help="GPUs, or processes on the CPU.")
+    ] = 1,
+    data_dir: DataDirOption = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Download the data set if it is not there.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Discard the run that is there.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a network into a run directory; an interrupted run goes on with the same command."""
+    from ccn_deploy.defenses import defense_named
+    from ccn_deploy.extras import require
+
+    defense_named(defense)  # before the seconds that importing torch takes
+    for module in ("torch", "lightning_fabric", "safetensors"):
+        require(module, "train", "to train a network")
+    from ccn_deploy.cli.console import err, print_json
+    from ccn_deploy.data import load_dataset
+    from ccn_deploy.trainers import TrainConfig
+    from ccn_deploy.trainers import train as train_run
+
+    config = TrainConfig(
+        defense=defense,
+        dataset=dataset.lower(),
+        recipe=recipe,
+        architecture=architecture,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        threads=threads,
+        device=device.value,
+        devices=devices,
+    )
+    train_data = load_dataset(dataset, "train", data_dir, download=download)
+    test_data = load_dataset(dataset, "test", data_dir, download=download)
+    display = Display(defense)
+    try:
+        with display:
+            run = train_run(
+                config, train_data, test_data, output, watcher=display, overwrite=overwrite
+            )
+    except KeyboardInterrupt:
+        err.print("Interrupted. The same command goes on from the last whole epoch.")
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json:
+        print_json(_document(run, already_finished=not display.started))
+    else:
+        _print(run, already_finished=not display.started)
+
+
+class Display:
+    """A progress bar on stderr that is fed the events of a training; a line per epoch stays."""
+
+    def __init__(self, title: str) -> None:
+        from ccn_deploy.cli.console import progress
+
+        self.title = title
+        self.started = False
+        self._bar = progress()
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Display:
+        return self  # the bar starts with the first event: an error before it has the screen alone
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        from ccn_deploy.trainers import Started, Stepped
+
+        if isinstance(event, Started):
+            self.started = True
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=event.steps, completed=event.step)
+            if event.step:
+                self._bar.console.print(f"{self.title}: resumed after step {event.step}")
+            return
+        assert self._task is not None
+        if isinstance(event, Stepped):
+            self._bar.update(
+                self._task,
+                completed=event.step,
+                description=f"{self.title}  epoch {event.epoch}  loss {event.loss:.3f}  "
+                f"accuracy {event.accuracy:.1%}",
+            )
+        else:
+            self._bar.console.print(
+                f"{self.title}  epoch {event.epoch}  loss {event.loss:.3f}  "
+                f"train {event.train_accuracy:.2%}  test {event.test_accuracy:.2%}  "
+                f"rate {event.learning_rate:.3g}  {event.seconds:.0f} s"
+            )
+
+
+def _print(run: TrainedRun, *, already_finished: bool) -> None:
+    from ccn_deploy.cli.console import out
+
+    if already_finished:
+        out.print("This run is finished already; --overwrite trains it anew.", soft_wrap=True)
+    training = run.training
+    out.print(
+        f"Clean accuracy {training['test_accuracy']:.2%} on {training['test_images']:,} test "
+        f"images of {training['dataset']}; {run.defense}, {run.architecture}, "
+        f"seed {training['seed']}, {training['device']}.",
+        soft_wrap=True,
+    )
+    out.print(f"Run in {run.path}", markup=False, soft_wrap=True)
+    bundle = Path("bundles") / run.path.name
+    out.print(
+        f"Next: ccn-deploy export {shlex.quote(str(run.path))} --output {shlex.quote(str(bundle))}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _document(run: TrainedRun, *, already_finished: bool) -> dict[str, Any]:
+    from ccn_deploy.storage import sha256
+
+    return {
+        "schema": "ccn-deploy/train/1",
+        "run": str(run.path),
+        "architecture": run.architecture,
+        "defense": run.defense,
+        "already_finished": already_finished,
+        "weights_sha256": sha256(run.weights),
+        **run.training,
+    }

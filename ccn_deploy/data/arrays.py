@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def dataset_from_arrays(
         class_names=tuple(class_names),
         input_shape=(channels, height, width),
         labels=labels,
-        fetch=lambda indices: as_float(images[indices]),
+        fetch=partial(_take, images),  # not a lambda: it is sent to other processes
         digest=_digest(images, labels),
     )
 
@@ -62,6 +63,10 @@ def as_float(images: NDArray[Any]) -> Images:
         scaled: Images = np.divide(images, np.float32(255), dtype=np.float32)
         return scaled
     return images.astype(np.float32, copy=False)
+
+
+def _take(images: NDArray[Any], indices: NDArray[np.int64]) -> Images:
+    return as_float(images[indices])
 
 
 def _check_images(name: str, images: NDArray[Any]) -> None:

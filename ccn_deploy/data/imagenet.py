@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def load(split: Split, directory: Path | None, download: bool) -> Dataset:
         class_names=tuple(classes),
         input_shape=(3, CROP, CROP),
         labels=labels,
-        fetch=lambda indices: _read(files, indices),
+        fetch=partial(_read, files),  # not a lambda: it is sent to other processes
         digest=_digest(root, files),
     )
 

@@ -1,0 +1,93 @@
+"""The state of a training between two epochs, in one safetensors file.
+
+The file holds the weights (``weights.*``), SGD's momentum (``momentum.*``) and, as metadata, the
+epochs done with their metrics and a digest of everything. It is replaced whole after every epoch.
+No state of a random generator is kept, because none is carried from one epoch to the next: every
+epoch seeds its generators from (seed, epoch, process).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ccn_deploy.errors import IntegrityError
+from ccn_deploy.storage import write_atomic
+from ccn_deploy.trainers.events import EpochEnded
+
+_HEADER_LENGTH = 8
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after some whole epochs.
+
+    Attributes:
+        weights: Every entry of the model's state dict, on the CPU.
+        momentum: SGD's buffer of every parameter, by the same names.
+        epochs: The metrics of every epoch done; their number is the number of epochs done.
+    """
+
+    weights: Mapping[str, Tensor]
+    momentum: Mapping[str, Tensor]
+    epochs: Sequence[EpochEnded]
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Replace the file at ``path``, whole or not at all.
+
+    Raises:
+        StorageError: The disk is full or not writable; the file is as it was.
+    """
+    tensors = {
+        f"{kind}.{name}": tensor.detach().cpu().contiguous()
+        for kind, group in (("weights", checkpoint.weights), ("momentum", checkpoint.momentum))
+        for name, tensor in group.items()
+    }
+    epochs = json.dumps([asdict(epoch) for epoch in checkpoint.epochs])
+    metadata = {"epochs": epochs, "sha256": _digest(tensors, epochs)}
+    write_atomic(path, save(tensors, metadata=metadata))
+
+
+def load_checkpoint(path: Path) -> Checkpoint | None:
+    """Read the file at ``path``; None if there is none.
+
+    Raises:
+        IntegrityError: The file is not what was written.
+    """
+    if not path.is_file():
+        return None
+    data = path.read_bytes()
+    try:
+        tensors = load(data)
+        length = int.from_bytes(data[:_HEADER_LENGTH], "little")
+        metadata = json.loads(data[_HEADER_LENGTH : _HEADER_LENGTH + length])["__metadata__"]
+        if metadata["sha256"] != _digest(tensors, metadata["epochs"]):
+            raise ValueError("its digest differs")
+        epochs = [EpochEnded(**epoch) for epoch in json.loads(metadata["epochs"])]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"The checkpoint {path} is damaged: {error}.", "Start the run anew with --overwrite."
+        ) from error
+    return Checkpoint(_part(tensors, "weights."), _part(tensors, "momentum."), epochs)
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _digest(tensors: Mapping[str, Tensor], epochs: str) -> str:
+    digest = hashlib.sha256(epochs.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,182 @@
+"""What a training is asked to do, and what of it is written down. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ccn_deploy.architectures import ARCHITECTURES, Architecture, architecture_named
+from ccn_deploy.data.dataset import Dataset
+from ccn_deploy.defenses import Defense, defense_named
+from ccn_deploy.errors import UsageError
+from ccn_deploy.trainers.recipes import Recipe, recipe_named
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training by names and numbers.
+
+    Attributes:
+        defense: A name in :data:`ccn_deploy.defenses.DEFENSES`.
+        dataset: Name of the data set; must be that of the data given to ``train``.
+        recipe: A name in :data:`ccn_deploy.trainers.recipes.RECIPES`, or a recipe.
+        architecture: A name in :data:`ccn_deploy.architectures.ARCHITECTURES`; if not given, the
+            one that takes images of the data set's shape.
+        epochs: Instead of the recipe's; its schedule is stretched to fit.
+        batch_size: Instead of the recipe's, over all devices together.
+        learning_rate: Instead of the recipe's.
+        seed: Of the weights, the order of the images and the dropout.
+        threads: CPU threads of each process; if not given, those of the run that is resumed, or
+            torch's own choice.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"`` (CUDA if there is a GPU, else the CPU).
+        devices: Number of processes, one to a GPU.
+    """
+
+    defense: str = "ccn"
+    dataset: str = "mnist5k"
+    recipe: str | Recipe = "quick"
+    architecture: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    seed: int = 0
+    threads: int | None = None
+    device: Device = "cpu"
+    devices: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A :class:`TrainConfig` with every name looked up and every choice made.
+
+    Attributes:
+        architecture: What is trained.
+        defense: How it is built and what targets its loss sees.
+        recipe: With the overrides in it.
+        class_names: One per logit.
+        data: Name, digests and sizes of the two splits.
+        seed: See :class:`TrainConfig`.
+        threads: Likewise.
+        device: ``"cpu"`` or ``"cuda"``.
+        devices: Number of processes.
+        torch: Version of torch; another one may round otherwise.
+    """
+
+    architecture: Architecture
+    defense: Defense
+    recipe: Recipe
+    class_names: tuple[str, ...]
+    data: dict[str, Any]
+    seed: int
+    threads: int
+    device: Literal["cpu", "cuda"]
+    devices: int
+    torch: str
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything that the final weights depend on, as JSON values."""
+        return {
+            **self.data,
+            "recipe": self.recipe.to_document(),
+            "seed": self.seed,
+            "threads": self.threads,
+            "device": self.device,
+            "devices": self.devices,
+            "torch": self.torch,
+        }
+
+
+def make_plan(
+    config: TrainConfig,
+    train: Dataset,
+    test: Dataset,
+    *,
+    threads: int,
+    device: Literal["cpu", "cuda"],
+    torch: str,
+) -> Plan:
+    """Look every name up and check that the parts fit.
+
+    Raises:
+        UsageError: An unknown name, a number out of range, or data that do not fit the network.
+    """
+    defense = defense_named(config.defense)
+    recipe = recipe_named(config.recipe) if isinstance(config.recipe, str) else config.recipe
+    recipe = recipe.override(
+        epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate
+    )
+    if config.seed < 0:
+        raise UsageError(f"The seed is {config.seed}.", "Give a whole number from 0.")
+    for data in (train, test):
+        if data.name != config.dataset or not len(data):
+            raise UsageError(
+                f"The configuration names the data set {config.dataset!r}; the {data.split} split "
+                f"given is {data.name!r} with {len(data)} images.",
+                "Give both splits of the data set that the configuration names.",
+            )
+    return Plan(
+        architecture=_architecture_for(config.architecture, train),
+        defense=defense,
+        recipe=recipe,
+        class_names=train.class_names,
+        data={
+            "dataset": train.name,
+            "train_images": len(train),
+            "train_digest": train.digest,
+            "test_images": len(test),
+            "test_digest": test.digest,
+        },
+        seed=config.seed,
+        threads=threads,
+        device=device,
+        devices=config.devices,
+        torch=torch,
+    )
+
+
+def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Name the settings in which two documents differ, with both values; empty if none do."""
+    old, new = _flatten(before), _flatten(now)
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if "recipe.epochs" in differing and "recipe.drops" in differing:
+        differing.remove("recipe.drops")  # they follow from the epochs
+    return "; ".join(f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in differing)
+
+
+def default_threads(devices: int, torch_threads: int) -> int:
+    """Return the CPU threads of each of ``devices`` processes, at least 1."""
+    return max(1, min(torch_threads, os.cpu_count() or 1) // devices)
+
+
+def _flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested document as one of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        flat |= (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def _architecture_for(name: str | None, data: Dataset) -> Architecture:
+    fitting = [a for a in ARCHITECTURES.values() if a.input_shape == data.input_shape]
+    if name is None:
+        if not fitting:
+            known = ", ".join(f"{a.name} {a.input_shape}" for a in ARCHITECTURES.values())
+            raise UsageError(
+                f"No architecture takes images of shape {data.input_shape}, which {data.name} has.",
+                f"There are: {known}.",
+            )
+        return fitting[0]
+    architecture = architecture_named(name)
+    if architecture.input_shape != data.input_shape:
+        fit = f"Use --architecture {fitting[0].name}, or" if fitting else "Use"
+        raise UsageError(
+            f"{architecture.name} takes images of shape {architecture.input_shape}; "
+            f"those of {data.name} have {data.input_shape}.",
+            f"{fit} a data set with images of that shape.",
+        )
+    return architecture

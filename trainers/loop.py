@@ -1,0 +1,278 @@
+"""The loop: SGD from a checkpoint, or from fresh weights, to the end of the last epoch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ccn_deploy.data.dataset import Dataset
+from ccn_deploy.models import Classifier, build_model, soft_cross_entropy
+from ccn_deploy.trainers.batches import Batch, epoch_batches, fetch_ahead
+from ccn_deploy.trainers.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ccn_deploy.trainers.config import Plan
+from ccn_deploy.trainers.divergence import diverged
+from ccn_deploy.trainers.events import EpochEnded, Started, Stepped, Watcher
+from ccn_deploy.trainers.recipes import Recipe
+from ccn_deploy.trainers.reproducible import reproducible
+from ccn_deploy.trainers.rundir import RunDirectory
+
+EVALUATION_BATCH = 500
+"""Test images per forward pass."""
+
+LOOK_EVERY = {"cpu": 1, "cuda": 16}
+"""Steps between looks at the loss; a look makes a GPU wait."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process needs to know to take part in a training."""
+
+    plan: Plan
+    train: Dataset
+    test: Dataset
+    directory: RunDirectory
+
+
+def fit(fabric: Fabric, task: Task, watcher: Watcher) -> None:
+    """Train as planned, from the last checkpoint if there is one, and write the finished run.
+
+    Raises:
+        TrainingDivergedError: The loss or a weight stopped being a number; the last checkpoint
+            is as it was.
+        StorageError: A file could not be written; the last checkpoint is as it was.
+    """
+    with reproducible(task.plan.threads, fabric.device):
+        _Fit(fabric, task, watcher).run()
+
+
+class _Fit:
+    """One process of one training: model, optimizer, and how far they are."""
+
+    def __init__(self, fabric: Fabric, task: Task, watcher: Watcher) -> None:
+        self.fabric, self.task, self.watcher = fabric, task, watcher
+        self.plan, self.recipe = task.plan, task.plan.recipe
+        self.steps_per_epoch = math.ceil(len(task.train) / self.recipe.batch_size)
+
+        self.model = build_model(
+            self.plan.architecture.name,
+            self.plan.defense.name,
+            classes=len(self.plan.class_names),
+            seed=self.plan.seed,
+        )
+        _to_channels_last(self.model)
+        saved = load_checkpoint(task.directory.checkpoint)
+        self.done = list(saved.epochs) if saved else []
+        if saved:
+            self.model.load_state_dict(dict(saved.weights))
+        self.optimizer = _sgd(self.model, self.recipe)
+        # Wrapped for devices and processes; the parameters stay those of self.model.
+        self.net, self.wrapped = fabric.setup(self.model, self.optimizer)
+        if saved:
+            _set_momentum(self.model, self.optimizer, saved)
+
+    def run(self) -> None:
+        """Train the epochs that are left, then write the finished run."""
+        first, directory = len(self.done), self.task.directory
+        self.tell(
+            Started(
+                step=first * self.steps_per_epoch,
+                steps=self.recipe.epochs * self.steps_per_epoch,
+                epochs=self.recipe.epochs,
+            )
+        )
+        for epoch in range(first, self.recipe.epochs):
+            ended = self._epoch(epoch)
+            self.done.append(ended)
+            if self.fabric.is_global_zero:
+                state = Checkpoint(self.model.state_dict(), self._momentum(), self.done)
+                save_checkpoint(directory.checkpoint, state)
+                directory.write_metrics(self.done)
+            self.tell(ended)
+        if self.fabric.is_global_zero:
+            weights = {n: t.detach().cpu().contiguous() for n, t in self.model.state_dict().items()}
+            directory.finish(self.plan, save(weights), self.done)
+
+    def _epoch(self, epoch: int) -> EpochEnded:
+        """Train one epoch, counted from 0, and measure it."""
+        started = time.perf_counter()
+        before = self.done[-1].seconds if self.done else 0.0
+        self._seed(epoch)
+        batches = epoch_batches(len(self.task.train), self.recipe.batch_size, self.plan.seed, epoch)
+        tally = _Tally(self, epoch, batches)
+        shares = fetch_ahead(
+            self.task.train, batches, self.fabric.global_rank, self.fabric.world_size
+        )
+        self.net.train()
+        with contextlib.closing(shares):
+            for index, batch in enumerate(shares):
+                step = epoch * self.steps_per_epoch + index
+                rate = self.recipe.learning_rate_at(step, self.steps_per_epoch)
+                tally.add(*self._step(batch, rate))
+        tally.look()
+        self._check_weights(epoch)
+        return EpochEnded(
+            epoch=epoch + 1,
+            step=(epoch + 1) * self.steps_per_epoch,
+            loss=tally.loss,
+            train_accuracy=tally.accuracy,
+            test_accuracy=self._accuracy(self.task.test),
+            learning_rate=rate,
+            seconds=round(before + time.perf_counter() - started, 3),
+        )
+
+    def _step(self, batch: Batch, rate: float) -> tuple[Tensor, Tensor]:
+        """Take one step; return this process's part of the loss and its number of right labels."""
+        targets = torch.from_numpy(
+            self.plan.defense.targets(batch.labels, len(self.plan.class_names))
+        ).to(self.fabric.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        logits = self.net(self._images(batch.images))
+        # Fabric averages gradients over processes. Weighting each by its share of the images
+        # makes that the gradient of the mean over the whole batch, unequal shares included.
+        share = batch.share * self.fabric.world_size / batch.size
+        loss = soft_cross_entropy(logits, targets) * share
+        self.fabric.backward(loss)
+        if self.recipe.clip_norm is not None:
+            self.fabric.clip_gradients(
+                self.net, self.wrapped, max_norm=self.recipe.clip_norm, error_if_nonfinite=False
+            )
+        self.wrapped.step()
+        self.wrapped.zero_grad()
+        right = (logits.detach().argmax(1) == targets.argmax(1))[: batch.share].sum()
+        return loss.detach() / self.fabric.world_size, right
+
+    @torch.no_grad()
+    def _accuracy(self, data: Dataset) -> float:
+        """Return the share of images classified right, by all processes together."""
+        self.net.eval()
+        batches = epoch_batches_in_order(len(data))
+        shares = fetch_ahead(data, batches, self.fabric.global_rank, self.fabric.world_size)
+        right = torch.zeros((), device=self.fabric.device)
+        with contextlib.closing(shares):
+            for batch in shares:
+                predicted = self.model(self._images(batch.images)).argmax(1).cpu()
+                hits = predicted == torch.from_numpy(batch.labels)
+                right += hits[: batch.share].sum().item()
+        return float(self.total(right)) / len(data)
+
+    def _images(self, images: NDArray[np.float32]) -> Tensor:
+        tensor = torch.from_numpy(images)
+        if self.fabric.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.fabric.device, non_blocking=True).contiguous(
+            memory_format=torch.channels_last
+        )
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all processes."""
+        total: Any = self.fabric.all_reduce(tensor, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def _seed(self, epoch: int) -> None:
+        """Seed dropout for one epoch, so that it needs nothing of the epochs before."""
+        entropy = [self.plan.seed, epoch, self.fabric.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+    def _momentum(self) -> dict[str, Tensor]:
+        return {
+            name: self.optimizer.state[parameter]["momentum_buffer"]
+            for name, parameter in self.model.named_parameters()
+        }
+
+    def _check_weights(self, epoch: int) -> None:
+        """Refuse weights that are no numbers: the last step may have made them so."""
+        norms = torch.stack([p.detach().norm() for p in self.model.parameters()])
+        if not bool(norms.isfinite().all()):
+            raise diverged(
+                self.plan.recipe, self.task.train, epoch, self.steps_per_epoch - 1, what="A weight"
+            )
+
+    def tell(self, event: Started | Stepped | EpochEnded) -> None:
+        if self.fabric.is_global_zero:
+            self.watcher(event)
+
+
+class _Tally:
+    """Loss and accuracy of an epoch so far, looked at every few steps."""
+
+    def __init__(self, fit: _Fit, epoch: int, batches: list[NDArray[np.int64]]) -> None:
+        self.fit, self.epoch, self.batches = fit, epoch, batches
+        self.every = LOOK_EVERY[fit.fabric.device.type]
+        self.waiting: list[Tensor] = []
+        self.steps = self.seen = 0
+        self.losses = self.right = 0.0
+
+    @property
+    def loss(self) -> float:
+        return self.losses / self.seen
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.seen
+
+    def add(self, loss: Tensor, right: Tensor) -> None:
+        """Count one step in."""
+        self.waiting.append(torch.stack([loss, right.to(loss.dtype)]))
+        if len(self.waiting) == self.every:
+            self.look()
+
+    def look(self) -> None:
+        """Add up what is waiting, over all processes; every process looks at the same steps.
+
+        Raises:
+            TrainingDivergedError: A loss is not a number.
+        """
+        if not self.waiting:
+            return
+        fit = self.fit
+        for loss, right in fit.total(torch.stack(self.waiting)).tolist():
+            indices = self.batches[self.steps]
+            if not math.isfinite(loss):
+                raise diverged(fit.recipe, fit.task.train, self.epoch, self.steps, indices)
+            self.steps += 1
+            self.seen += len(indices)
+            self.losses += loss * len(indices)
+            self.right += right
+        self.waiting.clear()
+        step = self.epoch * fit.steps_per_epoch + self.steps
+        fit.tell(Stepped(step, self.epoch + 1, self.loss, self.accuracy))
+
+
+def epoch_batches_in_order(count: int) -> list[NDArray[np.int64]]:
+    """Return all indices in order, cut into evaluation batches."""
+    return np.array_split(np.arange(count), math.ceil(count / EVALUATION_BATCH))
+
+
+def _to_channels_last(model: nn.Module) -> None:
+    """Lay kernels out NHWC in memory: 15 to 30 % faster than NCHW, the same shapes."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def _sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    alphas = [p for n, p in model.named_parameters() if n.endswith(".alpha")]
+    others = [p for n, p in model.named_parameters() if not n.endswith(".alpha")]
+    groups = [{"params": others, "weight_decay": recipe.weight_decay}]
+    if alphas:
+        groups.append({"params": alphas, "weight_decay": 0.0})
+    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
+
+
+def _set_momentum(model: Classifier, optimizer: torch.optim.SGD, saved: Checkpoint) -> None:
+    for name, parameter in model.named_parameters():
+        # empty_like keeps the parameter's device and memory layout.
+        buffer = torch.empty_like(parameter, requires_grad=False).copy_(saved.momentum[name])
+        optimizer.state[parameter]["momentum_buffer"] = buffer

@@ -1,0 +1,65 @@
+"""Training a network: :func:`train`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from ccn_deploy.data.dataset import Dataset
+from ccn_deploy.runs import TrainedRun, open_run
+from ccn_deploy.trainers.config import TrainConfig, default_threads, make_plan
+from ccn_deploy.trainers.devices import launch, resolve_device
+from ccn_deploy.trainers.events import Watcher, ignore
+from ccn_deploy.trainers.loop import Task, fit
+from ccn_deploy.trainers.rundir import RunDirectory
+
+
+def train(
+    config: TrainConfig,
+    train_data: Dataset,
+    test_data: Dataset,
+    output: str | os.PathLike[str],
+    *,
+    watcher: Watcher = ignore,
+    overwrite: bool = False,
+) -> TrainedRun:
+    """Train a network into a run directory, going on where an interrupted run left off.
+
+    A run that was killed and is started again with the same configuration ends with the same
+    weights as one that was not, bit for bit on a CPU. A finished run is returned as it is, and
+    ``watcher`` is not called.
+
+    Args:
+        config: What to train, and how.
+        train_data: Its training split.
+        test_data: Its test split: measured after every epoch, never trained on.
+        output: The run directory (:mod:`ccn_deploy.runs`).
+        watcher: Called with every :data:`~ccn_deploy.trainers.events.Event`, on this process.
+        overwrite: Whether to discard the run that is there.
+
+    Raises:
+        UsageError: A name, number or combination that cannot be, or a run there with other
+            settings.
+        RuntimeUnavailableError: The device is not here.
+        TrainingDivergedError: The loss stopped being a number.
+        StorageError: The directory cannot be written.
+    """
+    directory = RunDirectory(Path(output))
+    device = resolve_device(config.device, config.devices)
+    threads = config.threads
+    if threads is None:
+        threads = default_threads(config.devices, torch.get_num_threads())
+        found = None if overwrite else directory.record()
+        if found is not None:
+            threads = found["training"]["threads"]
+    plan = make_plan(
+        config, train_data, test_data, threads=threads, device=device, torch=torch.__version__
+    )
+    if overwrite:
+        directory.discard()
+    if not directory.begin(plan):
+        task = Task(plan, train_data, test_data, directory)
+        launch(fit, task, device=device, devices=config.devices, watcher=watcher)
+    return open_run(directory.path)
