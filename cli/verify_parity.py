@@ -2,7 +2,210 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
 
-def verify_parity() -> None:
-    """To be written."""
-    raise NotImplementedError
+import typer
+
+from ccn_deploy.cli.options import (
+    BundleArgument,
+    DataDirOption,
+    DatasetOption,
+    JsonOption,
+    PrecisionOption,
+    RuntimeOption,
+    SeedOption,
+    ThreadsOption,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from rich.table import Table
+
+    from ccn_deploy.parity.collect import Progress
+    from ccn_deploy.parity.evidence import ParityEvidence
+    from ccn_deploy.parity.judge import Finding, ParityResult
+
+
+def verify_parity(
+    bundle: BundleArgument,
+    *,
+    runtime: RuntimeOption = "onnxruntime-cpu",
+    precision: PrecisionOption = "fp32",
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples",
+            min=1,
+            help="Images of each kind; also the large batch.",
+            show_default="256, large images 32",
+        ),
+    ] = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Compare every layer; name the first to depart.")
+    ] = False,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure again even if the bundle has the evidence.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show that a runtime computes the trained function: its logits against float64."""
+    from ccn_deploy.bundle import open_bundle
+    from ccn_deploy.cli import console
+    from ccn_deploy.extras import require
+    from ccn_deploy.parity.judge import judge
+    from ccn_deploy.parity.policy import policy_for
+
+    opened = open_bundle(bundle)
+    policy_for(precision)  # before the seconds that importing torch takes
+    for module in ("torch", "safetensors"):
+        require(module, "train", "for the float64 reference")
+    from ccn_deploy.parity.collect import ParityRequest, collect
+
+    request = ParityRequest(
+        runtime=runtime,
+        precision=precision,
+        samples=samples,
+        per_layer=per_layer,
+        dataset=dataset,
+        data_dir=data_dir,
+        seed=seed,
+        threads=threads,
+    )
+
+    def measure(report: Progress) -> ParityEvidence:
+        return collect(opened, request, progress=report, fresh=fresh)
+
+    result = judge(_with_progress(measure))
+    if as_json:
+        console.print_json(result.document())
+    else:
+        _print(result)
+    raise typer.Exit(result.verdict.exit_code)
+
+
+def _with_progress(measure: Callable[[Progress], ParityEvidence]) -> ParityEvidence:
+    from ccn_deploy.cli.console import progress
+
+    with progress() as bar:
+        task = bar.add_task("verify-parity", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        return measure(report)
+
+
+def _print(result: ParityResult) -> None:
+    """Print the tables, what failed and why, and the verdict on the last line."""
+    from ccn_deploy.cli.console import out
+
+    spec = result.evidence.setting["runtime"]
+    versions = ", ".join(f"{name} {version}" for name, version in spec["versions"].items())
+    out.print(f"{spec['name']} {spec['precision']} ({versions}) against the float64 reference")
+    out.print(_inputs(result))
+    out.print(_invariance(result))
+    if result.layers is not None:
+        out.print(_layers(result.layers))
+    for finding in result.failures:
+        out.print(f"[red]{finding.name}[/]: {'; '.join(finding.reasons)}", soft_wrap=True)
+    if result.layers is not None:
+        first = result.first_departure
+        if first is None:
+            out.print("No layer departs.")
+        else:
+            out.print(
+                f"First layer to depart: [bold]{first.name}[/]: {'; '.join(first.reasons)}",
+                soft_wrap=True,
+            )
+    policy = result.policy
+    allowed = f"error up to {policy.max_relative:g} of the scale and {policy.max_units:g} units"
+    colour = "red" if result.failures else "green"
+    out.print(
+        f"[bold {colour}]{result.verdict.value.upper()}[/]: {len(result.failures)} of "
+        f"{len(result.inputs) + len(result.invariance)} checks fail ({allowed} allowed)",
+        soft_wrap=True,
+    )
+
+
+def _inputs(result: ParityResult) -> Table:
+    table = _table(
+        "input", "batch", "n", "max error", "p99", "of scale", "units", "flips", "margin", "NaN/inf"
+    )
+    for finding in result.inputs:
+        row, deviation = finding.row, finding.row.deviation
+        document = finding.document()
+        margin = f"{deviation.flips[0].margin:.1e}" if deviation.flips else ""
+        table.add_row(
+            str(document["kind"]),
+            str(document["batch"]),
+            str(deviation.n),
+            *_errors(finding),
+            str(deviation.argmax_flips),
+            margin,
+            str(row.deviation.nonfinite),
+            _mark(finding),
+        )
+    return table
+
+
+def _invariance(result: ParityResult) -> Table:
+    table = _table(
+        "the same images", "n", "max change", "p99", "of scale", "units", "flips", "bits"
+    )
+    for finding in result.invariance:
+        document = finding.document()
+        table.add_row(
+            str(document["claim"]),
+            str(document["n"]),
+            *_errors(finding),
+            str(document["argmax_flips"]),
+            str(document["differing"]),
+            _mark(finding),
+        )
+    return table
+
+
+def _layers(findings: Iterable[Finding]) -> Table:
+    """Show for every layer the kind of input on which it is furthest off."""
+    worst: dict[str, Finding] = {}
+    for finding in findings:
+        layer = finding.document()["layer"]
+        held = worst.get(layer)
+        if held is None or finding.row.deviation.units > held.row.deviation.units:
+            worst[layer] = finding
+    table = _table("layer", "worst input", "max error", "p99", "of scale", "units", "NaN/inf")
+    for layer, finding in worst.items():
+        kind = finding.document()["kind"]
+        nonfinite = str(finding.row.deviation.nonfinite)
+        table.add_row(layer, kind, *_errors(finding), nonfinite, _mark(finding))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for at, column in enumerate(columns):
+        table.add_column(column, justify="left" if at == 0 else "right", no_wrap=True)
+    table.add_column("")
+    return table
+
+
+def _errors(finding: Finding) -> tuple[str, str, str, str]:
+    deviation = finding.row.deviation
+    return (
+        f"{deviation.max_abs:.1e}",
+        f"{deviation.p99_abs:.1e}",
+        f"{deviation.relative:.1e}",
+        f"{deviation.units:.3g}",
+    )
+
+
+def _mark(finding: Finding) -> str:
+    return "[bold red]fail[/]" if finding.reasons else "[green]pass[/]"

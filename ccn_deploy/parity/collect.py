@@ -1,0 +1,316 @@
+"""Measuring a runtime against the float64 reference, once."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ccn_deploy
+from ccn_deploy.bundle import Bundle
+from ccn_deploy.data import Dataset, Images, load_dataset
+from ccn_deploy.errors import UsageError
+from ccn_deploy.models import Classifier
+from ccn_deploy.parity.comparison import compare_logits, compare_values, scale_of
+from ccn_deploy.parity.evidence import InputRow, LayerRow, ParityEvidence, setting_key
+from ccn_deploy.parity.invariance import Claim, measure_invariance
+from ccn_deploy.parity.policy import policy_for
+from ccn_deploy.parity.probes import KINDS, Probe, make_probes
+from ccn_deploy.parity.rounding import DRAWS, rounding_units
+from ccn_deploy.runtimes import Runtime, RuntimeOptions, open_runtime
+from ccn_deploy.runtimes.activations import open_activations
+from ccn_deploy.runtimes.base import Array
+from ccn_deploy.runtimes.torch_runtime import load_twin
+
+ODD_BATCH = 7
+SINGLES = 8
+"""Images that are run one at a time."""
+
+UNIT_IMAGES = 16
+"""Images of each kind on which the rounding model is run."""
+
+MIXED_IMAGES = 8
+"""Images of each of three kinds in the batch that must not depend on its company."""
+
+_MIXED = ("clean", "adversarial", "noise")
+_LARGEST_MIXED = 2 * len(_MIXED) * MIXED_IMAGES  # each image twice
+_REFERENCE_BATCH = 64
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, steps done and steps in all."""
+
+
+@dataclass(frozen=True)
+class ParityRequest:
+    """What to measure.
+
+    Attributes:
+        runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
+        precision: Of the deployed graph.
+        samples: Images of each kind, at least 8; they are also the large batch. By default 256, or
+            32 where an image has more than 10,000 values.
+        per_layer: Whether to compare every layer.
+        dataset: Name; by default the one the network was trained on.
+        data_dir: Where its files are.
+        seed: Of selection, noise and rounding.
+        threads: CPU threads; the runtime's own choice if None.
+    """
+
+    runtime: str = "onnxruntime-cpu"
+    precision: str = "fp32"
+    samples: int | None = None
+    per_layer: bool = False
+    dataset: str | None = None
+    data_dir: Path | None = None
+    seed: int = 0
+    threads: int | None = None
+
+
+def collect(
+    bundle: Bundle,
+    request: ParityRequest,
+    *,
+    progress: Progress | None = None,
+    fresh: bool = False,
+) -> ParityEvidence:
+    """Measure a runtime, or return the evidence of the same measurement made before.
+
+    Evidence is kept under ``BUNDLE/evidence/parity`` by a digest of everything it depends on.
+
+    Args:
+        bundle: An open bundle.
+        request: What to measure.
+        progress: Is told how far the measurement is.
+        fresh: Measure even if there is evidence.
+
+    Raises:
+        UsageError: An unknown runtime, precision or data set, or data of another shape.
+        RuntimeUnavailableError: The runtime cannot be had here, or shows no layers.
+        IntegrityError: Evidence that was changed after it was written.
+        StorageError: Evidence cannot be written.
+    """
+    policy_for(request.precision)
+    data = _data(bundle, request)
+    samples = _samples(request, data)
+    options = RuntimeOptions(threads=request.threads, max_batch=max(samples, _LARGEST_MIXED))
+    with open_runtime(bundle, request.runtime, request.precision, options) as runtime:
+        setting = _setting(bundle, request, data, samples, runtime)
+        target = runtime.spec.target
+        path = bundle.evidence / "parity" / f"{target}-{setting_key(setting)}.json"
+        if path.exists() and not fresh:
+            return ParityEvidence.read(path)
+        with _torch_threads(request.threads):
+            measurement = _Measurement(bundle, request, options, runtime, setting)
+            evidence = measurement.run(data, progress)
+    evidence.write(path)
+    return evidence
+
+
+def measure_inputs(
+    run: Callable[[Images], Array], probe: Probe, reference: Array, *, unit: float, samples: int
+) -> list[InputRow]:
+    """Compare a runtime with the reference on one kind of input, at three batch sizes.
+
+    Args:
+        run: Maps images to the runtime's logits, any batch in one piece.
+        probe: The images.
+        reference: float64 logits of ``probe.images``.
+        unit: What rounding explains on them.
+        samples: Size of the large batch.
+    """
+    scale = scale_of(reference)
+    rows = []
+    for batch, n in _batches(samples):
+        chosen = probe.take(n)
+        found = [run(probe.images[chosen[at : at + batch]]) for at in range(0, n, batch)]
+        deviation = compare_logits(np.concatenate(found), reference[chosen], scale=scale, unit=unit)
+        rows.append(InputRow(probe.kind, batch, deviation))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Everything that one measurement needs at hand."""
+
+    bundle: Bundle
+    request: ParityRequest
+    options: RuntimeOptions
+    runtime: Runtime
+    setting: dict[str, Any]
+
+    def run(self, data: Dataset, progress: Progress | None) -> ParityEvidence:
+        """Measure every kind of input, then the same images under other circumstances."""
+        samples: int = self.setting["samples"]
+        step = _Steps(2 + len(KINDS) * (3 if self.request.per_layer else 2), progress)
+        step("crafting inputs")
+        probes = make_probes(load_twin(self.bundle), data, samples, self.request.seed)
+        exact = load_twin(self.bundle, torch.float64)
+        units: dict[str, dict[str, float]] = {}
+        logits: dict[str, Array] = {}
+        inputs: list[InputRow] = []
+        options = replace(self.options, max_batch=_REFERENCE_BATCH)
+        with open_runtime(self.bundle, "torch", "fp64", options) as reference:
+            for probe in probes:
+                step(f"{probe.kind}: what rounding explains")
+                units[probe.kind] = self._units(exact, probe)
+                step(f"{probe.kind}: comparing")
+                logits[probe.kind] = reference.logits(probe.images)
+                inputs += measure_inputs(
+                    self.runtime.logits,
+                    probe,
+                    logits[probe.kind],
+                    unit=_last(units[probe.kind]),
+                    samples=samples,
+                )
+        step("batch invariance")
+        claims = self._invariance(probes, logits, units)
+        layers = self._layers(probes, units, step) if self.request.per_layer else None
+        step.finish()
+        return ParityEvidence(self.setting, tuple(inputs), tuple(claims), layers)
+
+    def _units(self, exact: Classifier, probe: Probe) -> dict[str, float]:
+        images = torch.from_numpy(probe.images[:UNIT_IMAGES]).double()
+        arithmetic = policy_for(self.request.precision).arithmetic
+        return rounding_units(exact, images, arithmetic, seed=self.request.seed)
+
+    def _invariance(
+        self,
+        probes: Sequence[Probe],
+        logits: dict[str, Array],
+        units: dict[str, dict[str, float]],
+    ) -> list[Claim]:
+        mixed = [probe for probe in probes if probe.kind in _MIXED]
+        return measure_invariance(
+            self.runtime.logits,
+            np.concatenate([probe.images[:MIXED_IMAGES] for probe in mixed]),
+            np.concatenate([logits[probe.kind][:MIXED_IMAGES] for probe in mixed]),
+            unit=max(_last(units[probe.kind]) for probe in mixed),
+            seed=self.request.seed,
+        )
+
+    def _layers(
+        self, probes: Sequence[Probe], units: dict[str, dict[str, float]], step: _Steps
+    ) -> tuple[LayerRow, ...]:
+        """Compare every layer that the runtime shows, on an odd batch of every kind."""
+        name, precision = self.request.runtime, self.request.precision
+        deployed = open_activations(self.bundle, name, precision, self.options)
+        reference = open_activations(self.bundle, "torch", "fp64", self.options)
+        rows: dict[str, list[LayerRow]] = {}
+        for probe in probes:
+            step(f"{probe.kind}: layer by layer")
+            images = probe.images[probe.take(ODD_BATCH)]
+            found, expected = deployed(images), reference(images)
+            for layer, values in expected.items():
+                if layer in found:
+                    unit = units[probe.kind][layer]
+                    deviation = compare_values(found[layer], values, unit=unit)
+                    rows.setdefault(layer, []).append(LayerRow(layer, probe.kind, deviation))
+        return tuple(row for layer in rows.values() for row in layer)
+
+
+def _batches(samples: int) -> list[tuple[int, int]]:
+    """Return (batch, images in all): one at a time, an odd batch, all at once."""
+    odd = samples // ODD_BATCH * ODD_BATCH
+    return [(1, min(SINGLES, samples)), (ODD_BATCH, min(5 * ODD_BATCH, odd)), (samples, samples)]
+
+
+def _samples(request: ParityRequest, data: Dataset) -> int:
+    wanted = request.samples
+    if wanted is None:
+        wanted = 256 if int(np.prod(data.input_shape)) <= 10_000 else 32
+    if wanted <= ODD_BATCH:
+        raise UsageError(
+            f"{wanted} images are too few to compare at several batch sizes.",
+            f"Give --samples {ODD_BATCH + 1} or more.",
+        )
+    if len(data) <= ODD_BATCH:
+        raise UsageError(
+            f"{data.name} has only {len(data)} images.",
+            f"Give a data set with at least {ODD_BATCH + 1}.",
+        )
+    return min(wanted, len(data))
+
+
+def _data(bundle: Bundle, request: ParityRequest) -> Dataset:
+    manifest = bundle.manifest
+    name = request.dataset or manifest.training.get("dataset")
+    if not name:
+        raise UsageError(
+            "The bundle does not say what data it was trained on.", "Give --dataset NAME."
+        )
+    data = load_dataset(str(name), "test", request.data_dir)
+    if data.input_shape != manifest.input_shape:
+        raise UsageError(
+            f"Images of {data.name} have shape {list(data.input_shape)}; the network takes "
+            f"{list(manifest.input_shape)}.",
+            "Give the data set it was trained on with --dataset.",
+        )
+    if len(data.class_names) > len(manifest.class_names):
+        raise UsageError(
+            f"{data.name} has {len(data.class_names)} classes; the network tells "
+            f"{len(manifest.class_names)} apart.",
+            "Give the data set it was trained on with --dataset.",
+        )
+    return data
+
+
+def _setting(
+    bundle: Bundle, request: ParityRequest, data: Dataset, samples: int, runtime: Runtime
+) -> dict[str, Any]:
+    """Return everything that the measurement depends on."""
+    spec = runtime.spec
+    return {
+        "bundle": bundle.manifest.digest,
+        "dataset": {"name": data.name, "split": data.split, "digest": data.digest},
+        "seed": request.seed,
+        "samples": samples,
+        "per_layer": request.per_layer,
+        "draws": DRAWS,
+        "runtime": {
+            "name": spec.name,
+            "precision": spec.precision,
+            "device": spec.device,
+            "threads": request.threads,
+            "versions": dict(spec.versions),
+        },
+        "reference": {"name": "torch", "precision": "fp64", "version": torch.__version__},
+        "machine": platform.machine(),
+        "ccn_deploy": ccn_deploy.__version__,
+    }
+
+
+def _last(units: dict[str, float]) -> float:
+    return list(units.values())[-1]
+
+
+class _Steps:
+    """Counts steps for a progress display."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._done, self._progress = total, 0, progress
+
+    def __call__(self, what: str) -> None:
+        if self._progress:
+            self._progress(what, self._done, self._total)
+        self._done += 1
+
+    def finish(self) -> None:
+        assert self._done == self._total
+        if self._progress:
+            self._progress("done", self._total, self._total)
+
+
+@contextlib.contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    had = torch.get_num_threads()
+    torch.set_num_threads(threads or had)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(had)

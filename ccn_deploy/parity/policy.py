@@ -1,0 +1,84 @@
+"""What error each precision may have against float64. Imports no torch.
+
+The figures are derived and measured in ``docs/parity.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ccn_deploy.errors import unknown
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Unit roundoffs of an arithmetic, the largest relative error of rounding once.
+
+    Attributes:
+        store: Of weights and of what a layer hands to the next.
+        accumulate: Of the sums inside a linear map.
+        norm: Of the norm branch of compact layers.
+    """
+
+    store: float
+    accumulate: float
+    norm: float
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The error that a precision may have.
+
+    Attributes:
+        precision: For example ``"fp32"``.
+        arithmetic: What the rounding model assumes.
+        max_relative: Bound on the largest absolute error over the logit scale, which is the
+            largest absolute reference logit of the same kind of input.
+        max_units: Bound on the largest absolute error over the largest that the rounding model
+            produced on the same kind of input.
+    """
+
+    precision: str
+    arithmetic: Arithmetic
+    max_relative: float
+    max_units: float
+
+    def stated_error(self, scale: float) -> float:
+        """Return the absolute error this policy allows on logits of a scale.
+
+        A label may differ from the reference's only where the reference's two largest logits are
+        no further apart than this.
+        """
+        return self.max_relative * scale
+
+    def document(self) -> dict[str, Any]:
+        """Return the policy as it stands in reports."""
+        return asdict(self)
+
+
+_U32 = 2.0**-24
+
+POLICIES: dict[str, Policy] = {
+    policy.precision: policy
+    for policy in (
+        Policy(
+            precision="fp32",
+            arithmetic=Arithmetic(store=_U32, accumulate=_U32, norm=_U32),
+            max_relative=1e-4,
+            max_units=8.0,
+        ),
+    )
+}
+
+
+def policy_for(precision: str) -> Policy:
+    """Look up the policy of a precision.
+
+    Raises:
+        UsageError: There is none; the hint lists those known.
+    """
+    try:
+        return POLICIES[precision]
+    except KeyError:
+        raise unknown("precision", precision, POLICIES) from None

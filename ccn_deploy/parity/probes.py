@@ -1,0 +1,112 @@
+"""The images on which a runtime and the reference are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from ccn_deploy.data import Dataset, Images
+from ccn_deploy.models import Classifier
+
+KINDS = ("clean", "adversarial", "noise", "zero", "one", "near-mean")
+"""Every kind of input, in the order of reports."""
+
+EPSILONS = (0.02, 0.1, 0.3)
+"""Linf sizes of the adversarial perturbations, taken in turn."""
+
+PGD_STEPS = 10
+NEAR_MEAN_NOISE = 1e-3
+"""Half-width of the noise around the mean, where ``x - 0.5`` cancels almost everything."""
+
+_CRAFT_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One kind of input.
+
+    Attributes:
+        kind: Its name in reports.
+        images: float32 [m, C, H, W] in [0, 1], all different; m is 1 for a constant kind.
+    """
+
+    kind: str
+    images: Images
+
+    def take(self, n: int) -> NDArray[np.int64]:
+        """Return the rows that n images of this kind are made of, repeating if there are fewer."""
+        return np.arange(n) % len(self.images)
+
+
+def make_probes(twin: Classifier, data: Dataset, samples: int, seed: int) -> list[Probe]:
+    """Return every kind of input, ``samples`` images of each.
+
+    Args:
+        twin: The float32 network that the adversarial images are crafted on.
+        data: Where clean images and labels come from.
+        samples: Images of each kind; fewer if the data set has fewer.
+        seed: Of the selection and of the noise.
+    """
+    chosen = data.order(seed)[:samples]
+    clean, labels = data.images(chosen), data.labels[chosen]
+    shape = (len(chosen), *data.input_shape)
+    rng = np.random.default_rng([seed, 1])
+    near_mean = 0.5 + NEAR_MEAN_NOISE * rng.uniform(-1.0, 1.0, shape)
+    images = (
+        clean,
+        craft(twin, clean, labels),
+        rng.random(shape, dtype=np.float32),
+        np.zeros((1, *data.input_shape), np.float32),
+        np.ones((1, *data.input_shape), np.float32),
+        near_mean.astype(np.float32),
+    )
+    return [Probe(kind, array) for kind, array in zip(KINDS, images, strict=True)]
+
+
+def craft(twin: Classifier, images: Images, labels: NDArray[np.int64]) -> Images:
+    """Return adversarial images: one gradient step and ten in turn, at each of :data:`EPSILONS`.
+
+    They are inputs for a comparison of arithmetic, not a measure of robustness, so a few
+    signed gradient steps on the cross-entropy do.
+
+    Args:
+        twin: float32, in eval mode.
+        images: float32 [N, C, H, W] in [0, 1].
+        labels: int64 [N].
+    """
+    eps = torch.tensor([EPSILONS[i % len(EPSILONS)] for i in range(len(images))])
+    steps = torch.tensor([1 if i % 2 == 0 else PGD_STEPS for i in range(len(images))])
+    crafted = torch.from_numpy(images.copy())
+    for start in range(0, len(images), _CRAFT_BATCH):
+        piece = slice(start, start + _CRAFT_BATCH)
+        crafted[piece] = _signed_steps(
+            twin,
+            crafted[piece],
+            torch.from_numpy(labels)[piece],
+            eps[piece].view(-1, 1, 1, 1),
+            steps[piece].view(-1, 1, 1, 1),
+        )
+    array: Images = crafted.numpy()
+    return array
+
+
+def _signed_steps(
+    twin: Classifier, images: Tensor, labels: Tensor, eps: Tensor, steps: Tensor
+) -> Tensor:
+    """Climb the loss within ``eps`` of the images; a single step is as long as ``eps``."""
+    low, high = (images - eps).clamp(min=0.0), (images + eps).clamp(max=1.0)
+    size = torch.where(steps == 1, eps, 2.5 * eps / steps)
+    x = images
+    for step in range(int(steps.max())):
+        leaf = x.clone().requires_grad_(True)
+        with torch.enable_grad():
+            loss = F.cross_entropy(twin(leaf), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        moved = (x + size * gradient.sign()).clamp(low, high)
+        x = torch.where(step < steps, moved, x)
+    return x
