@@ -1,0 +1,20 @@
+"""Robustness of what is deployed: attack it, keep the evidence, judge it.
+
+:func:`collect` attacks and needs the extra ``train``; :func:`judge` only reads evidence and
+needs SciPy for its intervals.
+"""
+
+from ccn_deploy.robustness.collect import Measurement, Pair, RobustnessRequest, collect
+from ccn_deploy.robustness.evidence import Evidence, Sample
+from ccn_deploy.robustness.judge import RobustnessResult, judge
+
+__all__ = [
+    "Evidence",
+    "Measurement",
+    "Pair",
+    "RobustnessRequest",
+    "RobustnessResult",
+    "Sample",
+    "collect",
+    "judge",
+]
