@@ -20,18 +20,33 @@ from ccn_deploy.exporters.lowering import deployed_layers
 from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear, SubtractMean
 from ccn_deploy.models import Classifier
 
-PATTERNS: dict[type[nn.Module], str] = {
-    SubtractMean: "Sub/2",
-    nn.Conv2d: "Conv/3",
-    CompactConv2d: "ReduceSumSquare/2 Conv/2 Sqrt/1 Add/2 Conv/2 Div/2 Add/2",
-    nn.Linear: "Gemm/3",
-    CompactLinear: "ReduceSumSquare/2 Sqrt/1 Add/2 Gemm/2 Div/2 Add/2",
-    nn.ReLU: "Relu/1",
-    BoundedReLU: "Clip/3",
-    nn.MaxPool2d: "MaxPool/1",
-    nn.Flatten: "Flatten/1",
+PATTERNS: dict[type[nn.Module], tuple[str, ...]] = {
+    SubtractMean: ("y = Sub(x, value)",),
+    nn.Conv2d: ("y = Conv(x, weight, bias)",),
+    CompactConv2d: (
+        "squares = ReduceSumSquare(x, axes)",
+        "patches = Conv(squares, ones)",
+        "norm = Sqrt(patches)",
+        "divisor = Add(norm, delta)",
+        "product = Conv(x, weight)",
+        "quotient = Div(product, divisor)",
+        "y = Add(quotient, bias)",
+    ),
+    nn.Linear: ("y = Gemm(x, weight, bias)",),
+    CompactLinear: (
+        "squares = ReduceSumSquare(x, axes)",
+        "norm = Sqrt(squares)",
+        "divisor = Add(norm, delta)",
+        "product = Gemm(x, weight)",
+        "quotient = Div(product, divisor)",
+        "y = Add(quotient, bias)",
+    ),
+    nn.ReLU: ("y = Relu(x)",),
+    BoundedReLU: ("y = Clip(x, low, high)",),
+    nn.MaxPool2d: ("y = MaxPool(x)",),
+    nn.Flatten: ("y = Flatten(x)",),
 }
-"""Ops of each kind of layer, in order, each with its number of inputs: ``Conv/2`` has no bias."""
+"""The exact program of each kind of layer, from its input x to its output y."""
 
 LARGEST = 2**31 - 1
 """Bytes that a protobuf message may have."""
@@ -104,39 +119,28 @@ def check_shapes(graph: onnx.ModelProto, model: Classifier) -> None:
 
 
 def check_pattern(graph: onnx.ModelProto, model: Classifier) -> None:
-    """Assert the exact ops of every layer, their order, their wiring and their constants.
+    """Assert the exact program of every layer: its ops, their order, wiring and given constants.
 
     Raises:
-        LoweringError: Names the first layer that is not as it must be.
+        LoweringError: Names the first layer that is not as it must be, and its first wrong step.
     """
     nodes = list(graph.graph.node)
     constants = {c.name: c for c in graph.graph.initializer}
     layers = deployed_layers(model)
-    tensor = INPUT
+    x = INPUT
     for name, layer in layers:
-        pattern = PATTERNS[type(layer)].split()
-        mine, nodes = nodes[: len(pattern)], nodes[len(pattern) :]
-        found = [f"{node.op_type}/{len(node.input)}" for node in mine]
-        if found != pattern or not all(node.domain == "" for node in mine):
-            raise LoweringError(
-                f"Layer {name!r} was lowered to {_ops(found)}, not to {_ops(pattern)}.", HINT
-            )
-        own = {node.output[0] for node in mine} | {c for c in constants if _of(c, name)}
-        outside = {x for node in mine for x in node.input} - own
-        output = OUTPUT if name == layers[-1][0] else name
-        names = all(_of(node.name, name) for node in mine)
-        if outside != {tensor} or mine[-1].output[0] != output or not names:
-            raise LoweringError(
-                f"Layer {name!r} is wired from {sorted(outside)} to {mine[-1].output[0]!r}, "
-                f"not from {tensor!r} to {output!r}.",
-                HINT,
-            )
-        for what, value in _fixed(name, layer):
+        y = OUTPUT if name == layers[-1][0] else name
+        for step in PATTERNS[type(layer)]:
+            found = _step(nodes.pop(0), name, x, y) if nodes else "nothing"
+            if found != step:
+                raise LoweringError(f"Layer {name!r} has {found!r} in place of {step!r}.", HINT)
+        for what, value in _given(name, layer):
             if not np.array_equal(numpy_helper.to_array(constants[what]), value):
                 raise LoweringError(f"The constant {what!r} has a wrong value.", HINT)
-        tensor = output
+        x = y
     if nodes:
-        raise LoweringError(f"The graph has further ops: {_ops(n.op_type for n in nodes)}.", HINT)
+        spare = " ".join(node.op_type for node in nodes)
+        raise LoweringError(f"The graph goes on after its last layer: {spare}.", HINT)
 
 
 def check_plain(graph: onnx.ModelProto) -> None:
@@ -153,20 +157,23 @@ def check_plain(graph: onnx.ModelProto) -> None:
         raise LoweringError("The graph carries text beside its function.", HINT)
 
 
-def _fixed(name: str, layer: nn.Module) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield the constants that are given by the paper and not learnt."""
+def _given(name: str, layer: nn.Module) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield the constants that the paper gives and training does not learn."""
     if isinstance(layer, CompactConv2d):
         yield f"{name}.ones", np.ones((1, 1, *layer.kernel_size), dtype=np.float32)
     if isinstance(layer, CompactConv2d | CompactLinear):
         yield f"{name}.delta", np.array(layer.delta, dtype=np.float32)
 
 
-def _of(name: str, layer: str) -> bool:
-    return name == layer or name.startswith(f"{layer}.")
+def _step(node: onnx.NodeProto, layer: str, x: str, y: str) -> str:
+    """Write a node as a step of :data:`PATTERNS`, in names relative to its layer."""
 
+    def relative(tensor: str) -> str:
+        return {x: "x", y: "y"}.get(tensor, tensor.removeprefix(f"{layer}."))
 
-def _ops(ops: Iterator[str] | list[str]) -> str:
-    return " ".join(op.split("/")[0] for op in ops) or "nothing"
+    op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    outputs = ", ".join(map(relative, node.output))
+    return f"{outputs} = {op}({', '.join(map(relative, node.input))})"
 
 
 def _line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def export_run(
                 "forward",
                 "fp32",
                 made_by={**ours, "onnx": onnx.__version__, "torch": torch.__version__},
-                details={"opset": OPSET, "ir_version": IR_VERSION},
+                details={"opset": OPSET, "ir_version": IR_VERSION, "ops": _count_ops(graph)},
             ),
         ],
         overwrite=overwrite,
@@ -101,6 +102,10 @@ def check_probe(graph: onnx.ModelProto, model: Classifier) -> None:
             "from.",
             "Nothing was written; this is a bug in the exporter, please report it.",
         )
+
+
+def _count_ops(graph: onnx.ModelProto) -> dict[str, int]:
+    return dict(sorted(Counter(node.op_type for node in graph.graph.node).items()))
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

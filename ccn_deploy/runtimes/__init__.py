@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ccn_deploy.bundle import Bundle, open_bundle
-from ccn_deploy.errors import RuntimeUnavailableError, unknown
+from ccn_deploy.errors import RuntimeUnavailableError, UsageError, unknown
 from ccn_deploy.runtimes.base import Runtime, RuntimeOptions, RuntimeSpec
 
 __all__ = ["RUNTIMES", "Runtime", "RuntimeOptions", "RuntimeSpec", "open_runtime"]
@@ -41,7 +41,8 @@ def open_runtime(
         options: Threads, memory, device and batch limit; defaults if not given.
 
     Raises:
-        UsageError: An unknown name; the hint suggests the nearest.
+        UsageError: An unknown name (the hint suggests the nearest), or an option that the
+            runtime does not have.
         NotABundleError: No bundle at the path.
         IntegrityError: A file of the bundle is not what its manifest says.
         RuntimeUnavailableError: The device or precision cannot be had here.
@@ -51,6 +52,11 @@ def open_runtime(
         raise unknown("runtime", name, RUNTIMES)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     options = options or RuntimeOptions()
+    if options.memory_limit is not None and name != "onnxruntime-cuda":
+        raise UsageError(
+            f"The runtime {name} takes no memory limit.",
+            "Leave it out; on the CPU, arena=False and a smaller max_batch lower the memory.",
+        )
     if name.startswith("torch"):
         from ccn_deploy.extras import require
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ccn_deploy.errors import InputError
+from ccn_deploy.errors import InputError, UsageError
 
 Array = NDArray[Any]
 
@@ -28,7 +28,10 @@ class RuntimeOptions:
         device: Index of the GPU.
         max_batch: Larger batches are split into pieces of this size.
         check_range: Whether images outside [0, 1] are an error. Only an attack that is meant to
-            leave the box turns this off.
+            leave the box turns this off. NaN and infinity are always refused.
+
+    Raises:
+        UsageError: A number below the lowest that makes sense.
     """
 
     threads: int | None = None
@@ -37,6 +40,13 @@ class RuntimeOptions:
     device: int = 0
     max_batch: int = 256
     check_range: bool = True
+
+    def __post_init__(self) -> None:
+        lowest = {"threads": 1, "memory_limit": 1, "device": 0, "max_batch": 1}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UsageError(f"{name} is {value}.", f"Give a number of at least {low}.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""Networks with random weights, alphas and biases, as runs and bundles, without training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+
+from ccn_deploy.models import Classifier, build_model
+from ccn_deploy.runs import RUN, WEIGHTS, TrainedRun
+from ccn_deploy.storage import sha256
+
+DEFENSES = ("sm", "ls", "brelu", "l2sm", "ccn", "ccn+ls")
+
+
+def random_network(architecture: str, defense: str, *, classes: int = 10) -> Classifier:
+    model = build_model(architecture, defense, classes=classes, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("alpha"):
+                parameter.copy_(1 + torch.rand((), generator=generator))
+            if name.endswith("bias"):
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval().requires_grad_(False)
+
+
+def as_run(model: Classifier, path: Path = Path("nowhere")) -> TrainedRun:
+    return TrainedRun(
+        path=path,
+        architecture=model.architecture.name,
+        defense=model.defense.name,
+        class_names=tuple(str(label) for label in range(model.classes)),
+        training={"dataset": "none", "seed": 3},
+        weights=save(model.state_dict()),
+    )
+
+
+def write_run(run: TrainedRun, *, finished: bool = True) -> Path:
+    document = {
+        "schema": "ccn-deploy/run/1",
+        "architecture": run.architecture,
+        "defense": run.defense,
+        "class_names": list(run.class_names),
+        "training": dict(run.training),
+        "finished": {"weights_sha256": sha256(run.weights)} if finished else None,
+    }
+    run.path.mkdir(parents=True)
+    (run.path / RUN).write_text(json.dumps(document))
+    (run.path / WEIGHTS).write_bytes(run.weights)
+    return run.path
+
+
+def difficult_images(shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """Zeros, ones, the mean (every patch all-zero inside), the mean and a breath, and noise."""
+    noise = np.random.default_rng(5).random((2, *shape), dtype=np.float32)
+    constant = [np.full(shape, value, dtype=np.float32) for value in (0.0, 1.0, 0.5)]
+    return np.stack([*constant, 0.5 + np.float32(1e-4) * noise[0], noise[1]])
