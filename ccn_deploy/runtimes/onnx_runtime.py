@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from types import ModuleType, TracebackType
 from typing import Any
@@ -141,6 +142,10 @@ def make_session(
     session_options = ort.SessionOptions()
     session_options.log_severity_level = _FATAL
     session_options.enable_cpu_mem_arena = options.arena
+    # A graph may name files to take its weights from; no digest covers those, so none are found.
+    session_options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.devnull
+    )
     if options.threads is not None:
         session_options.intra_op_num_threads = options.threads
     try:
