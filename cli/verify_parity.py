@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ccn_deploy.parity.evidence import ParityEvidence
     from ccn_deploy.parity.judge import Finding, ParityResult
 
+_ERRORS = ("max error", "p99", "of scale", "units")
+
 
 def verify_parity(
     bundle: BundleArgument,
@@ -91,13 +93,20 @@ def verify_parity(
 def _with_progress(measure: Callable[[Progress], ParityEvidence]) -> ParityEvidence:
     from ccn_deploy.cli.console import progress
 
-    with progress() as bar:
-        task = bar.add_task("verify-parity", total=None)
+    bar = progress()
+    task = bar.add_task("", start=False)
 
-        def report(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
+    def report(what: str, done: int, total: int) -> None:
+        if done == 0:  # evidence that is there already is not measured, and shows no bar
+            bar.start()
+            bar.start_task(task)
+        bar.update(task, description=what, completed=done, total=total)
 
+    try:
         return measure(report)
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def _print(result: ParityResult) -> None:
@@ -111,7 +120,7 @@ def _print(result: ParityResult) -> None:
     out.print(_invariance(result))
     if result.layers is not None:
         out.print(_layers(result.layers))
-    for finding in result.failures:
+    for finding in _worst_by_subject(result.failures):
         out.print(f"[red]{finding.name}[/]: {'; '.join(finding.reasons)}", soft_wrap=True)
     if result.layers is not None:
         first = result.first_departure
@@ -133,21 +142,20 @@ def _print(result: ParityResult) -> None:
 
 
 def _inputs(result: ParityResult) -> Table:
-    table = _table(
-        "input", "batch", "n", "max error", "p99", "of scale", "units", "flips", "margin", "NaN/inf"
-    )
+    flips = any(finding.row.deviation.argmax_flips for finding in result.inputs)
+    columns = ["input", "batch", "n", *_ERRORS, "flips", *(["margin"] if flips else []), "NaN"]
+    table = _table(*columns)
     for finding in result.inputs:
-        row, deviation = finding.row, finding.row.deviation
-        document = finding.document()
+        deviation = finding.row.deviation
         margin = f"{deviation.flips[0].margin:.1e}" if deviation.flips else ""
         table.add_row(
-            str(document["kind"]),
-            str(document["batch"]),
+            finding.subject,
+            str(finding.document()["batch"]),
             str(deviation.n),
             *_errors(finding),
             str(deviation.argmax_flips),
-            margin,
-            str(row.deviation.nonfinite),
+            *([margin] if flips else []),
+            str(deviation.nonfinite),
             _mark(finding),
         )
     return table
@@ -160,7 +168,7 @@ def _invariance(result: ParityResult) -> Table:
     for finding in result.invariance:
         document = finding.document()
         table.add_row(
-            str(document["claim"]),
+            finding.subject,
             str(document["n"]),
             *_errors(finding),
             str(document["argmax_flips"]),
@@ -172,25 +180,29 @@ def _invariance(result: ParityResult) -> Table:
 
 def _layers(findings: Iterable[Finding]) -> Table:
     """Show for every layer the kind of input on which it is furthest off."""
+    table = _table("layer", "worst input", *_ERRORS, "NaN")
+    for finding in _worst_by_subject(findings):
+        nonfinite = str(finding.row.deviation.nonfinite)
+        kind = str(finding.document()["kind"])
+        table.add_row(finding.subject, kind, *_errors(finding), nonfinite, _mark(finding))
+    return table
+
+
+def _worst_by_subject(findings: Iterable[Finding]) -> list[Finding]:
+    """Keep, of each kind of input, claim or layer, the finding with the largest error."""
     worst: dict[str, Finding] = {}
     for finding in findings:
-        layer = finding.document()["layer"]
-        held = worst.get(layer)
+        held = worst.get(finding.subject)
         if held is None or finding.row.deviation.units > held.row.deviation.units:
-            worst[layer] = finding
-    table = _table("layer", "worst input", "max error", "p99", "of scale", "units", "NaN/inf")
-    for layer, finding in worst.items():
-        kind = finding.document()["kind"]
-        nonfinite = str(finding.row.deviation.nonfinite)
-        table.add_row(layer, kind, *_errors(finding), nonfinite, _mark(finding))
-    return table
+            worst[finding.subject] = finding
+    return list(worst.values())
 
 
 def _table(*columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for at, column in enumerate(columns):
         table.add_column(column, justify="left" if at == 0 else "right", no_wrap=True)
     table.add_column("")
@@ -203,7 +215,7 @@ def _errors(finding: Finding) -> tuple[str, str, str, str]:
         f"{deviation.max_abs:.1e}",
         f"{deviation.p99_abs:.1e}",
         f"{deviation.relative:.1e}",
-        f"{deviation.units:.3g}",
+        f"{deviation.units:.3g}" if deviation.units < 1000 else f"{deviation.units:.0e}",
     )
 
 

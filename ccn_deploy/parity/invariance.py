@@ -20,6 +20,7 @@ from ccn_deploy.runtimes.base import Array
 SIZES = (2, 3, 5, 8, 13)
 """Batch sizes between one and all."""
 
+DETERMINISTIC = "deterministic"
 REPEATS = 3
 """Runs that must agree bit by bit."""
 
@@ -29,10 +30,10 @@ class Claim:
     """The same images under other circumstances.
 
     Attributes:
-        claim: ``"alone"``, ``"duplicated"``, ``"permuted"``, ``"sizes"``, ``"neighbours"``, or
-            ``"deterministic"``.
-        deviation: From the logits of one batch that holds each image once.
-        differing: Logits whose bits differ; counted for every claim, demanded by one.
+        claim: ``"alone"`` (each image by itself against all in one batch), ``"duplicated"``,
+            ``"permuted"``, ``"sizes"``, ``"neighbours"``, or ``"deterministic"``.
+        deviation: From the logits of each image alone; the last, from the first run.
+        differing: Logits whose bits differ; counted for every claim, demanded by the last.
     """
 
     claim: str
@@ -61,7 +62,6 @@ def measure_invariance(
         unit: What rounding explains on these images.
         seed: Of the permutation.
     """
-    whole = run(images)
     everyone = np.arange(len(images))
     shuffled = np.random.default_rng([seed, 2]).permutation(len(images))
     extremes = np.stack([np.zeros_like(images[0]), np.ones_like(images[0])])
@@ -70,26 +70,25 @@ def measure_invariance(
     def pieces(size: int) -> Array:
         return np.concatenate([run(images[at : at + size]) for at in everyone[::size]])
 
+    alone, whole = pieces(1), run(images)
     variants: list[tuple[str, Array, NDArray[np.int64]]] = [
-        ("alone", pieces(1), everyone),
+        ("alone", whole, everyone),
         ("duplicated", run(np.repeat(images, 2, axis=0)), np.repeat(everyone, 2)),
         ("permuted", run(images[shuffled]), shuffled),
         ("sizes", np.concatenate([pieces(s) for s in SIZES]), np.tile(everyone, len(SIZES))),
         ("neighbours", run(company)[1:-1], everyone),
-        (
-            "deterministic",
-            np.concatenate([run(images) for _ in range(REPEATS)]),
-            np.tile(everyone, REPEATS),
-        ),
     ]
+    again = np.concatenate([run(images) for _ in range(1, REPEATS)])
     margins, scale = top_two_margins(reference), scale_of(reference)
+
+    def claim(name: str, found: Array, expected: Array, rows: NDArray[np.int64]) -> Claim:
+        deviation = compare_logits(found, expected, scale=scale, unit=unit, margins=margins[rows])
+        return Claim(name, deviation, _differing(found, expected))
+
+    repeated = np.tile(everyone, REPEATS - 1)
     return [
-        Claim(
-            name,
-            compare_logits(found, whole[rows], scale=scale, unit=unit, margins=margins[rows]),
-            _differing(found, whole[rows]),
-        )
-        for name, found, rows in variants
+        *(claim(name, found, alone[rows], rows) for name, found, rows in variants),
+        claim(DETERMINISTIC, again, whole[repeated], repeated),
     ]
 
 

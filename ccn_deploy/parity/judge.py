@@ -8,12 +8,11 @@ from typing import Any
 
 from ccn_deploy.parity.comparison import Deviation, finite_or_none
 from ccn_deploy.parity.evidence import InputRow, LayerRow, ParityEvidence
-from ccn_deploy.parity.invariance import Claim
+from ccn_deploy.parity.invariance import DETERMINISTIC, Claim
 from ccn_deploy.parity.policy import Policy, policy_for
 from ccn_deploy.verdict import Verdict
 
 SCHEMA = "ccn-deploy/parity/1"
-DETERMINISTIC = "deterministic"
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,13 @@ class Finding:
     def verdict(self) -> Verdict:
         """Pass, or fail for any reason."""
         return Verdict.FAIL if self.reasons else Verdict.PASS
+
+    @property
+    def subject(self) -> str:
+        """The kind of input, the claim or the layer."""
+        if isinstance(self.row, Claim):
+            return self.row.claim
+        return self.row.layer if isinstance(self.row, LayerRow) else self.row.kind
 
     @property
     def name(self) -> str:
@@ -89,12 +95,8 @@ class ParityResult:
     def first_departure(self) -> Finding | None:
         """The first layer, in order of execution, that leaves the policy: its worst finding."""
         departing = [finding for finding in self.layers or () if finding.reasons]
-        if not departing:
-            return None
-        first = departing[0].row
-        assert isinstance(first, LayerRow)
-        same = [f for f in departing if isinstance(f.row, LayerRow) and f.row.layer == first.layer]
-        return max(same, key=lambda finding: finding.row.deviation.units)
+        same = [f for f in departing if f.subject == departing[0].subject]
+        return max(same, key=lambda finding: finding.row.deviation.units, default=None)
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document of the command; no NaN, no infinity (null instead)."""
@@ -111,9 +113,7 @@ class ParityResult:
         if self.layers is not None:
             first = self.first_departure
             document["layers"] = [finding.document() for finding in self.layers]
-            document["first_departure"] = (
-                first.row.layer if first and isinstance(first.row, LayerRow) else None
-            )
+            document["first_departure"] = first.subject if first else None
         return document
 
 
@@ -154,8 +154,8 @@ def _reasons(deviation: Deviation, policy: Policy) -> list[str]:
     if sure:
         many = "at least " if len(sure) == len(deviation.flips) < deviation.argmax_flips else ""
         reasons.append(
-            f"{many}{len(sure)} labels differ where the margin, up to {sure[0].margin:.2g}, "
-            f"is over the stated error {stated:.2g}"
+            f"label flips: {many}{len(sure)} where the margin, up to {sure[0].margin:.2g}, is over "
+            f"the stated error {stated:.2g}"
         )
     if not deviation.relative <= policy.max_relative:
         reasons.append(

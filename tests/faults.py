@@ -1,0 +1,130 @@
+"""Bundles that lie: healthy ones with one planted fault, and digests that match it.
+
+What an attacker or a bug could ship: the manifest vouches for the bytes, the bytes compute
+something else. Every check of function must catch each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from ccn_deploy.bundle import Bundle, NewFile, write_bundle
+
+Fault = Callable[[Bundle, Path], Bundle]
+
+LOGITS = "logits"
+
+
+def swap_rows(bundle: Bundle, output: Path) -> Bundle:
+    """Return the rows of every batch in reverse: right for one image, wrong for several."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        last = _last(graph)
+        layer, straight = last.name, f"{LOGITS}.straight"
+        last.name, last.output[0] = f"{layer}.straight", straight
+        constants = {"starts": [-1], "ends": [np.iinfo(np.int64).min], "axes": [0], "steps": [-1]}
+        for name, value in constants.items():
+            graph.initializer.append(
+                numpy_helper.from_array(np.array(value, np.int64), f"{layer}.reverse.{name}")
+            )
+        inputs = [straight, *(f"{layer}.reverse.{name}" for name in constants)]
+        graph.node.append(helper.make_node("Slice", inputs, [LOGITS], name=layer))
+
+    return edited(bundle, output, edit)
+
+
+def drop_delta(bundle: Bundle, output: Path) -> Bundle:
+    """Set every delta of a compact network to zero: an all-zero patch becomes 0 / 0."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        deltas = [c for c in graph.initializer if c.name.endswith(".delta")]
+        assert deltas, "this network has no compact layer"
+        for constant in deltas:
+            _set(constant, np.zeros_like(numpy_helper.to_array(constant)))
+
+    return edited(bundle, output, edit)
+
+
+def reorder_classes(bundle: Bundle, output: Path) -> Bundle:
+    """Exchange the first two classes."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        for what in ("weight", "bias"):
+            constant = _constant(graph, f"{_last(graph).name}.{what}")
+            value = numpy_helper.to_array(constant).copy()
+            value[[0, 1]] = value[[1, 0]]
+            _set(constant, value)
+
+    return edited(bundle, output, edit)
+
+
+def perturb_layer(
+    bundle: Bundle, output: Path, layer: str = "conv2", amount: float = 1e-3
+) -> Bundle:
+    """Change each weight of a layer by a random part of itself, about ``amount``."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        constant = _constant(graph, f"{layer}.weight")
+        value = numpy_helper.to_array(constant)
+        noise = np.random.default_rng(0).standard_normal(value.shape)
+        _set(constant, (value * (1 + amount * noise)).astype(value.dtype))
+
+    return edited(bundle, output, edit)
+
+
+def lose_alpha(bundle: Bundle, output: Path, layer: str = "conv3") -> Bundle:
+    """Leave out the scale of one compact layer, which the exporter folds into its weights."""
+    import safetensors.numpy
+
+    weights = safetensors.numpy.load(bundle.read(bundle.file("weights")))
+
+    def edit(graph: onnx.GraphProto) -> None:
+        _set(_constant(graph, f"{layer}.weight"), weights[f"{layer}.weight"])
+
+    return edited(bundle, output, edit)
+
+
+def edited(bundle: Bundle, output: Path, edit: Callable[[onnx.GraphProto], None]) -> Bundle:
+    """Write a copy of a bundle with its forward graphs edited, and a manifest that agrees."""
+    files = []
+    for record in bundle.manifest.files:
+        data = bundle.read(record)
+        if record.role == "forward":
+            model = onnx.load_model_from_string(data)
+            edit(model.graph)
+            onnx.checker.check_model(model, full_check=True)
+            data = model.SerializeToString(deterministic=True)
+        files.append(
+            NewFile(
+                record.path, data, record.role, record.precision, record.made_by, record.details
+            )
+        )
+    manifest = bundle.manifest
+    return write_bundle(
+        output,
+        architecture=manifest.architecture,
+        defense=manifest.defense,
+        input_shape=manifest.input_shape,
+        class_names=manifest.class_names,
+        training=manifest.training,
+        files=files,
+    )
+
+
+def _last(graph: onnx.GraphProto) -> onnx.NodeProto:
+    (node,) = (node for node in graph.node if LOGITS in node.output)
+    return node
+
+
+def _constant(graph: onnx.GraphProto, name: str) -> onnx.TensorProto:
+    (constant,) = (constant for constant in graph.initializer if constant.name == name)
+    return constant
+
+
+def _set(constant: onnx.TensorProto, value: np.ndarray) -> None:
+    constant.CopyFrom(numpy_helper.from_array(np.asarray(value), constant.name))
