@@ -18,10 +18,10 @@ from ccn_deploy.data import Dataset, Images, load_dataset
 from ccn_deploy.errors import UsageError
 from ccn_deploy.models import Classifier
 from ccn_deploy.parity.comparison import compare_logits, compare_values, scale_of
-from ccn_deploy.parity.evidence import InputRow, LayerRow, ParityEvidence, setting_key
+from ccn_deploy.parity.evidence import KINDS, InputRow, LayerRow, ParityEvidence, setting_key
 from ccn_deploy.parity.invariance import Claim, measure_invariance
 from ccn_deploy.parity.policy import policy_for
-from ccn_deploy.parity.probes import KINDS, Probe, make_probes
+from ccn_deploy.parity.probes import Probe, make_probes
 from ccn_deploy.parity.rounding import DRAWS, rounding_units
 from ccn_deploy.runtimes import Runtime, RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.activations import open_activations

@@ -15,6 +15,9 @@ from ccn_deploy.storage import canonical_json, sha256, write_atomic
 
 SCHEMA = "ccn-deploy/parity-evidence/1"
 
+KINDS = ("clean", "adversarial", "noise", "zero", "one", "near-mean")
+"""Every kind of input, in the order of reports."""
+
 
 @dataclass(frozen=True)
 class InputRow:

@@ -12,9 +12,7 @@ from torch.nn import functional as F
 
 from ccn_deploy.data import Dataset, Images
 from ccn_deploy.models import Classifier
-
-KINDS = ("clean", "adversarial", "noise", "zero", "one", "near-mean")
-"""Every kind of input, in the order of reports."""
+from ccn_deploy.parity.evidence import KINDS
 
 EPSILONS = (0.02, 0.1, 0.3)
 """Linf sizes of the adversarial perturbations, taken in turn."""
