@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -58,8 +61,8 @@ def launch(
 ) -> None:
     """Do ``work`` in this process, or in ``devices`` spawned ones that exchange gradients.
 
-    Spawned processes get ``task`` by pickling; events come back through a queue, so that
-    ``watcher`` is always called in this process.
+    Spawned processes get ``task`` through a private temporary file, gone when they end; events
+    come back through a queue, so that ``watcher`` is always called in this process.
 
     Raises:
         CcnDeployError: As ``work`` raises.
@@ -68,9 +71,7 @@ def launch(
     if devices == 1:
         work(Fabric(accelerator=device, devices=1), task, watcher)
         return
-    _check_sendable(task)
-    strategy = DDPStrategy(start_method="spawn")
-    fabric = Fabric(accelerator=device, devices=devices, strategy=strategy)
+    fabric = Fabric(accelerator=device, devices=devices, strategy=DDPStrategy(start_method="spawn"))
     queue: Any = multiprocessing.get_context("spawn").SimpleQueue()
     errors: list[CcnDeployError] = []
 
@@ -81,7 +82,8 @@ def launch(
     thread = threading.Thread(target=relay, name="training-events", daemon=True)
     thread.start()
     try:
-        fabric.launch(partial(_in_process, work=work, task=task, queue=queue))
+        with _task_file(task) as file:
+            fabric.launch(partial(_in_process, work=work, file=file, queue=queue))
     except ProcessRaisedException:
         if errors:
             raise errors[0] from None
@@ -91,22 +93,44 @@ def launch(
         thread.join()
 
 
-def _in_process(fabric: Fabric, work: Work, task: Any, queue: Any) -> None:
+def _in_process(fabric: Fabric, work: Work, file: Path, queue: Any) -> None:
+    """Do the work in a spawned process."""
+
     def tell(event: Event) -> None:
         queue.put(event)
 
     try:
-        work(fabric, task, tell)
+        work(fabric, _read_task(file), tell)
     except CcnDeployError as error:
         queue.put(error)
         raise
 
 
-def _check_sendable(task: Any) -> None:
+@contextlib.contextmanager
+def _task_file(task: Any) -> Iterator[Path]:
+    """Write ``task`` where only this user can, for as long as the processes need it.
+
+    Not through the pipe that starts a process: one that fails to start never reads it, and
+    writing more than a pipe holds would then wait forever.
+    """
+    with tempfile.TemporaryDirectory(prefix="ccn-deploy-") as directory:
+        path = Path(directory, "task")
+        try:
+            path.write_bytes(pickle.dumps(task))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise _unsendable(error) from error
+        yield path
+
+
+def _read_task(path: Path) -> Any:
     try:
-        pickle.dumps(task)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"The data set cannot be sent to the processes of several devices: {error}.",
-            "Let Dataset.fetch be a module-level function, a partial of one, or a method.",
-        ) from error
+        return pickle.loads(path.read_bytes())  # written by the process that started this one
+    except (pickle.UnpicklingError, AttributeError, ImportError) as error:
+        raise _unsendable(error) from error
+
+
+def _unsendable(error: Exception) -> UsageError:
+    return UsageError(
+        f"The data set cannot be sent to the processes of several devices: {error}.",
+        "Let Dataset.fetch be a function of an installed module, a partial of one, or a method.",
+    )
