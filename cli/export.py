@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,4 +90,5 @@ def _print(document: dict[str, Any]) -> None:
             summary = ", ".join(f"{count} {op}" for op, count in ops.items())
             console.out.print(f"ops in {escape(file['path'])}: {summary}", soft_wrap=True)
     console.out.print(f"digest {document['digest']}", soft_wrap=True)
-    console.err.print(f"Next: ccn-deploy verify-parity {path}", soft_wrap=True)
+    command = f"ccn-deploy verify-parity {shlex.quote(document['bundle'])}"
+    console.err.print(f"Next: {escape(command)}", soft_wrap=True)

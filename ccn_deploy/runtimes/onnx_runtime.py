@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import threading
 from types import ModuleType, TracebackType
 from typing import Any
@@ -203,7 +205,8 @@ def load_library(name: str) -> ModuleType:
     if PROVIDERS[name] not in ort.get_available_providers():
         raise _no_cuda(ort, "this build of it has no CUDA provider")
     if name == "onnxruntime-cuda" and hasattr(ort, "preload_dlls"):
-        with _PRELOAD:  # finds the CUDA and cuDNN wheels of the extra
+        # Finds the CUDA and cuDNN wheels of the extra. It reports by print, and stdout is for results.
+        with _PRELOAD, contextlib.redirect_stdout(sys.stderr):
             ort.preload_dlls()
     return ort
 
