@@ -205,7 +205,7 @@ def load_library(name: str) -> ModuleType:
     if PROVIDERS[name] not in ort.get_available_providers():
         raise _no_cuda(ort, "this build of it has no CUDA provider")
     if name == "onnxruntime-cuda" and hasattr(ort, "preload_dlls"):
-        # Finds the CUDA and cuDNN wheels of the extra. It reports by print, and stdout is for results.
+        # Finds the CUDA and cuDNN wheels. It reports by print, and stdout is for results.
         with _PRELOAD, contextlib.redirect_stdout(sys.stderr):
             ort.preload_dlls()
     return ort
