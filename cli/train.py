@@ -151,7 +151,8 @@ class Display:
         return self  # the bar starts with the first event: an error before it has the screen alone
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self.started:
+            self._bar.stop()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""

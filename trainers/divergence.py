@@ -11,6 +11,9 @@ from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.errors import TrainingDivergedError
 from ccn_deploy.trainers.recipes import Recipe
 
+CUSTOMARY = 0.1
+"""The paper's learning rate: nothing higher is suggested."""
+
 
 def diverged(
     recipe: Recipe,
@@ -52,5 +55,6 @@ def diverged(
     return TrainingDivergedError(
         f"{where}: the learning rate, {recipe.learning_rate_at(step, steps):.3g} there, is likely "
         f"too high{beside}.",
-        f"Start anew with --learning-rate {recipe.learning_rate / 10:g} --overwrite; {kept}.",
+        f"Start anew with --learning-rate {min(recipe.learning_rate / 10, CUSTOMARY):g} "
+        f"--overwrite; {kept}.",
     )
