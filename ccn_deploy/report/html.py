@@ -1,0 +1,69 @@
+"""Writing the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ccn_deploy.bundle import Bundle
+from ccn_deploy.extras import require
+from ccn_deploy.report.examples import Example
+from ccn_deploy.report.figures import draw
+from ccn_deploy.report.page import Page, page_of
+from ccn_deploy.robustness import RobustnessResult
+from ccn_deploy.storage import write_atomic
+
+REPORT = "report.html"
+_TEMPLATE, _STYLE = "report.html.j2", "report.css"
+
+
+def write_report(
+    bundle: Bundle,
+    result: RobustnessResult,
+    examples: Sequence[Example],
+    command: str,
+    parity: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write ``BUNDLE/report.html`` and return its path.
+
+    The page is complete in itself and runs no script. The same judgement gives the same bytes.
+
+    Args:
+        bundle: What was measured.
+        result: Its judgement.
+        examples: Images to show, from :func:`~ccn_deploy.report.examples.examples_of`.
+        command: What the user typed.
+        parity: A document of schema ``ccn-deploy/parity/1``, if parity was measured too.
+
+    Raises:
+        MissingExtraError: jinja2 or matplotlib is not installed.
+        StorageError: The page cannot be written; one that was there before is as it was.
+    """
+    path = bundle.path / REPORT
+    write_atomic(path, render(page_of(bundle, result, examples, command, parity)).encode())
+    return path
+
+
+def render(page: Page) -> str:
+    """Return the page as HTML, everything in it escaped but the style and our own figures."""
+    jinja2 = require("jinja2", "train", "to write a report")
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    safe = require("markupsafe", "train", "to write a report").Markup
+    figures = [
+        {"title": curve.title, "svg": safe(draw(curve, f"figure-{number}"))}
+        for number, curve in enumerate(page.curves, start=1)
+    ]
+    template = environment.from_string(_resource(_TEMPLATE))
+    return str(template.render(page=page, figures=figures, css=safe(_resource(_STYLE))))
+
+
+def _resource(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
