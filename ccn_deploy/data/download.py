@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +41,9 @@ class RemoteFile:
         try:
             with urllib.request.urlopen(self.url, timeout=TIMEOUT) as response:
                 data: bytes = response.read(self.size + 1)
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        except (OSError, http.client.HTTPException) as error:  # OSError: URLError and HTTPError too
             raise EnvironmentUnfitError(
-                f"Could not download {self.url}: {reason}.",
+                f"Could not download {self.url}: {error}.",
                 "Check the connection and any proxy, or fetch the file elsewhere and give its "
                 "directory with --data-dir.",
             ) from error

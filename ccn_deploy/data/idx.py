@@ -7,6 +7,7 @@ dimension as a big-endian 32-bit count, and the elements; here always unsigned b
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import struct
 import zlib
@@ -119,13 +120,21 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
                 raise _damaged(path, "ends inside its header", wanted)
             shape = struct.unpack(f">{dimensions}I", header[4:])
             expected = math.prod(shape)
-            data = file.read(expected + 1)
+            data = _read_up_to(file, expected + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise _damaged(path, f"is no whole gzip file ({error})", wanted) from error
     if len(data) != expected:
         amount = f"{len(data)}" if len(data) < expected else "more"
         raise _damaged(path, f"holds {amount} bytes after its header", f"{expected}")
     return np.frombuffer(data, dtype=np.uint8).reshape(shape)
+
+
+def _read_up_to(file: io.BufferedIOBase, size: int) -> bytes:
+    """Read in pieces, so that a header that lies cannot ask for all the memory at once."""
+    data = bytearray()
+    while piece := file.read(min(1 << 20, size - len(data))):
+        data += piece
+    return bytes(data)
 
 
 def _damaged(path: Path, what: str, expected: str) -> InputError:
