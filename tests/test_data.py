@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import io
 import pickle
+import re
 import struct
 import sys
 import tarfile
@@ -698,3 +699,14 @@ def test_an_unknown_set_suggests_the_nearest(typed: str, meant: str) -> None:
 def test_an_unknown_split_is_refused() -> None:
     load = functools.partial(load_dataset, "mnist5k", "val")
     assert "test" in refused(UsageError, ExitCode.USAGE, load).hint
+
+
+def test_the_examples_of_the_documentation_run() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    loading, downloading, arrays = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"images": np.zeros((2, 3, 4, 4), np.uint8), "labels": np.array([0, 1])}
+    exec(arrays, names)
+    assert len(names["data"]) == 2
+    exec(loading, names)
+    assert names["images"].shape == (3, 1, 28, 28)
+    assert "download=True" in downloading
