@@ -1,0 +1,111 @@
+"""The claims, as pytest items: named for what they say, failing in a few lines.
+
+=====================  =============================================================
+claim                  what it says
+=====================  =============================================================
+``intact``             every file of the bundle is the file that was exported
+``parity``             the runtime computes the reference's logits, kind of input by kind
+``batch-invariant``    an image's answer does not depend on the images beside it
+``deterministic``      the same images give the same answer again
+``accurate``           without an attack, the runtime loses no more than allowed
+``robust``             under an attack, the runtime loses no more than allowed to the reference
+=====================  =============================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ccn_deploy.certification.findings import Finding
+from ccn_deploy.certification.plugin import NOTE
+from ccn_deploy.certification.session import Certification, Options
+from ccn_deploy.errors import CcnDeployError
+from ccn_deploy.verdict import Verdict
+
+_SESSION = pytest.StashKey[Certification]()
+
+
+def begin(config: pytest.Config) -> Certification:
+    """Read the options, once a run.
+
+    Raises:
+        pytest.UsageError: One of them means nothing.
+    """
+    if _SESSION not in config.stash:
+        option: Callable[[str], Any] = config.getoption
+        try:
+            options = Options.of(
+                bundle=option("--ccn-bundle"),
+                runtime=option("--ccn-runtime"),
+                precision=option("--ccn-precision"),
+                max_drop=option("--ccn-max-drop"),
+                samples=option("--ccn-samples"),
+                attacks=option("--ccn-attack"),
+                epsilons=option("--ccn-epsilons"),
+                dataset=option("--ccn-dataset"),
+                data_dir=option("--ccn-data-dir"),
+                threads=option("--ccn-threads"),
+            )
+            config.stash[_SESSION] = Certification(options)
+        except CcnDeployError as error:
+            raise pytest.UsageError(str(error)) from error
+    return config.stash[_SESSION]
+
+
+class ClaimsFile(pytest.File):
+    """Collects the claims; no evidence is looked at yet."""
+
+    def collect(self) -> Iterator[Claim]:
+        """Yield one item per claim."""
+        certification = begin(self.config)
+        for name, check in certification.claims():
+            yield Claim.from_parent(self, name=name, check=check)
+
+
+class Claim(pytest.Item):
+    """One claim about the bundle."""
+
+    def __init__(self, *, check: Callable[[], Finding], **rest: Any) -> None:
+        super().__init__(**rest)
+        self._check = check
+        if self.config.pluginmanager.hasplugin("timeout"):
+            # The first claim of a kind collects evidence for all of its kind, which takes minutes;
+            # a limit that is meant for unit tests must not cut that short.
+            self.add_marker(pytest.mark.timeout(0))
+
+    def runtest(self) -> None:
+        """Judge the claim, collecting its evidence if nobody has."""
+        finding = self._check()
+        self.user_properties += [("measured", finding.measured), ("bound", finding.bound)]
+        if note := begin(self.config).note:
+            self.user_properties.append((NOTE, note))
+        if finding.verdict is not Verdict.PASS:
+            raise BrokenClaimError(finding)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """Return a few lines instead of a traceback, which would say nothing of the bundle."""
+        if isinstance(excinfo.value, BrokenClaimError):
+            return f"{self.name} does not hold\n{excinfo.value}"
+        if isinstance(excinfo.value, CcnDeployError):
+            return f"{self.name} could not be judged\n{excinfo.value}"
+        return super().repr_failure(excinfo)
+
+    @property
+    def location(self) -> tuple[str, int | None, str]:
+        """Where the claim stands, the same on every machine."""
+        return self.nodeid.split("::", 1)[0], None, self.name
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        """Return what heads the claim's failure."""
+        return self.path, None, self.name
+
+
+class BrokenClaimError(Exception):
+    """A claim that does not hold."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding.text)

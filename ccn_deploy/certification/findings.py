@@ -1,0 +1,132 @@
+"""From a row of a judgement to what a claim says when it is run.
+
+The verdicts are those of :mod:`ccn_deploy.parity.judge` and :mod:`ccn_deploy.robustness.judge`;
+nothing is judged here a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ccn_deploy.parity.judge import Finding as ParityFinding
+from ccn_deploy.parity.policy import Policy
+from ccn_deploy.robustness.judge import BoundedRow, Gate, MinimalRow, Share
+from ccn_deploy.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a claim.
+
+    Attributes:
+        verdict: Only :attr:`Verdict.PASS` lets the claim hold: too little evidence shows nothing.
+        measured: The numbers, one line.
+        bound: What they had to keep to, one line.
+        advice: What to do if it does not hold, one line.
+    """
+
+    verdict: Verdict
+    measured: str
+    bound: str
+    advice: str = ""
+
+    @property
+    def text(self) -> str:
+        """A few lines for someone whose release has just been stopped."""
+        return (
+            f"verdict   {self.verdict.value}\nmeasured  {self.measured}\nbound     {self.bound}\n"
+            f"to do     {self.advice}"
+        )
+
+
+@dataclass(frozen=True)
+class Wording:
+    """Puts rows into words that name the bundle and the runtime.
+
+    Attributes:
+        bundle: Its path as the user gave it.
+        runtime: Name of the runtime.
+        precision: Of the deployed graph.
+    """
+
+    bundle: Path
+    runtime: str
+    precision: str
+
+    @property
+    def target(self) -> str:
+        """Runtime and precision, as in tables."""
+        return f"{self.runtime}-{self.precision}"
+
+    def parity(self, findings: Sequence[ParityFinding], policy: Policy) -> Finding:
+        """Put all findings on one claim into words: the first that fails, else the worst."""
+        worst = max(findings, key=lambda finding: finding.row.deviation.relative)
+        deviation = worst.row.deviation
+        measured = (
+            f"largest error {deviation.max_abs:.2g} ({worst.name}), {deviation.relative:.2g} of "
+            f"the scale, {deviation.units:.2g} times what rounding explains"
+        )
+        failing = [finding for finding in findings if finding.reasons]
+        if failing:
+            more = f"; {len(failing) - 1} more alike" if len(failing) > 1 else ""
+            measured = f"{failing[0].name}: {'; '.join(failing[0].reasons)}{more}"
+        return Finding(
+            Verdict.all_of(finding.verdict for finding in findings),
+            measured,
+            f"an error of at most {policy.max_relative:g} of the scale and {policy.max_units:g} "
+            "times what rounding explains, and no label changed beyond that",
+            f"{self._verify_parity()} names the first layer that departs.",
+        )
+
+    def bounded(self, row: BoundedRow) -> Finding:
+        """Put an attack at one epsilon, or no attack, into words."""
+        return self._gate(row.gate, self._shares(row.reference, row.runtime))
+
+    def minimal(self, row: MinimalRow) -> Finding:
+        """Put a search for the smallest perturbation into words, at the d that decides."""
+        d = next(d for d, gate in row.gates.items() if gate == row.gate)
+        shares = self._shares(row.reference.accuracy_at[d], row.runtime.accuracy_at[d])
+        return self._gate(row.gate, f"at d = {d:g}, {shares}")
+
+    def _shares(self, reference: Share, runtime: Share) -> str:
+        return f"reference {_percent(reference)}, {self.target} {_percent(runtime)}"
+
+    def _gate(self, gate: Gate, shares: str) -> Finding:
+        return Finding(
+            gate.verdict,
+            f"{shares}; of {gate.n} images {gate.lost} lost and {gate.gained} gained: a drop of "
+            f"{100 * gate.drop:.2f} points, at most {100 * gate.upper95:.2f} at 95 % confidence",
+            f"a drop of at most {100 * gate.max_drop:g} points, shown at 95 % confidence",
+            self._advice(gate),
+        )
+
+    def _advice(self, gate: Gate) -> str:
+        if gate.invalid:
+            return (
+                f"{gate.invalid} attacks returned no legal image; {self._verify_parity()} shows "
+                "whether the runtime's numbers are finite."
+            )
+        if gate.verdict is Verdict.FAIL:
+            return f"Do not ship it. {self._verify_parity()} shows where the runtime departs."
+        if (needed := gate.needed()) is None:
+            return (
+                "Inconclusive, and at this rate no number of images will change that: find the "
+                "cause, or allow more with --ccn-max-drop."
+            )
+        return (
+            f"Inconclusive: {gate.n} images are too few, about {needed} would do. Give "
+            f"--ccn-samples {needed}, or allow more with --ccn-max-drop."
+        )
+
+    def _verify_parity(self) -> str:
+        return (
+            f"`ccn-deploy verify-parity {self.bundle} --runtime {self.runtime} --precision "
+            f"{self.precision} --per-layer`"
+        )
+
+
+def _percent(share: Share) -> str:
+    low, high = share.ci95
+    return f"{100 * share.value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"

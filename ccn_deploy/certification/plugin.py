@@ -1,0 +1,131 @@
+"""The pytest plugin: options, and the door to the claims.
+
+pytest loads this in every test run of every project that has this package installed. It imports
+the standard library and pytest, and without ``--ccn-bundle`` it does nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from ccn_deploy.certification.claims import ClaimsFile
+
+PACKAGE = "ccn_deploy.certification"
+DIRECTORY = Path(__file__).parent
+CLAIMS = DIRECTORY / "claims.py"
+
+NOTE = "ccn-note"
+"""Property of a test report with what the reader of all results should know."""
+
+_USAGE = (
+    f"The claims need a bundle to judge.\nGive one: pytest --pyargs {PACKAGE} --ccn-bundle BUNDLE"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options; each has the name and the meaning it has in the commands."""
+    group = parser.getgroup("ccn-deploy", "certification of a bundle (ccn-deploy)")
+    group.addoption(
+        "--ccn-bundle", metavar="BUNDLE", help="Directory written by `ccn-deploy export`."
+    )
+    group.addoption(
+        "--ccn-runtime",
+        metavar="NAME",
+        default="onnxruntime-cpu",
+        help="What runs the model (default: onnxruntime-cpu).",
+    )
+    group.addoption(
+        "--ccn-precision",
+        metavar="NAME",
+        default="fp32",
+        help="Precision of the deployed graph (default: fp32).",
+    )
+    group.addoption(
+        "--ccn-max-drop",
+        metavar="SHARE",
+        type=float,
+        help="How much accuracy under attack the runtime may lose to the reference, as a share "
+        "of images (default: as for `ccn-deploy verify-robustness`).",
+    )
+    group.addoption(
+        "--ccn-samples", metavar="N", type=int, help="Images to attack (default likewise)."
+    )
+    group.addoption(
+        "--ccn-attack",
+        metavar="NAME",
+        action="append",
+        help="fgsm, pgd or deepfool; may be given several times (default likewise).",
+    )
+    group.addoption(
+        "--ccn-epsilons",
+        metavar="LIST",
+        help="Strengths of fgsm and pgd, with commas (default likewise).",
+    )
+    group.addoption(
+        "--ccn-dataset",
+        metavar="NAME",
+        help="Data set to measure on (default: the one the model was trained on).",
+    )
+    group.addoption(
+        "--ccn-data-dir", metavar="DIR", help="Directory with the files of the data set."
+    )
+    group.addoption(
+        "--ccn-threads", metavar="N", type=int, help="CPU threads (default: the runtime's choice)."
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a run that asks for the claims and cannot judge them, before anything starts.
+
+    Raises:
+        pytest.UsageError: No bundle, no such bundle, or an option that means nothing.
+    """
+    if not _asked_for_claims(config):
+        return
+    if not config.getoption("--ccn-bundle"):
+        raise pytest.UsageError(_USAGE)
+    from ccn_deploy.certification.claims import begin
+
+    begin(config)
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> ClaimsFile | None:
+    """Collect the claims where pytest finds the file that holds them."""
+    if file_path.name != CLAIMS.name or file_path.resolve() != CLAIMS.resolve():
+        return None
+    if not parent.config.getoption("--ccn-bundle"):
+        return None
+    from ccn_deploy.certification.claims import ClaimsFile
+
+    return ClaimsFile.from_parent(parent, path=file_path, nodeid=f"{PACKAGE}.{CLAIMS.stem}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say once what concerns all claims; the reports bring it from every worker."""
+    reports = [
+        report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())
+    ]
+    notes = dict.fromkeys(
+        str(value)
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == NOTE
+    )
+    for note in notes:
+        terminalreporter.section("ccn-deploy")
+        terminalreporter.write_line(note)
+
+
+def _asked_for_claims(config: pytest.Config) -> bool:
+    """Whether an argument of the command line names this package or its directory."""
+    for argument in config.args:
+        name = argument.split("::", 1)[0].split("[", 1)[0]
+        if name in (PACKAGE, f"{PACKAGE}.{CLAIMS.stem}"):
+            return True
+        if Path(name).resolve() in (DIRECTORY.resolve(), CLAIMS.resolve()):
+            return True
+    return False

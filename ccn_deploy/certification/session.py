@@ -1,0 +1,277 @@
+"""One run of the claims: evidence collected when first needed, judged as the commands judge it.
+
+Knows nothing of pytest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from ccn_deploy.attacks.spec import (
+    DEFAULT_ATTACKS,
+    DEFAULT_EPSILONS,
+    AttackSpec,
+    parse_epsilons,
+    suite,
+)
+from ccn_deploy.bundle import Bundle, open_bundle
+from ccn_deploy.certification.copies import TemporaryCopy, writable
+from ccn_deploy.certification.findings import Finding, Wording
+from ccn_deploy.data import load_dataset
+from ccn_deploy.errors import CcnDeployError, IntegrityError, StorageError, UsageError, unknown
+from ccn_deploy.extras import require
+from ccn_deploy.parity.evidence import KINDS
+from ccn_deploy.parity.invariance import DETERMINISTIC
+from ccn_deploy.parity.judge import ParityResult
+from ccn_deploy.parity.judge import judge as judge_parity
+from ccn_deploy.parity.policy import policy_for
+from ccn_deploy.robustness import RobustnessRequest, RobustnessResult
+from ccn_deploy.robustness import collect as collect_robustness
+from ccn_deploy.robustness import judge as judge_robustness
+from ccn_deploy.robustness.judge import MAX_DROP
+from ccn_deploy.runtimes import RUNTIMES, RuntimeOptions
+from ccn_deploy.verdict import Verdict
+
+log = logging.getLogger("ccn_deploy.certification")
+"""Progress, for ``pytest --log-cli-level=INFO``."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to claim, of which bundle.
+
+    Attributes:
+        bundle: Path of the bundle.
+        runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
+        precision: Of the deployed graph.
+        max_drop: How much accuracy the runtime may lose to the reference.
+        samples: Images to attack.
+        attacks: What to attack with.
+        dataset: Name; the one the network was trained on if None.
+        data_dir: Where its files are.
+        threads: CPU threads; the runtime's own choice if None.
+    """
+
+    bundle: Path
+    runtime: str
+    precision: str
+    max_drop: float
+    samples: int
+    attacks: tuple[AttackSpec, ...]
+    dataset: str | None
+    data_dir: Path | None
+    threads: int | None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        bundle: str,
+        runtime: str,
+        precision: str,
+        max_drop: float | None = None,
+        samples: int | None = None,
+        attacks: Sequence[str] | None = None,
+        epsilons: str | None = None,
+        dataset: str | None = None,
+        data_dir: str | None = None,
+        threads: int | None = None,
+    ) -> Options:
+        """Read options as users give them; None stands for the commands' default.
+
+        Raises:
+            UsageError: One of them means nothing.
+        """
+        max_drop = MAX_DROP if max_drop is None else max_drop
+        samples = RobustnessRequest.samples if samples is None else samples
+        if runtime not in RUNTIMES:
+            raise unknown("runtime", runtime, RUNTIMES)
+        policy_for(precision)
+        if not 0.0 < max_drop <= 1.0:
+            raise UsageError(
+                f"--ccn-max-drop {max_drop:g} is no share of images that could be shown.",
+                "Give a number above 0 and at most 1; 0.01 is one point of accuracy.",
+            )
+        for name, number in (("--ccn-samples", samples), ("--ccn-threads", threads)):
+            if number is not None and number < 1:
+                raise UsageError(f"{name} {number} is not a count.", "Give 1 or more.")
+        strengths = DEFAULT_EPSILONS if epsilons is None else parse_epsilons(epsilons)
+        return cls(
+            bundle=Path(bundle),
+            runtime=runtime,
+            precision=precision,
+            max_drop=max_drop,
+            samples=samples,
+            attacks=suite(attacks or DEFAULT_ATTACKS, strengths),
+            dataset=dataset,
+            data_dir=None if data_dir is None else Path(data_dir),
+            threads=threads,
+        )
+
+
+class Certification:
+    """The claims about a bundle, and the evidence as far as it is there.
+
+    Args:
+        options: What to claim.
+
+    Raises:
+        NotABundleError: There is no bundle. A damaged one is no error here: that it is intact is
+            a claim.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._say = Wording(options.bundle, options.runtime, options.precision)
+        self._bundle = _Once(partial(open_bundle, options.bundle))
+        self._copy = _Once(lambda: TemporaryCopy.of(self._bundle()))
+        self._parity = _Once(self._judged_parity)
+        self._robustness = _Once(self._judged_robustness)
+        with contextlib.suppress(IntegrityError):
+            self._bundle()
+
+    @property
+    def note(self) -> str:
+        """What a reader of the results should know; empty if nothing."""
+        if not self._copy.done:
+            return ""
+        return (
+            f"{self._options.bundle} cannot be written to: evidence was kept for this run only, "
+            "and will be collected again by the next."
+        )
+
+    def claims(self) -> Iterator[tuple[str, Callable[[], Finding]]]:
+        """Yield the name of each claim and what judges it; nothing is measured by this."""
+        target = self._say.target
+        yield "intact[bundle]", self.intact
+        for kind in KINDS:
+            yield f"parity[{target}-{kind}]", partial(self.parity, kind)
+        yield f"batch-invariant[{target}]", self.batch_invariant
+        yield f"deterministic[{target}]", self.deterministic
+        yield f"accurate[{target}]", self.accurate
+        for spec in self._options.attacks:
+            if spec.clip:  # outside the box is for comparison with the paper, and not judged
+                yield f"robust[{spec.label}]", partial(self.robust, spec)
+
+    def intact(self) -> Finding:
+        """Judge whether every file of the bundle is the one that was exported."""
+        manifest = self._bundle().manifest
+        return Finding(
+            Verdict.PASS,
+            f"{len(manifest.files)} files, manifest {manifest.digest}",
+            "every SHA-256 as in the manifest",
+        )
+
+    def parity(self, kind: str) -> Finding:
+        """Judge whether the runtime computes the reference's logits on a kind of input."""
+        result = self._parity()
+        findings = [f for f in result.inputs if getattr(f.row, "kind", None) == kind]
+        return self._say.parity(findings, result.policy)
+
+    def batch_invariant(self) -> Finding:
+        """Judge whether an image's answer is the same whatever stands beside it."""
+        result = self._parity()
+        findings = [f for f in result.invariance if f.name != DETERMINISTIC]
+        return self._say.parity(findings, result.policy)
+
+    def deterministic(self) -> Finding:
+        """Judge whether the same images give the same answer again, bit by bit."""
+        result = self._parity()
+        findings = [f for f in result.invariance if f.name == DETERMINISTIC]
+        return self._say.parity(findings, result.policy)
+
+    def accurate(self) -> Finding:
+        """Judge whether the runtime is as accurate as the reference without an attack."""
+        return self._say.bounded(self._robustness().clean)
+
+    def robust(self, spec: AttackSpec) -> Finding:
+        """Judge whether the runtime holds under an attack as well as the reference does."""
+        result = self._robustness()
+        if spec.epsilon is None:
+            return self._say.minimal(
+                next(row for row in result.minimal if row.name == spec.name and row.clip)
+            )
+        return self._say.bounded(
+            next(r for r in result.bounded if (r.name, r.epsilon) == (spec.name, spec.epsilon))
+        )
+
+    def _judged_parity(self) -> ParityResult:
+        require("torch", "train", "for the float64 reference")
+        from ccn_deploy.parity.collect import ParityRequest, collect
+
+        options = self._options
+        request = ParityRequest(
+            runtime=options.runtime,
+            precision=options.precision,
+            dataset=options.dataset,
+            data_dir=options.data_dir,
+            threads=options.threads,
+        )
+        evidence = self._measured(lambda bundle: collect(bundle, request, progress=_tell))
+        return judge_parity(evidence)
+
+    def _judged_robustness(self) -> RobustnessResult:
+        options = self._options
+        name = options.dataset or self._bundle().manifest.training.get("dataset")
+        if not name:
+            raise UsageError(
+                "The bundle does not say what data it was trained on.", "Give --ccn-dataset NAME."
+            )
+        request = RobustnessRequest(
+            dataset=load_dataset(str(name), "test", options.data_dir),
+            runtime=options.runtime,
+            precision=options.precision,
+            attacks=options.attacks,
+            samples=options.samples,
+            options=RuntimeOptions(threads=options.threads),
+        )
+        measurement = self._measured(lambda bundle: collect_robustness(bundle, request, _tell))
+        return judge_robustness(measurement, options.max_drop)
+
+    def _measured(self, measure: Callable[[Bundle], T]) -> T:
+        """Measure on the bundle, or on a copy of it if it cannot keep evidence."""
+        bundle = self._bundle()
+        try:
+            return measure(bundle)
+        except StorageError:
+            if writable(bundle.evidence):
+                raise
+            return measure(self._copy().bundle)
+
+
+class _Once(Generic[T]):
+    """Makes something at the first call and remembers it, an error of ours included."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: list[T] = []
+        self._error: CcnDeployError | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it was made."""
+        return bool(self._made)
+
+    def __call__(self) -> T:
+        """Return it, or raise what went wrong the first time."""
+        if self._error is not None:
+            raise self._error
+        if not self._made:
+            try:
+                self._made.append(self._make())
+            except CcnDeployError as error:
+                self._error = error
+                raise
+        return self._made[0]
+
+
+def _tell(what: str, done: float, total: float) -> None:
+    log.info("%s: %.0f %%", what, 100 * done / total if total else 100.0)
