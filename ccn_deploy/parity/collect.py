@@ -32,8 +32,9 @@ ODD_BATCH = 7
 SINGLES = 8
 """Images that are run one at a time."""
 
-UNIT_IMAGES = 16
-"""Images of each kind on which the rounding model is run."""
+UNIT_IMAGES = (2, 16)
+"""Least and most images of each kind on which the rounding model, which is costly, is run: a
+sixteenth of the samples."""
 
 MIXED_IMAGES = 8
 """Images of each of three kinds in the batch that must not depend on its company."""
@@ -175,7 +176,7 @@ class _Measurement:
         return ParityEvidence(self.setting, tuple(inputs), tuple(claims), layers)
 
     def _units(self, exact: Classifier, probe: Probe) -> dict[str, float]:
-        images = torch.from_numpy(probe.images[:UNIT_IMAGES]).double()
+        images = torch.from_numpy(probe.images[: self.setting["unit_images"]]).double()
         arithmetic = policy_for(self.request.precision).arithmetic
         return rounding_units(exact, images, arithmetic, seed=self.request.seed)
 
@@ -271,6 +272,7 @@ def _setting(
         "seed": request.seed,
         "samples": samples,
         "per_layer": request.per_layer,
+        "unit_images": max(UNIT_IMAGES[0], min(UNIT_IMAGES[1], samples // 16)),
         "draws": DRAWS,
         "runtime": {
             "name": spec.name,
