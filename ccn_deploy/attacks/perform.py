@@ -6,41 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from eagerpy.astensor import astensor
-from eagerpy.tensor.tensor import Tensor as EagerTensor
 from foolbox.attacks.base import Attack
 from foolbox.attacks.fast_gradient_method import LinfFastGradientAttack
-from foolbox.attacks.projected_gradient_descent import LinfProjectedGradientDescentAttack
 from foolbox.models.pytorch import PyTorchModel
 from numpy.typing import NDArray
 
 from ccn_deploy.attacks.deepfool import L2DeepFool
+from ccn_deploy.attacks.pgd import LinfPGD
 from ccn_deploy.attacks.spec import AttackSpec
 
 Array = NDArray[Any]
-
-
-class SeededLinfPGD(LinfProjectedGradientDescentAttack):
-    """Foolbox's PGD, with random starts that belong to the image and not to the batch.
-
-    The start of an image is the same whichever other images are attacked beside it, on whichever
-    runtime, and whatever the global random state is, so that two runtimes are compared from the
-    same starts and an interrupted evaluation continues as if it had not been.
-
-    Args:
-        seeds: One sequence of integers per image.
-        **settings: As for Foolbox's attack.
-    """
-
-    def __init__(self, seeds: NDArray[np.int64], **settings: Any) -> None:
-        super().__init__(**settings)
-        self.generators = [np.random.default_rng(seed) for seed in seeds]
-
-    def get_random_start(self, x0: EagerTensor, epsilon: float) -> EagerTensor:
-        """Return ``x0`` plus uniform noise in [-epsilon, epsilon]; new noise at every restart."""
-        shape = x0.shape[1:]
-        noise = np.stack([g.uniform(-epsilon, epsilon, shape) for g in self.generators])
-        return x0 + astensor(torch.from_numpy(noise.astype(np.float32)).to(x0.raw.device))
 
 
 def perform(
@@ -75,9 +50,7 @@ def _attack(spec: AttackSpec, seeds: Array) -> Attack:
     if spec.name == "fgsm":
         return LinfFastGradientAttack(**settings)
     if spec.name == "pgd":
-        restarts = int(settings.pop("restarts"))
-        attack = SeededLinfPGD(seeds, **settings)
-        return attack.repeat(restarts) if restarts > 1 else attack
+        return LinfPGD(seeds=seeds, **settings)
     if spec.name == "deepfool":
         return L2DeepFool(clip=spec.clip, **settings)
     raise ValueError(f"no implementation of attack {spec.name!r}")

@@ -1,0 +1,122 @@
+"""Projected gradient descent in Linf, as a Foolbox attack.
+
+Madry et al., "Towards deep learning models resistant to adversarial attacks" (2018).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from eagerpy.astensor import astensor, astensor_
+from foolbox.attacks.base import FixedEpsilonAttack, get_criterion, raise_if_kwargs
+from foolbox.criteria import Misclassification
+from foolbox.distances import linf
+from foolbox.models.base import Model
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+class LinfPGD(FixedEpsilonAttack):
+    r"""Climb the cross-entropy inside a box of half-width epsilon around the image.
+
+    .. math:: x_{i+1} = \Pi_\epsilon \left( x_i + s\,\epsilon\,
+              \mathrm{sign}\, \nabla_x L(f(x_i), y) \right)
+
+    It takes the steps that Foolbox's ``LinfProjectedGradientDescentAttack`` takes from the same
+    start, and differs in two ways. An image leaves the batch as soon as it is misclassified:
+    less work, and no image is lost again by a later step. And a random start belongs to the
+    image, not to the batch or to a global state, so that two runtimes are attacked from the same
+    starts and an interrupted evaluation goes on as if it had not been.
+
+    Args:
+        steps: At most so many steps.
+        rel_stepsize: Length s of a step, relative to epsilon.
+        random_start: Whether to start at a uniform point of the box instead of the image.
+        restarts: How often to start, for images that still hold.
+        seeds: One sequence of integers per image; the image's place in the batch if None.
+    """
+
+    distance = linf
+
+    def __init__(
+        self,
+        *,
+        steps: int = 40,
+        rel_stepsize: float = 1 / 30,
+        random_start: bool = True,
+        restarts: int = 1,
+        seeds: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.steps = steps
+        self.rel_stepsize = rel_stepsize
+        self.random_start = random_start
+        self.restarts = restarts
+        self.seeds = seeds
+
+    def run(
+        self, model: Model, inputs: Any, criterion: Any, *, epsilon: float, **kwargs: Any
+    ) -> Any:
+        """Return attacked images; where the attack failed, its last iterate.
+
+        Args:
+            model: A Foolbox model over torch.
+            inputs: Images [N, C, H, W] within the model's bounds.
+            criterion: ``Misclassification``, or labels int64 [N].
+            epsilon: Half-width of the box.
+            **kwargs: None are taken.
+        """
+        raise_if_kwargs(kwargs)
+        criterion = get_criterion(criterion)
+        if not isinstance(criterion, Misclassification):
+            raise ValueError(f"PGD here is untargeted and cannot serve {criterion!r}")
+        x, restore_type = astensor_(inputs)
+        found = self._climb(model, x.raw, criterion.labels.raw, epsilon)
+        return restore_type(astensor(found))
+
+    def _climb(self, model: Model, origin: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+        seeds = np.arange(len(origin)) if self.seeds is None else self.seeds
+        generators = [np.random.default_rng(seed) for seed in seeds]
+        result = origin.clone()
+        active = torch.arange(len(origin), device=origin.device)
+        for _ in range(self.restarts):
+            result[active] = origin[active]
+            if self.random_start:
+                noise = _noise([generators[at] for at in active.tolist()], origin, epsilon)
+                result[active] = (origin[active] + noise).clamp(*model.bounds)
+            for _ in range(self.steps):
+                holding, direction = _ascent(model, result[active], labels[active])
+                active = active[holding]
+                if not len(active):
+                    return result
+                moved = result[active] + self.rel_stepsize * epsilon * direction[holding]
+                moved = origin[active] + (moved - origin[active]).clamp(-epsilon, epsilon)
+                result[active] = moved.clamp(*model.bounds)
+            if self.restarts > 1:  # before a restart takes their place
+                with torch.no_grad():
+                    active = active[model(result[active]).argmax(dim=-1) == labels[active]]
+        return result
+
+
+def _ascent(model: Model, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which images hold their label, and the sign of the loss's gradient at all of them."""
+    x = x.requires_grad_()
+    with torch.enable_grad():
+        logits = model(x)
+        holding = logits.detach().argmax(dim=-1) == labels
+        if not holding.any():
+            return holding, torch.zeros_like(x)
+        loss = cross_entropy(logits, labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, x)
+    return holding, gradient.sign()
+
+
+def _noise(generators: list[np.random.Generator], like: Tensor, epsilon: float) -> Tensor:
+    """Return uniform noise in [-epsilon, epsilon], one image from each generator."""
+    shape = like.shape[1:]
+    if not generators:
+        return like.new_empty((0, *shape))
+    noise = np.stack([g.uniform(-epsilon, epsilon, shape) for g in generators])
+    return torch.from_numpy(noise).to(like)
