@@ -19,12 +19,13 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     Raises:
         MissingExtraError: ``module`` is not installed.
     """
+    package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+        if error.name is None or error.name.partition(".")[0] != package:
             raise  # the package is there, one of its own imports is not
         raise MissingExtraError(
-            f"The package {module.split('.')[0]!r} is needed {purpose} and is not installed.",
+            f"The package {package!r} is needed {purpose} and is not installed.",
             f"Install it with: pip install 'ccn-deploy[{extra}]'",
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +66,7 @@ def build_model(
     return model
 
 
-def _stack(
-    plan: Architecture, defense: Defense, classes: int
-) -> OrderedDict[str, nn.Module]:
+def _stack(plan: Architecture, defense: Defense, classes: int) -> OrderedDict[str, nn.Module]:
     """Lay out the layers in order."""
     compact = defense.compact
     conv = CompactConv2d if compact == "all" else nn.Conv2d
@@ -104,7 +103,7 @@ def _stack(
 def _initialise(model: Classifier, generator: torch.Generator) -> None:
     weighted = [m for m in model.children() if isinstance(m, nn.Conv2d | nn.Linear)]
     for layer in weighted:
-        gain = "linear" if layer is weighted[-1] else "relu"
+        gain: Literal["linear", "relu"] = "linear" if layer is weighted[-1] else "relu"
         nn.init.kaiming_normal_(layer.weight, nonlinearity=gain, generator=generator)
         assert layer.bias is not None
         nn.init.zeros_(layer.bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from ccn_deploy.extras import require
 
@@ -25,9 +26,7 @@ def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple
     return _interval(successes, trials, confidence, "wilson")
 
 
-def drop_upper_bound(
-    lost: int, gained: int, trials: int, confidence: float = CONFIDENCE
-) -> float:
+def drop_upper_bound(lost: int, gained: int, trials: int, confidence: float = CONFIDENCE) -> float:
     """Return a one-sided upper bound on how much worse a second classifier is, paired.
 
     With ``lost`` samples right on the first and wrong on the second, and ``gained`` the other way
@@ -49,9 +48,7 @@ def drop_upper_bound(
     optimize = require("scipy.optimize", "train", "to compute intervals")
     drop = (lost - gained) / trials
     return float(
-        optimize.brentq(
-            lambda d: _tango(lost, gained, trials, d) + quantile, drop, 1.0 - 1e-12
-        )
+        optimize.brentq(lambda d: _tango(lost, gained, trials, d) + quantile, drop, 1.0 - 1e-12)
     )
 
 
@@ -75,14 +72,12 @@ def _tango(lost: int, gained: int, trials: int, drop: float) -> float:
     return difference / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, difference)
 
 
-def _interval(
-    successes: int, trials: int, confidence: float, method: str
-) -> tuple[float, float]:
+def _interval(successes: int, trials: int, confidence: float, method: str) -> tuple[float, float]:
     if trials == 0:
         return 0.0, 1.0
     interval = _stats().binomtest(successes, trials).proportion_ci(confidence, method)
     return float(interval.low), float(interval.high)
 
 
-def _stats():  # type: ignore[no-untyped-def]
+def _stats() -> Any:
     return require("scipy.stats", "train", "to compute intervals")

@@ -57,15 +57,15 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
         _sync_directory(path.parent)
     except OSError as error:
         raise _storage_error(path, error) from error
     finally:  # after a signal that raises, too
         if temporary is not None:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                Path(temporary).unlink()
 
 
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         UsageError: ``path`` exists and ``overwrite`` is false.
         StorageError: The disk is full or not writable.
     """
-    path = Path(os.path.abspath(path))
+    path = path.absolute()
     if os.path.lexists(path) and not overwrite:
         raise UsageError(
             f"{path} exists already.", "Choose another --output, or add --overwrite to replace it."
@@ -88,7 +88,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        os.chmod(temporary, 0o777 & ~_umask())
+        temporary.chmod(0o777 & ~_umask())
         yield temporary
         for file in sorted(temporary.rglob("*")):
             if file.is_file():

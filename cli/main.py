@@ -70,7 +70,9 @@ def main() -> NoReturn:
         import traceback
 
         traceback.print_exc()
-        print("This is a bug in ccn-deploy; please report it with the lines above.", file=sys.stderr)
+        print(
+            "This is a bug in ccn-deploy; please report it with the lines above.", file=sys.stderr
+        )
         sys.exit(BUG)
     sys.exit(0)
 

@@ -12,7 +12,9 @@ BundleArgument = Annotated[
 ]
 RuntimeOption = Annotated[
     str,
-    typer.Option("--runtime", help="What runs the model: onnxruntime-cpu, onnxruntime-cuda, torch."),
+    typer.Option(
+        "--runtime", help="What runs the model: onnxruntime-cpu, onnxruntime-cuda, torch."
+    ),
 ]
 PrecisionOption = Annotated[
     str, typer.Option("--precision", help="Precision of the deployed graph: fp32.")

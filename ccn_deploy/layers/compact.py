@@ -68,13 +68,12 @@ class CompactConv2d(nn.Conv2d):
         norm = guarded_sqrt(F.conv2d(squares, self.ones, None, self.stride, self.padding))
         # alpha joins the one-channel divisor: one pass over the wide tensor instead of three.
         assert self.bias is not None
-        return torch.addcmul(
-            self.bias.view(-1, 1, 1), convolved, self.alpha / (norm + self.delta)
-        )
+        return torch.addcmul(self.bias.view(-1, 1, 1), convolved, self.alpha / (norm + self.delta))
 
     def extra_repr(self) -> str:
         """Describe the layer in ``repr(model)``."""
-        return f"{super().extra_repr()}, delta={self.delta}"
+        base: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{base}, delta={self.delta}"
 
 
 class CompactLinear(nn.Linear):
@@ -95,9 +94,7 @@ class CompactLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return the compact linear map of ``x``."""
         norm = guarded_sqrt(x.square().sum(dim=1, keepdim=True))
-        return torch.addcmul(
-            self.bias, F.linear(x, self.weight), self.alpha / (norm + self.delta)
-        )
+        return torch.addcmul(self.bias, F.linear(x, self.weight), self.alpha / (norm + self.delta))
 
     def extra_repr(self) -> str:
         """Describe the layer in ``repr(model)``."""
