@@ -137,7 +137,8 @@ def collect(
     Args:
         bundle: An open bundle.
         request: What to measure.
-        progress: Called after every batch, with work in rough units of one gradient an image.
+        progress: Called before and after every batch that is measured, with work in rough units
+            of one gradient an image; not called at all if everything is there.
 
     Raises:
         UsageError: A data set that does not fit the bundle, or no samples.
@@ -167,8 +168,6 @@ def collect(
                 evidence = read_evidence(path, job.header, n)
             found[job.spec.label, job.target] = evidence
             done += _cost(job.spec) * n
-            if progress is not None:
-                progress(what, done, total)
     dataset = request.dataset
     return Measurement(
         runtime=request.runtime,

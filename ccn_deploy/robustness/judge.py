@@ -323,21 +323,21 @@ class RobustnessResult:
     @property
     def verdict(self) -> Verdict:
         """All gates together: of the clean row, of every epsilon, and of DeepFool in the box."""
-        gates = [row.gate for row in (self.clean, *self.bounded)]
-        gates += [row.gate for row in self.minimal if row.clip]
-        return Verdict.all_of(gate.verdict for gate in gates)
+        return Verdict.all_of(gate.verdict for gate in self.gates.values())
+
+    @property
+    def gates(self) -> dict[str, Gate]:
+        """Every gate that is judged, by the name of its row."""
+        named = {_title(row): row.gate for row in (self.clean, *self.bounded)}
+        for row in self.minimal:
+            if row.clip:
+                named |= {f"{row.name} at d = {d:g}": gate for d, gate in row.gates.items()}
+        return named
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """One sentence for every gate that did not pass."""
-        named = [(_title(row), row.gate) for row in (self.clean, *self.bounded)]
-        named += [
-            (f"{row.name} at d = {d:g}", gate)
-            for row in self.minimal
-            if row.clip
-            for d, gate in row.gates.items()
-        ]
-        return tuple(f"{name}: {gate.reason}" for name, gate in named if gate.reason)
+        return tuple(f"{name}: {gate.reason}" for name, gate in self.gates.items() if gate.reason)
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document of schema ``ccn-deploy/robustness/1``."""
