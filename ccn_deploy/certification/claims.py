@@ -44,6 +44,7 @@ def begin(config: pytest.Config) -> Certification:
                 precision=option("--ccn-precision"),
                 max_drop=option("--ccn-max-drop"),
                 samples=option("--ccn-samples"),
+                parity_samples=option("--ccn-parity-samples"),
                 attacks=option("--ccn-attack"),
                 epsilons=option("--ccn-epsilons"),
                 dataset=option("--ccn-dataset"),
@@ -89,9 +90,9 @@ class Claim(pytest.Item):
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """Return a few lines instead of a traceback, which would say nothing of the bundle."""
         if isinstance(excinfo.value, BrokenClaimError):
-            return f"{self.name} does not hold\n{excinfo.value}"
+            return str(excinfo.value)
         if isinstance(excinfo.value, CcnDeployError):
-            return f"{self.name} could not be judged\n{excinfo.value}"
+            return f"could not be judged: {excinfo.value}"
         return super().repr_failure(excinfo)
 
     @property

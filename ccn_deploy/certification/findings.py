@@ -36,7 +36,7 @@ class Finding:
     def text(self) -> str:
         """A few lines for someone whose release has just been stopped."""
         return (
-            f"verdict   {self.verdict.value}\nmeasured  {self.measured}\nbound     {self.bound}\n"
+            f"{self.verdict.value}\nmeasured  {self.measured}\nbound     {self.bound}\n"
             f"to do     {self.advice}"
         )
 

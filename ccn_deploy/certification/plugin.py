@@ -55,6 +55,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--ccn-samples", metavar="N", type=int, help="Images to attack (default likewise)."
     )
     group.addoption(
+        "--ccn-parity-samples",
+        metavar="N",
+        type=int,
+        help="Images of each kind to compare with the reference (default: as for `ccn-deploy "
+        "verify-parity`).",
+    )
+    group.addoption(
         "--ccn-attack",
         metavar="NAME",
         action="append",

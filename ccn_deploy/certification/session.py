@@ -54,6 +54,8 @@ class Options:
         precision: Of the deployed graph.
         max_drop: How much accuracy the runtime may lose to the reference.
         samples: Images to attack.
+        parity_samples: Images of each kind to compare with the reference; verify-parity's own
+            choice if None.
         attacks: What to attack with.
         dataset: Name; the one the network was trained on if None.
         data_dir: Where its files are.
@@ -65,6 +67,7 @@ class Options:
     precision: str
     max_drop: float
     samples: int
+    parity_samples: int | None
     attacks: tuple[AttackSpec, ...]
     dataset: str | None
     data_dir: Path | None
@@ -79,6 +82,7 @@ class Options:
         precision: str,
         max_drop: float | None = None,
         samples: int | None = None,
+        parity_samples: int | None = None,
         attacks: Sequence[str] | None = None,
         epsilons: str | None = None,
         dataset: str | None = None,
@@ -110,6 +114,7 @@ class Options:
             precision=precision,
             max_drop=max_drop,
             samples=samples,
+            parity_samples=parity_samples,
             attacks=suite(attacks or DEFAULT_ATTACKS, strengths),
             dataset=dataset,
             data_dir=None if data_dir is None else Path(data_dir),
@@ -211,6 +216,7 @@ class Certification:
         request = ParityRequest(
             runtime=options.runtime,
             precision=options.precision,
+            samples=options.parity_samples,
             dataset=options.dataset,
             data_dir=options.data_dir,
             threads=options.threads,
