@@ -18,13 +18,15 @@ from ccn_deploy.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
+    from pathlib import Path
 
     from rich.table import Table
 
-    from ccn_deploy.parity.collect import Progress
-    from ccn_deploy.parity.evidence import ParityEvidence
-    from ccn_deploy.parity.judge import Finding, ParityResult
+    from ccn_deploy.bundle import Bundle
+    from ccn_deploy.data import Dataset
+    from ccn_deploy.parity import ParityEvidence, ParityResult
+    from ccn_deploy.parity.judge import Finding
 
 _ERRORS = ("max error", "p99", "of scale", "units")
 
@@ -58,15 +60,44 @@ def verify_parity(
     """Show that a runtime computes the trained function: its logits against float64."""
     from ccn_deploy.bundle import open_bundle
     from ccn_deploy.cli import console
-    from ccn_deploy.extras import require
-    from ccn_deploy.parity.judge import judge
-    from ccn_deploy.parity.policy import policy_for
+    from ccn_deploy.parity import judge
 
-    opened = open_bundle(bundle)
-    policy_for(precision)  # before the seconds that importing torch takes
-    for module in ("torch", "safetensors"):
-        require(module, "train", "for the float64 reference")
-    from ccn_deploy.parity.collect import ParityRequest, collect
+    evidence = measure(
+        open_bundle(bundle),
+        runtime=runtime,
+        precision=precision,
+        samples=samples,
+        per_layer=per_layer,
+        dataset=dataset,
+        data_dir=data_dir,
+        seed=seed,
+        threads=threads,
+        fresh=fresh,
+    )
+    result = judge(evidence)
+    if as_json:
+        console.print_json(result.document())
+    else:
+        _print(result)
+    raise typer.Exit(result.verdict.exit_code)
+
+
+def measure(
+    bundle: Bundle,
+    *,
+    runtime: str = "onnxruntime-cpu",
+    precision: str = "fp32",
+    samples: int | None = None,
+    per_layer: bool = False,
+    dataset: Dataset | str | None = None,
+    data_dir: Path | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    fresh: bool = False,
+) -> ParityEvidence:
+    """Collect evidence with a bar on stderr; see :func:`ccn_deploy.parity.collect`."""
+    from ccn_deploy.cli.console import progress
+    from ccn_deploy.parity import ParityRequest, collect
 
     request = ParityRequest(
         runtime=runtime,
@@ -78,21 +109,6 @@ def verify_parity(
         seed=seed,
         threads=threads,
     )
-
-    def measure(report: Progress) -> ParityEvidence:
-        return collect(opened, request, progress=report, fresh=fresh)
-
-    result = judge(_with_progress(measure))
-    if as_json:
-        console.print_json(result.document())
-    else:
-        _print(result)
-    raise typer.Exit(result.verdict.exit_code)
-
-
-def _with_progress(measure: Callable[[Progress], ParityEvidence]) -> ParityEvidence:
-    from ccn_deploy.cli.console import progress
-
     bar = progress()
     task = bar.add_task("", start=False)
 
@@ -103,7 +119,7 @@ def _with_progress(measure: Callable[[Progress], ParityEvidence]) -> ParityEvide
         bar.update(task, description=what, completed=done, total=total)
 
     try:
-        return measure(report)
+        return collect(bundle, request, progress=report, fresh=fresh)
     finally:
         if bar.live.is_started:
             bar.stop()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +15,7 @@ from typer.testing import CliRunner
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.cli.main import app
 from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError, UsageError
-from ccn_deploy.parity.collect import ParityRequest, collect
-from ccn_deploy.parity.judge import ParityResult, judge
+from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
 from ccn_deploy.verdict import Verdict
 from tests import faults
 
@@ -99,6 +101,19 @@ def test_evidence_is_measured_once(ccn_bundle: Bundle) -> None:
     assert not steps
     assert collect(ccn_bundle, REQUEST, progress=progress, fresh=True) == first  # reproducible
     assert steps
+
+
+def test_evidence_is_judged_where_torch_is_not_installed(
+    ccn_bundle: Bundle, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
+    command = [sys.executable, "-m", "ccn_deploy.cli.main", "verify-parity", str(ccn_bundle.path)]
+    command += ["--samples", "9", "--per-layer", "--threads", "1", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    there = judge(collect(ccn_bundle, REQUEST)).document()
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(result.stdout) == there
+    assert not result.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,20 @@
 """Does a runtime compute the function that was trained?
 
-:func:`~ccn_deploy.parity.collect.collect` measures a runtime against the float64 reference and
-keeps what it saw; :func:`~ccn_deploy.parity.judge.judge` compares that with a policy. Neither this
-module nor judging imports torch.
+:func:`collect` measures a runtime against the float64 reference and keeps what it saw;
+:func:`judge` compares that with the policy of the precision. Only a new measurement needs torch.
 """
+
+from ccn_deploy.parity.collect import ParityRequest, collect
+from ccn_deploy.parity.evidence import ParityEvidence
+from ccn_deploy.parity.judge import ParityResult, judge
+from ccn_deploy.parity.policy import Policy, policy_for
+
+__all__ = [
+    "ParityEvidence",
+    "ParityRequest",
+    "ParityResult",
+    "Policy",
+    "collect",
+    "judge",
+    "policy_for",
+]

@@ -1,4 +1,4 @@
-"""Measuring a runtime against the float64 reference, once."""
+"""Measuring a runtime against the float64 reference, once. Imports torch only to measure."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 import ccn_deploy
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data import Dataset, Images, load_dataset
 from ccn_deploy.errors import UsageError
-from ccn_deploy.models import Classifier
+from ccn_deploy.extras import require
 from ccn_deploy.parity.comparison import compare_logits, compare_values, scale_of
 from ccn_deploy.parity.evidence import KINDS, InputRow, LayerRow, ParityEvidence, setting_key
 from ccn_deploy.parity.invariance import Claim, measure_invariance
 from ccn_deploy.parity.policy import policy_for
-from ccn_deploy.parity.probes import Probe, make_probes
-from ccn_deploy.parity.rounding import DRAWS, rounding_units
 from ccn_deploy.runtimes import Runtime, RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.activations import open_activations
 from ccn_deploy.runtimes.base import Array
-from ccn_deploy.runtimes.torch_runtime import load_twin
+
+if TYPE_CHECKING:
+    from ccn_deploy.models import Classifier
+    from ccn_deploy.parity.probes import Probe
 
 ODD_BATCH = 7
 SINGLES = 8
@@ -35,6 +36,9 @@ SINGLES = 8
 UNIT_IMAGES = (2, 16)
 """Least and most images of each kind on which the rounding model, which is costly, is run: a
 sixteenth of the samples."""
+
+DRAWS = 8
+"""Seeded repetitions per image in the rounding model; the unit is the largest among them."""
 
 MIXED_IMAGES = 8
 """Images of each of three kinds in the batch that must not depend on its company."""
@@ -57,8 +61,9 @@ class ParityRequest:
         samples: Images of each kind, at least 8; they are also the large batch. By default 256, or
             32 where an image has more than 10,000 values.
         per_layer: Whether to compare every layer.
-        dataset: Name; by default the one the network was trained on.
-        data_dir: Where its files are.
+        dataset: Test images, or the name of the data set they are of; by default the one the
+            network was trained on.
+        data_dir: Where its files are, if it is given by name.
         seed: Of selection, noise and rounding.
         threads: CPU threads; the runtime's own choice if None.
     """
@@ -67,7 +72,7 @@ class ParityRequest:
     precision: str = "fp32"
     samples: int | None = None
     per_layer: bool = False
-    dataset: str | None = None
+    dataset: Dataset | str | None = None
     data_dir: Path | None = None
     seed: int = 0
     threads: int | None = None
@@ -83,6 +88,7 @@ def collect(
     """Measure a runtime, or return the evidence of the same measurement made before.
 
     Evidence is kept under ``BUNDLE/evidence/parity`` by a digest of everything it depends on.
+    Only a measurement needs torch.
 
     Args:
         bundle: An open bundle.
@@ -95,6 +101,7 @@ def collect(
         RuntimeUnavailableError: The runtime cannot be had here, or shows no layers.
         IntegrityError: Evidence that was changed after it was written.
         StorageError: Evidence cannot be written.
+        MissingExtraError: Something is to be measured and torch is not installed.
     """
     policy_for(request.precision)
     data = _data(bundle, request)
@@ -106,8 +113,10 @@ def collect(
         path = bundle.evidence / "parity" / f"{target}-{setting_key(setting)}.json"
         if path.exists() and not fresh:
             return ParityEvidence.read(path)
-        with _torch_threads(request.threads):
-            measurement = _Measurement(bundle, request, options, runtime, setting)
+        torch = require("torch", "train", "for the float64 reference")
+        setting["reference"] = {"name": "torch", "precision": "fp64", "version": torch.__version__}
+        measurement = _Measurement(bundle, request, options, runtime, setting)
+        with _torch_threads(torch, request.threads):
             evidence = measurement.run(data, progress)
     evidence.write(path)
     return evidence
@@ -147,6 +156,11 @@ class _Measurement:
 
     def run(self, data: Dataset, progress: Progress | None) -> ParityEvidence:
         """Measure every kind of input, then the same images under other circumstances."""
+        import torch
+
+        from ccn_deploy.parity.probes import make_probes
+        from ccn_deploy.runtimes.torch_runtime import load_twin
+
         samples: int = self.setting["samples"]
         step = _Steps(2 + len(KINDS) * (3 if self.request.per_layer else 2), progress)
         step("crafting inputs")
@@ -176,9 +190,13 @@ class _Measurement:
         return ParityEvidence(self.setting, tuple(inputs), tuple(claims), layers)
 
     def _units(self, exact: Classifier, probe: Probe) -> dict[str, float]:
+        import torch
+
+        from ccn_deploy.parity.rounding import rounding_units
+
         images = torch.from_numpy(probe.images[: self.setting["unit_images"]]).double()
         arithmetic = policy_for(self.request.precision).arithmetic
-        return rounding_units(exact, images, arithmetic, seed=self.request.seed)
+        return rounding_units(exact, images, arithmetic, draws=DRAWS, seed=self.request.seed)
 
     def _invariance(
         self,
@@ -240,12 +258,15 @@ def _samples(request: ParityRequest, data: Dataset) -> int:
 
 def _data(bundle: Bundle, request: ParityRequest) -> Dataset:
     manifest = bundle.manifest
-    name = request.dataset or manifest.training.get("dataset")
-    if not name:
+    asked = request.dataset or manifest.training.get("dataset")
+    if not asked:
         raise UsageError(
             "The bundle does not say what data it was trained on.", "Give --dataset NAME."
         )
-    data = load_dataset(str(name), "test", request.data_dir)
+    if isinstance(asked, Dataset):
+        data = asked
+    else:
+        data = load_dataset(str(asked), "test", request.data_dir)
     if data.input_shape != manifest.input_shape:
         raise UsageError(
             f"Images of {data.name} have shape {list(data.input_shape)}; the network takes "
@@ -281,7 +302,6 @@ def _setting(
             "threads": request.threads,
             "versions": dict(spec.versions),
         },
-        "reference": {"name": "torch", "precision": "fp64", "version": torch.__version__},
         "machine": platform.machine(),
         "ccn_deploy": ccn_deploy.__version__,
     }
@@ -309,7 +329,7 @@ class _Steps:
 
 
 @contextlib.contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
+def _torch_threads(torch: ModuleType, threads: int | None) -> Iterator[None]:
     had = torch.get_num_threads()
     torch.set_num_threads(threads or had)
     try:

@@ -20,9 +20,6 @@ from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear, Subtrac
 from ccn_deploy.models import Classifier
 from ccn_deploy.parity.policy import Arithmetic
 
-DRAWS = 8
-"""Seeded repetitions per image; the unit is the largest deviation among them."""
-
 _EXACT = (nn.ReLU, BoundedReLU, nn.MaxPool2d, nn.Flatten, nn.Dropout)
 """Layers that choose among their inputs and round nothing."""
 
@@ -35,7 +32,7 @@ def rounding_units(
     images: Tensor,
     arithmetic: Arithmetic,
     *,
-    draws: int = DRAWS,
+    draws: int = 8,
     seed: int = 0,
 ) -> dict[str, float]:
     """Return, for each layer, the largest absolute deviation that rounding produced.
