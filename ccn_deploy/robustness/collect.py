@@ -216,6 +216,8 @@ def _attack(
     indices: Array,
 ) -> list[Sample]:
     """Attack one batch and score the result where it is meant to fool, and on the reference."""
+    for package in ("torch", "foolbox"):
+        require(package, "train", "to attack")
     from ccn_deploy.attacks.perform import perform
 
     spec = job.spec
@@ -330,8 +332,6 @@ class _Laboratory:
 
     def model(self, target: tuple[str, str], clip: bool) -> PyTorchModel:
         """Return what Foolbox attacks: the twin itself, or a runtime with the twin's gradients."""
-        for package in ("torch", "foolbox"):
-            require(package, "train", "to attack")
         from ccn_deploy.attacks.surrogate import foolbox_model, twin_model
         from ccn_deploy.runtimes.torch_runtime import load_twin
 

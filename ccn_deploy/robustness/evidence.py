@@ -9,8 +9,9 @@ A file of JSON lines, one attack on one target::
     {"index": 402, ...}
 
 The first line says everything that the numbers depend on. A seal follows every batch: how many
-images are above it, how long they took, and the SHA-256 of every byte above it. So a changed
-byte is found, and what a killed process left after the last seal is dropped and computed again.
+images are above it, how long they took, and the SHA-256 of that and of every byte above. So a
+changed byte is found, and what a killed process left after the last seal is dropped and computed
+again.
 """
 
 from __future__ import annotations
@@ -240,13 +241,7 @@ class EvidenceWriter:
         data = b"".join(_line(line) for line in lines)
         digest = self._digest.copy()
         digest.update(data)
-        seal = _line(
-            {
-                "sealed": self.count + len(samples),
-                "seconds": round(seconds, 3),
-                "sha256": digest.hexdigest(),
-            }
-        )
+        seal = _seal(self.count + len(samples), round(seconds, 3), digest)
         try:
             rest = memoryview(data + seal)
             while rest:  # a disk that is nearly full takes a part, and says so at the next part
@@ -330,7 +325,7 @@ def _verified(data: bytes, path: Path, expected: Mapping[str, Any] | None) -> _C
                     raise ValueError(f"its schema is {document['schema']!r}")
             elif "sha256" in document:
                 count = len(content.samples) + len(pending)
-                if (document["sha256"], document["sealed"]) != (digest.hexdigest(), count):
+                if line + b"\n" != _seal(count, document["seconds"], digest):
                     raise ValueError("a seal does not match what is above it")
                 content.samples += pending
                 content.seconds += document["seconds"]
@@ -357,6 +352,14 @@ def _is_whole_object(rest: bytes) -> bool:
     except ValueError:
         return False
     return end < len(rest)
+
+
+def _seal(count: int, seconds: float, above: Any) -> bytes:
+    """Return the line that vouches for itself and, by their digest, for all bytes above it."""
+    said = {"sealed": count, "seconds": seconds}
+    digest = above.copy()
+    digest.update(_line(said))
+    return _line({**said, "sha256": digest.hexdigest()})
 
 
 def _line(document: Mapping[str, Any]) -> bytes:

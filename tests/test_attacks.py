@@ -1,0 +1,329 @@
+"""Attacks against independent truth: equations by hand, Foolbox's own, closed forms."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import foolbox as fb
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ccn_deploy.attacks import AttackSpec, parse_epsilons, suite
+from ccn_deploy.attacks.deepfool import L2DeepFool
+from ccn_deploy.attacks.perform import perform
+from ccn_deploy.attacks.pgd import LinfPGD
+from ccn_deploy.attacks.surrogate import foolbox_model, twin_model
+from ccn_deploy.bundle import Bundle
+from ccn_deploy.data import load_dataset
+from ccn_deploy.errors import RuntimeUnavailableError, UsageError
+from ccn_deploy.runtimes import RuntimeOptions, open_runtime
+from ccn_deploy.runtimes.torch_runtime import load_twin
+
+ONE_THREAD = RuntimeOptions(threads=1)
+
+
+def digits(n: int) -> tuple[np.ndarray, np.ndarray]:
+    dataset = load_dataset("mnist5k", "test")
+    chosen = dataset.order(0)[:n]
+    return dataset.images(chosen), dataset.labels[chosen]
+
+
+def seeds(n: int) -> np.ndarray:
+    return np.stack([np.zeros(n, np.int64), np.arange(n)], axis=1)
+
+
+@pytest.fixture(params=["sm", "ccn"])
+def bundle(request: pytest.FixtureRequest) -> Bundle:
+    return request.getfixturevalue(f"{request.param}_bundle")
+
+
+# What the user asks for
+
+
+def test_default_suite_runs_pgd_beside_fgsm_and_deepfool_in_and_out_of_the_box() -> None:
+    labels = [spec.label for spec in suite(epsilons=[0.3, 0.1])]
+    assert labels == [
+        "linf-0.1-fgsm",
+        "linf-0.3-fgsm",
+        "linf-0.1-pgd",
+        "linf-0.3-pgd",
+        "l2-deepfool",
+        "l2-deepfool-unclipped",
+    ]
+
+
+def test_specs_with_different_settings_have_different_documents() -> None:
+    (weak,) = suite(["pgd"], [0.1])
+    strong = AttackSpec("pgd", "linf", 0.1, True, {**weak.parameters, "steps": 100})
+    assert weak.document() != strong.document()
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=6, unique=True))
+@settings(deadline=None, max_examples=30)
+def test_epsilons_are_read_as_written(hundredths: list[int]) -> None:
+    values = [n / 100 for n in hundredths]
+    assert parse_epsilons(",".join(map(str, values))) == tuple(values)
+    assert parse_epsilons(" , ".join(f"{n}/100" for n in hundredths)) == tuple(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "item"),
+    [
+        ("0.1,two", "'two'"),
+        ("0.1,,0.2", "''"),
+        ("", "''"),
+        ("0.1,-0.2", "'-0.2'"),
+        ("0", "'0'"),
+        ("1.01", "'1.01'"),
+        ("nan", "'nan'"),
+        ("inf", "'inf'"),
+        ("1/0", "'1/0'"),
+        ("0.1,1e-1", "'1e-1'"),
+    ],
+)
+def test_bad_epsilons_are_named(text: str, item: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        parse_epsilons(text)
+    assert item in raised.value.what
+
+
+def test_unknown_attack_suggests_the_nearest() -> None:
+    with pytest.raises(UsageError, match="deepfool"):
+        suite(["deepfol"], [0.1])
+
+
+def test_naming_attacks_loads_no_heavy_library() -> None:
+    code = "import sys, ccn_deploy.attacks; print({'torch', 'foolbox', 'scipy'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "set()"
+
+
+# FGSM
+
+
+def test_fgsm_is_equation_7(bundle: Bundle) -> None:
+    images, labels = digits(16)
+    (spec,) = suite(["fgsm"], [0.2])
+    found = perform(spec, twin_model(load_twin(bundle)), images, labels, seeds=seeds(16))
+
+    exact = load_twin(bundle, torch.float64)
+    x = torch.from_numpy(images).double().requires_grad_()
+    picked = torch.log_softmax(exact(x), dim=1)[range(16), torch.from_numpy(labels)]
+    (gradient,) = torch.autograd.grad(-picked.sum(), x)
+    expected = (x.detach() + 0.2 * gradient.sign()).clamp(0, 1).numpy()
+
+    # Float32 cannot tell the sign of a gradient that is zero but for rounding.
+    size = gradient.abs().flatten(1)
+    clear = (size > 1e-5 * size.amax(1, keepdim=True)).reshape(images.shape).numpy()
+    assert clear.mean() > 0.5
+    np.testing.assert_allclose(found[clear], expected[clear], atol=1e-6)
+    assert np.abs(found - images).max() <= 0.2 + 1e-6
+
+
+# PGD
+
+
+def test_pgd_takes_foolbox_steps_and_loses_no_image_again(bundle: Bundle) -> None:
+    images, labels = map(torch.from_numpy, digits(24))
+    model = twin_model(load_twin(bundle))
+    settings = {"steps": 10, "rel_stepsize": 0.1, "random_start": False}
+    _, ours, fooled = LinfPGD(**settings)(model, images, labels, epsilons=0.2)
+    _, theirs, fooled_too = fb.attacks.LinfPGD(**settings)(model, images, labels, epsilons=0.2)
+    assert (fooled | ~fooled_too).all()
+    held = ~fooled
+    assert held.any()
+    np.testing.assert_allclose(ours[held].numpy(), theirs[held].numpy(), atol=1e-6)
+
+
+def test_pgd_stays_in_the_box_and_within_epsilon(ccn_bundle: Bundle) -> None:
+    images, labels = digits(8)
+    spec = AttackSpec("pgd", "linf", 0.3, True, {"steps": 5, "rel_stepsize": 0.5, "restarts": 2})
+    found = perform(spec, twin_model(load_twin(ccn_bundle)), images, labels, seeds=seeds(8))
+    assert found.min() >= 0 and found.max() <= 1
+    assert np.abs(found - images).max() <= 0.3 + 1e-6
+
+
+def test_a_random_start_belongs_to_the_image(ccn_bundle: Bundle) -> None:
+    images, labels = digits(6)
+    model = twin_model(load_twin(ccn_bundle))
+
+    def start(chosen: list[int]) -> np.ndarray:
+        spec = AttackSpec("pgd", "linf", 0.1, True, {"steps": 0, "random_start": True})
+        return perform(spec, model, images[chosen], labels[chosen], seeds=seeds(6)[chosen])
+
+    everything = start(list(range(6)))
+    torch.manual_seed(1)
+    np.testing.assert_array_equal(start([4, 1]), everything[[4, 1]])
+    assert np.abs(everything[0] - images[0]).max() > 0.05
+    other = everything - images
+    assert not np.array_equal(other[0] > 0, other[1] > 0)
+
+
+def test_a_restart_keeps_what_an_earlier_start_fooled(sm_bundle: Bundle) -> None:
+    images, labels = map(torch.from_numpy, digits(32))
+    model = twin_model(load_twin(sm_bundle))
+    settings = {"steps": 1, "rel_stepsize": 0.1, "seeds": seeds(32)}
+    _, _, once = LinfPGD(**settings)(model, images, labels, epsilons=0.4)
+    _, _, often = LinfPGD(**settings, restarts=8)(model, images, labels, epsilons=0.4)
+    assert (often | ~once).all()
+    assert often.sum() > once.sum()
+
+
+# DeepFool
+
+
+def test_deepfool_finds_the_images_that_foolbox_finds(bundle: Bundle) -> None:
+    images = torch.from_numpy(digits(16)[0])
+    twin = load_twin(bundle)
+    model, labels = twin_model(twin), twin(images).argmax(dim=1)
+    _, ours, fooled = L2DeepFool()(model, images, labels, epsilons=None)
+    _, theirs, fooled_too = fb.attacks.L2DeepFoolAttack()(model, images, labels, epsilons=None)
+    np.testing.assert_allclose(ours.numpy(), theirs.numpy(), atol=1e-5)
+    assert torch.equal(fooled, fooled_too)
+    assert fooled.all()
+
+
+@pytest.mark.parametrize(("steps", "candidates", "overshoot"), [(2, 10, 0.02), (8, 3, 0.5)])
+def test_deepfool_options_mean_what_they_mean_in_foolbox(
+    ccn_bundle: Bundle, steps: int, candidates: int, overshoot: float
+) -> None:
+    images, labels = map(torch.from_numpy, digits(8))
+    model = twin_model(load_twin(ccn_bundle))
+    settings = {"steps": steps, "candidates": candidates, "overshoot": overshoot}
+    _, ours, _ = L2DeepFool(**settings)(model, images, labels, epsilons=None)
+    _, theirs, _ = fb.attacks.L2DeepFoolAttack(**settings)(model, images, labels, epsilons=None)
+    np.testing.assert_allclose(ours.numpy(), theirs.numpy(), atol=1e-5)
+
+
+@given(seed=st.integers(0, 2**31), classes=st.integers(2, 6))
+@settings(deadline=None, max_examples=20)
+def test_unclipped_deepfool_on_a_linear_classifier_is_the_projection(
+    seed: int, classes: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    weights = generator.standard_normal((classes, 12))
+    x = generator.random((1, 1, 3, 4))
+    margins = weights @ x.ravel()
+    first = int(margins.argmax())
+    others = [k for k in range(classes) if k != first]
+    rows = weights[others] - weights[first]
+    norms = np.linalg.norm(rows, axis=1)
+    distances = (margins[first] - margins[others]) / norms
+    nearest = int(distances.argmin())
+    step = (distances[nearest] + 1e-4) * rows[nearest] / norms[nearest]
+
+    layer = nn.Linear(12, classes, bias=False)
+    layer.weight.data = torch.from_numpy(weights).float()
+    network = nn.Sequential(nn.Flatten(), layer).eval().requires_grad_(False)
+    images = torch.from_numpy(x).float()
+    attack = L2DeepFool(clip=False, steps=1)
+    _, found, _ = attack(twin_model(network), images, torch.tensor([first]), epsilons=None)
+    np.testing.assert_allclose(found.numpy(), x + 1.02 * step.reshape(x.shape), atol=1e-4)
+
+
+def test_unclipped_deepfool_leaves_the_box_and_clipped_does_not(ccn_bundle: Bundle) -> None:
+    images = torch.from_numpy(digits(8)[0])
+    twin = load_twin(ccn_bundle)
+    model, labels = twin_model(twin), twin(images).argmax(dim=1)
+    _, inside, _ = L2DeepFool()(model, images, labels, epsilons=None)
+    _, outside, fooled = L2DeepFool(clip=False)(model, images, labels, epsilons=None)
+    assert inside.min() >= 0 and inside.max() <= 1
+    assert outside.min() < 0 and outside.max() > 1
+    assert fooled.all()
+
+
+# Attacking a runtime
+
+
+@pytest.fixture
+def runtime(bundle: Bundle):  # type: ignore[no-untyped-def]
+    with open_runtime(bundle, "onnxruntime-cpu", "fp32", ONE_THREAD) as opened:
+        yield opened
+
+
+def test_logits_are_the_runtimes_and_gradients_the_twins(bundle: Bundle, runtime) -> None:  # type: ignore[no-untyped-def]
+    images, _ = digits(5)
+    cotangents = np.random.default_rng(0).standard_normal((5, 3, 10)).astype(np.float32)
+    twin = load_twin(bundle)
+    x = torch.from_numpy(images).requires_grad_()
+    logits = foolbox_model(runtime, twin)(x)
+    np.testing.assert_array_equal(logits.detach().numpy(), runtime.logits(images))
+
+    leaf = torch.from_numpy(images).requires_grad_()
+    truth = twin(leaf)
+    for row in torch.from_numpy(cotangents).unbind(1):
+        (ours,) = torch.autograd.grad(logits, x, row, retain_graph=True)
+        (expected,) = torch.autograd.grad(truth, leaf, row, retain_graph=True)
+        np.testing.assert_array_equal(ours.numpy(), expected.numpy())
+
+
+def test_native_gradients_are_those_of_the_runtime(bundle: Bundle) -> None:
+    images, _ = digits(3)
+    with open_runtime(bundle, "torch", "fp64", ONE_THREAD) as exact:
+        x = torch.from_numpy(images).requires_grad_()
+        logits = foolbox_model(exact, None, gradient="native")(x)
+        (gradient,) = torch.autograd.grad(logits[:, 3].sum(), x)
+        cotangents = np.zeros((3, 1, 10), np.float32)
+        cotangents[:, :, 3] = 1
+        _, expected = exact.vjp(images, cotangents)
+    np.testing.assert_allclose(gradient.numpy(), expected[:, 0], rtol=1e-6)
+
+
+def test_deepfool_on_the_runtime_agrees_with_deepfool_on_the_twin(bundle: Bundle, runtime) -> None:  # type: ignore[no-untyped-def]
+    images, labels = digits(12)
+    twin = load_twin(bundle)
+    spec = suite(["deepfool"])[0]
+    here = perform(spec, foolbox_model(runtime, twin), images, labels, seeds=seeds(12))
+    there = perform(spec, twin_model(twin), images, labels, seeds=seeds(12))
+    close = np.abs(here - there).reshape(12, -1).max(axis=1) < 1e-3
+    assert close.sum() >= 11  # rounding may choose another class now and then
+
+
+def test_without_a_source_of_gradients_there_is_nothing_to_attack(ccn_bundle: Bundle) -> None:
+    # On a NumPy model over ONNX Runtime, Foolbox's C&W reports black images as success.
+    with open_runtime(ccn_bundle, "onnxruntime-cpu", "fp32", ONE_THREAD) as runtime:
+        with pytest.raises(RuntimeUnavailableError, match="no PyTorch twin"):
+            foolbox_model(runtime, None)
+        with pytest.raises(RuntimeUnavailableError, match="no gradients of its own"):
+            foolbox_model(runtime, load_twin(ccn_bundle), gradient="native")
+
+
+def test_carlini_wagner_through_the_runtime_returns_no_black_image(sm_bundle: Bundle) -> None:
+    images, _ = digits(4)
+    with open_runtime(sm_bundle, "onnxruntime-cpu", "fp32", ONE_THREAD) as runtime:
+        labels = runtime.logits(images).argmax(axis=1)
+        attack = fb.attacks.L2CarliniWagnerAttack(
+            binary_search_steps=2, steps=40, stepsize=0.1, initial_const=10.0
+        )
+        model = foolbox_model(runtime, load_twin(sm_bundle))
+        tensors = torch.from_numpy(images), torch.from_numpy(labels)
+        _, found, fooled = attack(model, *tensors, epsilons=None)
+        chosen = found[fooled].numpy()
+        assert len(chosen)
+        assert (runtime.logits(chosen).argmax(axis=1) != labels[fooled.numpy()]).all()
+        assert chosen.reshape(len(chosen), -1).max(axis=1).min() > 0.1
+
+
+def test_a_network_that_would_learn_or_drop_out_is_refused(ccn_bundle: Bundle) -> None:
+    twin = load_twin(ccn_bundle)
+    with pytest.raises(ValueError, match="eval"):
+        twin_model(twin.train())
+    with pytest.raises(ValueError, match="requires_grad"):
+        twin_model(twin.eval().requires_grad_())
+
+
+def test_a_gpu_in_the_machine_does_not_take_the_model(
+    ccn_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    twin = load_twin(ccn_bundle)
+    assert twin_model(twin).device == torch.device("cpu")
+    with open_runtime(ccn_bundle, "onnxruntime-cpu", "fp32", ONE_THREAD) as runtime:
+        assert foolbox_model(runtime, twin).device == torch.device("cpu")
