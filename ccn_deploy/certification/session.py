@@ -25,7 +25,8 @@ from ccn_deploy.certification.copies import TemporaryCopy, writable
 from ccn_deploy.certification.findings import Finding, Wording
 from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import CcnDeployError, IntegrityError, StorageError, UsageError, unknown
-from ccn_deploy.extras import require
+from ccn_deploy.parity.collect import ParityRequest
+from ccn_deploy.parity.collect import collect as collect_parity
 from ccn_deploy.parity.evidence import KINDS
 from ccn_deploy.parity.invariance import DETERMINISTIC
 from ccn_deploy.parity.judge import ParityResult
@@ -209,9 +210,6 @@ class Certification:
         )
 
     def _judged_parity(self) -> ParityResult:
-        require("torch", "train", "for the float64 reference")
-        from ccn_deploy.parity.collect import ParityRequest, collect
-
         options = self._options
         request = ParityRequest(
             runtime=options.runtime,
@@ -221,7 +219,7 @@ class Certification:
             data_dir=options.data_dir,
             threads=options.threads,
         )
-        evidence = self._measured(lambda bundle: collect(bundle, request, progress=_tell))
+        evidence = self._measured(lambda bundle: collect_parity(bundle, request, progress=_tell))
         return judge_parity(evidence)
 
     def _judged_robustness(self) -> RobustnessResult:
