@@ -24,9 +24,17 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a bundle that is there.")
     ] = False,
+    no_gradient: Annotated[
+        bool,
+        typer.Option(
+            "--no-gradient",
+            help="Leave out the graph of the input gradients, which attacks on the deployed "
+            "runtime itself need: half the size, for a bundle that is only served.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Lower a trained network to ONNX, check the graph, and write a bundle."""
+    """Lower a trained network to ONNX, check the graphs, and write a bundle."""
     from ccn_deploy.cli import console
     from ccn_deploy.extras import require
     from ccn_deploy.runs import open_run
@@ -37,7 +45,7 @@ def export(
     from ccn_deploy.exporters import export_run
 
     with console.err.status("Lowering and checking"):
-        bundle = export_run(trained, output, overwrite=overwrite)
+        bundle = export_run(trained, output, overwrite=overwrite, gradient=not no_gradient)
     document = _document(bundle)
     if as_json:
         console.print_json(document)

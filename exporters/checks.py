@@ -6,7 +6,8 @@ the one is caught by the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 
 import numpy as np
 import onnx
@@ -15,7 +16,7 @@ from onnx import numpy_helper, shape_inference
 from torch import nn
 
 from ccn_deploy.errors import LoweringError
-from ccn_deploy.exporters.graph import BATCH, INPUT, OUTPUT
+from ccn_deploy.exporters.graph import BATCH, CANDIDATES, COTANGENTS, GRADIENTS, INPUT, OUTPUT
 from ccn_deploy.exporters.lowering import deployed_layers
 from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear, SubtractMean
 from ccn_deploy.models import Classifier
@@ -54,17 +55,25 @@ LARGEST = 2**31 - 1
 HINT = "Nothing was written; this is a bug in the exporter, please report it."
 
 
-def check_size(model: Classifier) -> None:
+def check_size(model: Classifier, *, gradient: bool = False) -> None:
     """Refuse a network whose float32 weights do not fit into one ONNX file.
+
+    Args:
+        model: The network.
+        gradient: Whether the file is that of the input gradients, with every kernel twice.
 
     Raises:
         LoweringError: They are larger than protobuf's limit of 2 GiB.
     """
-    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    kernels = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
+    size = 4 * (sum(p.numel() for p in model.parameters()) + (kernels if gradient else 0))
     if size > LARGEST - 2**20:  # a mebibyte for names and nodes
+        what = "The gradient graph" if gradient else "The network"
         raise LoweringError(
-            f"The network has {size / 2**30:.1f} GiB of weights; an ONNX file holds at most 2 GiB.",
-            "Choose a smaller architecture or fewer classes.",
+            f"{what} has {size / 2**30:.1f} GiB of weights; an ONNX file holds at most 2 GiB.",
+            "Export without the gradient graph."
+            if gradient
+            else "Choose a smaller architecture or fewer classes.",
         )
 
 
@@ -99,23 +108,49 @@ def check_shapes(graph: onnx.ModelProto, model: Classifier) -> None:
         LoweringError: A tensor without a known shape, one that does not keep the batch, or
             logits of another shape than [batch, classes].
     """
-    try:
-        inferred = shape_inference.infer_shapes(
-            graph, check_type=True, strict_mode=True, data_prop=True
-        ).graph
-    except shape_inference.InferenceError as error:
-        raise LoweringError(f"Shape inference fails: {_line(error)}", HINT) from error
-    shapes = {
-        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-        for value in [*inferred.input, *inferred.value_info, *inferred.output]
-    }
-    for node in inferred.node:
+    shapes = _infer(graph)
+    for node in graph.graph.node:
         shape = shapes.get(node.output[0], [])
         if not shape or shape[0] != BATCH or 0 in shape:
             raise LoweringError(f"The shape of {node.output[0]!r} is not known: {shape}.", HINT)
-    wanted = [BATCH, model.classes]
-    if shapes[OUTPUT] != wanted:
-        raise LoweringError(f"The logits have shape {shapes[OUTPUT]}, not {wanted}.", HINT)
+    _require_shapes(shapes, {OUTPUT: [BATCH, model.classes]})
+
+
+def check_gradient_graph(
+    graph: onnx.ModelProto, forward: onnx.ModelProto, model: Classifier
+) -> None:
+    """Run the structural checks of a gradient graph.
+
+    It is valid, says nothing but its function, begins with the very nodes and constants of the
+    forward graph, and every shape follows from the symbolic numbers of images and candidates.
+
+    Raises:
+        LoweringError: Says which check failed, and where.
+    """
+    check_valid(graph)
+    check_plain(graph)
+    nodes, constants = graph.graph.node, {c.name: c for c in graph.graph.initializer}
+    for ours, theirs in zip_longest(nodes[: len(forward.graph.node)], forward.graph.node):
+        if ours != theirs:
+            raise LoweringError(f"The gradient graph computes another {theirs.name!r}.", HINT)
+    for constant in forward.graph.initializer:
+        if constants.get(constant.name) != constant:
+            raise LoweringError(f"The gradient graph has another {constant.name!r}.", HINT)
+
+    shapes = _infer(graph)
+    for node in nodes:
+        shape = shapes.get(node.output[0], [])
+        # Images times candidates, in a tensor that has both in one dimension, has no name.
+        if not shape or 0 in shape[1:]:
+            raise LoweringError(f"The shape of {node.output[0]!r} is not known: {shape}.", HINT)
+    image = model.architecture.input_shape
+    wanted: dict[str, list[int | str]] = {
+        INPUT: [BATCH, *image],
+        COTANGENTS: [BATCH, CANDIDATES, model.classes],
+        OUTPUT: [BATCH, model.classes],
+        GRADIENTS: [BATCH, CANDIDATES, *image],
+    }
+    _require_shapes(shapes, wanted)
 
 
 def check_pattern(graph: onnx.ModelProto, model: Classifier) -> None:
@@ -155,6 +190,28 @@ def check_plain(graph: onnx.ModelProto) -> None:
     external = [c.name for c in body.initializer if c.external_data]
     if stray or external or body.value_info or graph.functions or graph.producer_version:
         raise LoweringError("The graph carries text beside its function.", HINT)
+
+
+def _infer(graph: onnx.ModelProto) -> dict[str, list[int | str]]:
+    """Return the shape of every tensor: sizes, names of symbolic sizes, 0 where unknown."""
+    try:
+        inferred = shape_inference.infer_shapes(
+            graph, check_type=True, strict_mode=True, data_prop=True
+        ).graph
+    except shape_inference.InferenceError as error:
+        raise LoweringError(f"Shape inference fails: {_line(error)}", HINT) from error
+    return {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in [*inferred.input, *inferred.value_info, *inferred.output]
+    }
+
+
+def _require_shapes(
+    shapes: dict[str, list[int | str]], wanted: Mapping[str, list[int | str]]
+) -> None:
+    for name, shape in wanted.items():
+        if shapes.get(name) != shape:
+            raise LoweringError(f"The {name} have shape {shapes.get(name)}, not {shape}.", HINT)
 
 
 def _given(name: str, layer: nn.Module) -> Iterator[tuple[str, NDArray[np.float32]]]:

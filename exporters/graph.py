@@ -8,7 +8,7 @@ node named ``<layer>`` gives that layer's result, so the tensor ``conv1`` is wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,12 @@ IR_VERSION = 9
 
 INPUT = "images"
 OUTPUT = "logits"
+COTANGENTS = "cotangents"
+GRADIENTS = "gradients"
 BATCH = "batch"
 """Name of the symbolic first dimension of input and output."""
+CANDIDATES = "candidates"
+"""Name of the symbolic second dimension of cotangents and gradients."""
 
 
 class GraphBuilder:
@@ -56,13 +60,25 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(op, list(inputs), [output], name=name, **attributes))
         return output
 
-    def model(self, name: str, input_shape: tuple[int, int, int], classes: int) -> onnx.ModelProto:
-        """Return the whole graph: float32 images [batch, C, H, W] to logits [batch, classes]."""
+    def model(
+        self,
+        name: str,
+        inputs: Mapping[str, Sequence[int | str]],
+        outputs: Mapping[str, Sequence[int | str]],
+    ) -> onnx.ModelProto:
+        """Return the whole graph, given the shapes of its float32 inputs and outputs."""
+
+        def floats(shapes: Mapping[str, Sequence[int | str]]) -> list[onnx.ValueInfoProto]:
+            return [
+                helper.make_tensor_value_info(tensor, TensorProto.FLOAT, shape)
+                for tensor, shape in shapes.items()
+            ]
+
         graph = helper.make_graph(
             self.nodes,
             name,
-            inputs=[helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [BATCH, *input_shape])],
-            outputs=[helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [BATCH, classes])],
+            inputs=floats(inputs),
+            outputs=floats(outputs),
             initializer=list(self.constants.values()),
         )
         return helper.make_model(

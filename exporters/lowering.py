@@ -8,6 +8,7 @@ folded into the weights, and its root needs no floor: the floor in
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,29 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ccn_deploy.errors import LoweringError
-from ccn_deploy.exporters.graph import INPUT, OUTPUT, GraphBuilder
+from ccn_deploy.exporters.graph import BATCH, INPUT, OUTPUT, GraphBuilder
 from ccn_deploy.layers import MEAN, BoundedReLU, CompactConv2d, CompactLinear, SubtractMean
 from ccn_deploy.models import Classifier
 
 Lowering = Callable[[GraphBuilder, Any, str, str, str], None]
 """Adds a layer's nodes, given the builder, the layer, its name, its input and its output."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A layer in the graph.
+
+    Attributes:
+        name: The layer's, as in the weights file.
+        layer: The layer.
+        x: Name of the tensor it reads.
+        y: Name of the tensor it returns.
+    """
+
+    name: str
+    layer: nn.Module
+    x: str
+    y: str
 
 
 def lower(model: Classifier) -> onnx.ModelProto:
@@ -34,8 +52,23 @@ def lower(model: Classifier) -> onnx.ModelProto:
         LoweringError: A kind of layer, or an option of one, that has no lowering.
     """
     builder = GraphBuilder()
+    add_layers(builder, model)
+    return builder.model(
+        model.architecture.name,
+        {INPUT: [BATCH, *model.architecture.input_shape]},
+        {OUTPUT: [BATCH, model.classes]},
+    )
+
+
+def add_layers(builder: GraphBuilder, model: Classifier) -> list[Placed]:
+    """Add the nodes of every layer and return the layers in order of execution.
+
+    Raises:
+        LoweringError: As :func:`lower` does.
+    """
+    placed = []
     layers = deployed_layers(model)
-    tensor = INPUT
+    x = INPUT
     for name, layer in layers:
         lowering = LOWERINGS.get(type(layer))
         if lowering is None:
@@ -43,10 +76,11 @@ def lower(model: Classifier) -> onnx.ModelProto:
                 f"Layer {name!r} is a {type(layer).__name__}, which has no lowering to ONNX.",
                 f"Known: {', '.join(sorted(kind.__name__ for kind in LOWERINGS))}.",
             )
-        output = OUTPUT if name == layers[-1][0] else name
-        lowering(builder, layer, name, tensor, output)
-        tensor = output
-    return builder.model(model.architecture.name, model.architecture.input_shape, model.classes)
+        y = OUTPUT if name == layers[-1][0] else name
+        lowering(builder, layer, name, x, y)
+        placed.append(Placed(name, layer, x, y))
+        x = y
+    return placed
 
 
 def deployed_layers(model: Classifier) -> list[tuple[str, nn.Module]]:

@@ -25,8 +25,8 @@ from ccn_deploy.defenses import DEFENSES as BY_NAME
 from ccn_deploy.errors import LoweringError, UsageError
 from ccn_deploy.exporters import export_run
 from ccn_deploy.exporters.checks import check_graph, check_size
-from ccn_deploy.exporters.export import check_probe
 from ccn_deploy.exporters.lowering import lower
+from ccn_deploy.exporters.probes import check_probe
 from ccn_deploy.layers import CompactConv2d, CompactLinear
 from ccn_deploy.models import Classifier
 from ccn_deploy.runtimes import open_runtime
@@ -47,7 +47,7 @@ def ops(graph: onnx.ModelProto) -> list[str]:
 @pytest.mark.parametrize("architecture", ["mnist-cnn", "vgg11-cifar10"])
 def test_graph_computes_the_network(architecture: str, defense: str, tmp_path: Path) -> None:
     model = random_network(architecture, defense)
-    bundle = export_run(as_run(model), tmp_path / "bundle")
+    bundle = export_run(as_run(model), tmp_path / "bundle", gradient=False)
     images = difficult_images(model.architecture.input_shape)
     truth = model.double()(torch.from_numpy(images).double()).numpy()
 
@@ -357,6 +357,7 @@ def test_equal_runs_give_equal_bundles_whatever_their_paths(tmp_path: Path) -> N
     files = sorted(p.relative_to(one.path) for p in one.path.rglob("*") if p.is_file())
     assert [str(f) for f in files] == [
         "graphs/forward-fp32.onnx",
+        "graphs/gradient-fp32.onnx",
         "manifest.json",
         "weights.safetensors",
     ]
@@ -423,6 +424,7 @@ def test_command_exports_and_says_what_comes_next(
     code, out, err = command(monkeypatch, capsys, run, "--output", tmp_path / "b")
     assert code == 0
     assert "graphs/forward-fp32.onnx" in out
+    assert "graphs/gradient-fp32.onnx" in out
     assert "7 ReduceSumSquare" in out
     assert f"ccn-deploy verify-parity {tmp_path / 'b'}" in err
 
@@ -433,7 +435,7 @@ def test_command_exports_and_says_what_comes_next(
     assert code == 0
     assert document["schema"] == "ccn-deploy/export/1"
     assert document["digest"] == open_bundle(tmp_path / "b").manifest.digest
-    assert [file["role"] for file in document["files"]] == ["weights", "forward"]
+    assert [file["role"] for file in document["files"]] == ["weights", "forward", "gradient"]
 
 
 def _missing(path: Path) -> Path:

@@ -36,9 +36,8 @@ SHAPE = (1, 28, 28)
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_run(
-        as_run(random_network("mnist-cnn", "ccn")), tmp_path_factory.mktemp("b") / "ccn"
-    )
+    path = tmp_path_factory.mktemp("b") / "ccn"
+    return export_run(as_run(random_network("mnist-cnn", "ccn")), path, gradient=False)
 
 
 def images(count: int, seed: int = 0) -> np.ndarray:

@@ -6,11 +6,14 @@ import contextlib
 import os
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
+import numpy as np
+
 from ccn_deploy.bundle import Bundle
-from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError, UsageError
+from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError, UsageError
 from ccn_deploy.extras import require
 from ccn_deploy.runtimes.base import Array, RuntimeOptions, RuntimeSpec, check_images, in_batches
 
@@ -20,6 +23,15 @@ PROVIDERS = {
 }
 INPUT = "images"
 OUTPUTS = ["logits"]
+COTANGENTS = "cotangents"
+GRADIENTS = "gradients"
+
+ROWS = 32
+"""Gradients that one run of the gradient graph computes at most on a CPU. They fit its caches: 256
+at once are up to a fifth slower, and take eight times the memory."""
+
+Shapes = Mapping[str, Sequence[int | str]]
+"""Of a graph's inputs or outputs by name, without the batch."""
 
 _FATAL = 4
 """ONNX Runtime's log level; everything else comes back as an exception with the same words."""
@@ -28,6 +40,7 @@ _FATAL = 4
 class OnnxRuntime:
     """The forward graph of a bundle in an ONNX Runtime session of its own.
 
+    The gradient graph, if the bundle has one, gets a second session when it is first asked for.
     Several threads may call at once. Images are handed over without a copy if they are
     C-contiguous.
 
@@ -46,15 +59,15 @@ class OnnxRuntime:
     def __init__(
         self, bundle: Bundle, *, name: str, precision: str, options: RuntimeOptions
     ) -> None:
-        record = bundle.file("forward", precision)
-        ort = load_library(name)
-        session = make_session(ort, bundle.read(record), record.path, name, options)
-        spec = make_spec(ort, bundle, name, precision, options)
-        _check_signature(session, spec, record.path)
-        self._session: Any = session
-        self._spec = spec
-        self._check_range = options.check_range
-        self._failures = _failures(ort)
+        self._ort = load_library(name)
+        self._bundle = bundle
+        self._options = options
+        self._spec = make_spec(self._ort, bundle, name, precision, options)
+        self._failures = _failures(self._ort)
+        self._gradient_session: Any = None
+        self._lock = threading.Lock()
+        images = {INPUT: list(self._spec.input_shape)}
+        self._session: Any = self._open("forward", images, {OUTPUTS[0]: [self._spec.classes]})
 
     @property
     def spec(self) -> RuntimeSpec:
@@ -63,8 +76,9 @@ class OnnxRuntime:
 
     @property
     def differentiable(self) -> bool:
-        """False: the bundle's graph goes forward only."""
-        return False
+        """Whether the bundle has a gradient graph in this precision."""
+        files = self._bundle.manifest.files
+        return any((f.role, f.precision) == ("gradient", self._spec.precision) for f in files)
 
     def logits(self, images: Array) -> Array:
         """Return float32 [N, classes] for float32 images [N, C, H, W] in [0, 1].
@@ -77,7 +91,7 @@ class OnnxRuntime:
         session = self._session  # a local, so that close() in another thread cannot take it away
         if session is None:
             raise UsageError(f"This {self._spec.name} runtime is closed.", "Open it again.")
-        check_images(images, self._spec, check_range=self._check_range)
+        check_images(images, self._spec, check_range=self._options.check_range)
 
         def run(batch: Array) -> Array:
             logits: Array = session.run(OUTPUTS, {INPUT: batch})[0]
@@ -86,26 +100,56 @@ class OnnxRuntime:
         try:
             return in_batches(images, self._spec.max_batch, run, self._spec.classes)
         except self._failures as error:
-            raise RuntimeUnavailableError(
-                f"{self._spec.name} failed on {len(images)} images: {one_line(error)}",
-                "If memory ran out, choose a smaller max_batch or a larger memory_limit.",
-            ) from error
+            raise self._failed(len(images), error) from error
 
     def vjp(self, images: Array, cotangents: Array) -> tuple[Array, Array]:
-        """Refuse: a forward graph has no gradients.
+        """Return logits [N, classes] and K input gradients an image [N, K, C, H, W], in float32.
+
+        Both come from the gradient graph, computed by this very runtime.
+
+        Args:
+            images: float32 [N, C, H, W] as for :meth:`logits`.
+            cotangents: float32 [N, K, classes]; see :meth:`ccn_deploy.runtimes.base.Runtime.vjp`.
 
         Raises:
-            RuntimeUnavailableError: Always.
+            InputError: Images as for :meth:`logits`, or cotangents of another shape or dtype, or
+                not finite.
+            UsageError: The runtime is closed.
+            RuntimeUnavailableError: The bundle has no gradient graph, or ONNX Runtime failed.
+            IntegrityError: The graph is not the one of the manifest, or no gradient graph.
         """
-        raise RuntimeUnavailableError(
-            f"The runtime {self._spec.name} has no input gradients: the bundle has no gradient "
-            "graph.",
-            "Take gradients from the runtime 'torch', the twin of the deployed network.",
-        )
+        if not self.differentiable:
+            raise RuntimeUnavailableError(
+                f"The runtime {self._spec.name} has no input gradients: the bundle has no gradient "
+                f"graph in {self._spec.precision}.",
+                "Export the run again without --no-gradient, or take gradients from the runtime "
+                "'torch', the twin of the deployed network.",
+            )
+        session = self._with_gradient()
+        check_images(images, self._spec, check_range=self._options.check_range)
+        check_cotangents(cotangents, len(images), self._spec)
+        candidates = cotangents.shape[1]
+        gradients = np.empty((len(images), candidates, *self._spec.input_shape), np.float32)
+        if not candidates:
+            return self.logits(images), gradients
+        logits = np.empty((len(images), self._spec.classes), np.float32)
+        size = self._spec.max_batch
+        if self._spec.device == "cpu":
+            size = max(1, min(size, ROWS // candidates))
+        try:
+            for at in range(0, len(images), size):
+                piece = slice(at, at + size)
+                logits[piece], gradients[piece] = session.run(
+                    [OUTPUTS[0], GRADIENTS], {INPUT: images[piece], COTANGENTS: cotangents[piece]}
+                )
+        except self._failures as error:
+            raise self._failed(len(images), error) from error
+        return logits, gradients
 
     def close(self) -> None:
-        """Release the session and its memory once no call uses it. Calling twice is harmless."""
-        self._session = None
+        """Release the sessions and their memory once no call uses them; twice is harmless."""
+        with self._lock:
+            self._session = self._gradient_session = None
 
     def __enter__(self) -> OnnxRuntime:
         return self
@@ -117,6 +161,58 @@ class OnnxRuntime:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _with_gradient(self) -> Any:
+        """Return the session of the gradient graph, made when it is first asked for."""
+        with self._lock:
+            if self._session is None:
+                raise UsageError(f"This {self._spec.name} runtime is closed.", "Open it again.")
+            if self._gradient_session is None:
+                shape, classes = list(self._spec.input_shape), self._spec.classes
+                self._gradient_session = self._open(
+                    "gradient",
+                    {INPUT: shape, COTANGENTS: ["candidates", classes]},
+                    {OUTPUTS[0]: [classes], GRADIENTS: ["candidates", *shape]},
+                )
+            return self._gradient_session
+
+    def _open(self, role: str, inputs: Shapes, outputs: Shapes) -> Any:
+        """Make a session of one of the bundle's graphs; shapes are those after the batch."""
+        record = self._bundle.file(role, self._spec.precision)
+        graph = self._bundle.read(record)
+        session = make_session(self._ort, graph, record.path, self._spec.name, self._options)
+        _check_signature(session, inputs, outputs, record.path)
+        return session
+
+    def _failed(self, images: int, error: Exception) -> RuntimeUnavailableError:
+        return RuntimeUnavailableError(
+            f"{self._spec.name} failed on {images} images: {one_line(error)}",
+            "If memory ran out, choose a smaller max_batch or a larger memory_limit.",
+        )
+
+
+def check_cotangents(cotangents: Array, images: int, spec: RuntimeSpec) -> None:
+    """Refuse anything but finite float32 [N, K, classes].
+
+    Raises:
+        InputError: Says what is wrong.
+    """
+    if not isinstance(cotangents, np.ndarray) or cotangents.dtype != np.float32:
+        kind = cotangents.dtype if isinstance(cotangents, np.ndarray) else type(cotangents).__name__
+        raise InputError(
+            f"Cotangents must be a NumPy array of float32, got {kind}.",
+            "Convert with: cotangents.astype('float32').",
+        )
+    if cotangents.ndim != 3 or cotangents.shape[::2] != (images, spec.classes):
+        raise InputError(
+            f"Cotangents must have shape [{images}, K, {spec.classes}], got "
+            f"{list(cotangents.shape)}.",
+            "Give K rows of one weight a logit for each image.",
+        )
+    if not np.isfinite(cotangents).all():
+        raise InputError(
+            "Cotangents have NaN or infinite values.", "Check the loss that they are slopes of."
+        )
 
 
 def make_session(
@@ -230,14 +326,19 @@ def _failures(ort: ModuleType) -> tuple[type[Exception], ...]:
     return (*own, ValueError, RuntimeError)
 
 
-def _check_signature(session: Any, spec: RuntimeSpec, path: str) -> None:
-    """Refuse a graph that does not map this bundle's images to its classes."""
-    inputs = [(x.name, x.type, list(x.shape)[1:]) for x in session.get_inputs()]
-    outputs = [(y.name, y.type, list(y.shape)[1:]) for y in session.get_outputs()]
-    wanted_inputs = [(INPUT, "tensor(float)", list(spec.input_shape))]
-    wanted_outputs = [(OUTPUTS[0], "tensor(float)", [spec.classes])]
-    if (inputs, outputs) != (wanted_inputs, wanted_outputs):
+def _check_signature(session: Any, inputs: Shapes, outputs: Shapes, path: str) -> None:
+    """Refuse a graph that has not the floats of this bundle's images and classes as its ends."""
+
+    def found(ends: Any) -> list[tuple[str, str, list[int | str]]]:
+        return [(end.name, end.type, list(end.shape)[1:]) for end in ends]
+
+    def wanted(shapes: Shapes) -> list[tuple[str, str, list[int | str]]]:
+        return [(name, "tensor(float)", list(shape)) for name, shape in shapes.items()]
+
+    have = found(session.get_inputs()), found(session.get_outputs())
+    want = wanted(inputs), wanted(outputs)
+    if have != want:
         raise IntegrityError(
-            f"{path} maps {inputs} to {outputs}, not {wanted_inputs} to {wanted_outputs}.",
+            f"{path} maps {have[0]} to {have[1]}, not {want[0]} to {want[1]}.",
             "Export the run again.",
         )
