@@ -56,6 +56,9 @@ app.command("quickstart")(quickstart)
 
 def main() -> NoReturn:
     """Run the program; every foreseen error becomes one or two lines and an exit code."""
+    # Threads of torch that wait for one another by spinning take the core from the very thread they
+    # wait for, whenever something else runs on the machine: three times slower, measured.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except CcnDeployError as error:

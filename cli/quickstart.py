@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,32 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ccn_deploy.cli.options import JsonOption, SeedOption, ThreadsOption
+from ccn_deploy.cli.options import JsonOption, SeedOption
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.table import Table
 
     from ccn_deploy.bundle import Bundle
-    from ccn_deploy.parity.judge import ParityResult
+    from ccn_deploy.parity import ParityResult
     from ccn_deploy.robustness import RobustnessResult
     from ccn_deploy.runs import TrainedRun
+
+    Tell = Callable[["Note | Step"], None]
 
 SCHEMA = "ccn-deploy/quickstart/1"
 DATASET = "mnist5k"
 DEFENSES = ("sm", "ccn")
 RUNTIME = "onnxruntime-cpu"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the quickstart found for one defense."""
-
-    title: str
-    run: TrainedRun
-    bundle: Bundle
-    parity: ParityResult
-    robustness: RobustnessResult
-    report: Path
 
 
 def quickstart(
@@ -48,12 +41,13 @@ def quickstart(
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Test images to attack.")] = 300,
     seed: SeedOption = 0,
-    threads: ThreadsOption = None,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="CPU threads for each of the two networks.")
+    ] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Train a plain and a compact network, lower both, prove parity, attack what was lowered."""
     from ccn_deploy.cli import console
-    from ccn_deploy.defenses import DEFENSES as KNOWN
     from ccn_deploy.extras import require
     from ccn_deploy.verdict import Verdict
 
@@ -61,9 +55,14 @@ def quickstart(
         require(module, "train", "for the quickstart")
     require("onnxruntime", "cpu", "for the quickstart")
 
-    outcomes = [
-        _one(name, KNOWN[name].title, output, epochs, samples, seed, threads) for name in DEFENSES
-    ]
+    roads = [Road(defense, output, epochs, samples, seed, threads) for defense in DEFENSES]
+    console.err.print("Two networks side by side. For each of them, what these commands do:")
+    for command in roads[-1].commands():
+        console.err.print(f"[bold]$ {command}[/]", soft_wrap=True)
+    _go_together(roads)
+
+    # Everything has been measured and is on disk: this reads it back.
+    outcomes = [road.go(_silent) for road in roads]
     if as_json:
         console.print_json(_document(outcomes))
     else:
@@ -76,83 +75,215 @@ def quickstart(
     raise typer.Exit((Verdict.PASS if held else Verdict.FAIL).exit_code)
 
 
-def _one(  # noqa: PLR0917
-    defense: str,
-    title: str,
-    output: Path,
-    epochs: int | None,
-    samples: int,
-    seed: int,
-    threads: int | None,
-) -> Outcome:
-    """Take one network down the whole road, saying each step as the command that does it alone."""
-    from ccn_deploy.cli import verify_parity, verify_robustness
-    from ccn_deploy.cli.console import err
-    from ccn_deploy.cli.train import Display
-    from ccn_deploy.data import load_dataset
-    from ccn_deploy.parity import judge as judge_parity
-    from ccn_deploy.robustness import judge as judge_robustness
-    from ccn_deploy.trainers import TrainConfig, train
+@dataclass(frozen=True)
+class Note:
+    """Something done, worth a line that stays."""
 
-    run_path, bundle_path = output / "runs" / defense, output / "bundles" / defense
-    given = [*(["--seed", seed] if seed else []), *(["--threads", threads] if threads else [])]
-    train_data, test_data = load_dataset(DATASET, "train"), load_dataset(DATASET, "test")
+    defense: str
+    text: str
 
-    _say("train", "--defense", defense, "--dataset", DATASET, "--output", run_path,
-         *(["--epochs", epochs] if epochs else []), *given)  # fmt: skip
-    config = TrainConfig(
-        defense=defense, dataset=DATASET, epochs=epochs, seed=seed, threads=threads
-    )
-    with Display(defense) as display:
-        run = train(config, train_data, test_data, run_path, watcher=display)
-    err.print(f"  {run.training['test_accuracy']:.1%} of {len(test_data):,} test images right")
 
-    _say("export", run_path, "--output", bundle_path)
-    bundle = _export(run, bundle_path)
-    err.print(f"  {len(bundle.manifest.files)} files, digest {bundle.manifest.digest[:16]}")
+@dataclass(frozen=True)
+class Step:
+    """How far a network is; ``total`` is None if it is as it was."""
 
-    _say("verify-parity", bundle_path, *given)
-    parity = judge_parity(
-        verify_parity.measure(
-            bundle, dataset=test_data, runtime=RUNTIME, seed=seed, threads=threads
+    defense: str
+    what: str
+    done: float
+    total: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the quickstart found for one network."""
+
+    run: TrainedRun
+    bundle: Bundle
+    parity: ParityResult
+    robustness: RobustnessResult
+    report: Path
+
+    @property
+    def title(self) -> str:
+        """The paper's name of the defense."""
+        from ccn_deploy.defenses import defense_named
+
+        return defense_named(self.run.defense).title
+
+
+@dataclass(frozen=True)
+class Road:
+    """One network's way from training to attack; a step made before is not made again."""
+
+    defense: str
+    output: Path
+    epochs: int | None
+    samples: int
+    seed: int
+    threads: int
+
+    @property
+    def run(self) -> Path:
+        """Where the trained network goes."""
+        return self.output / "runs" / self.defense
+
+    @property
+    def bundle(self) -> Path:
+        """Where the bundle goes."""
+        return self.output / "bundles" / self.defense
+
+    def commands(self) -> list[str]:
+        """Return the steps as commands a user would type."""
+        settings = [f"--threads={self.threads}", *([f"--seed={self.seed}"] if self.seed else [])]
+        epochs = [f"--epochs={self.epochs}"] if self.epochs else []
+        train = ["train", "--defense", self.defense, "--dataset", DATASET, *epochs, *settings]
+        attack = ["verify-robustness", self.bundle, "--samples", self.samples, *settings]
+        steps: list[list[object]] = [
+            [*train, "--output", self.run],
+            ["export", self.run, "--output", self.bundle],
+            ["verify-parity", self.bundle, *settings],
+            [*attack],
+        ]
+        return [shlex.join(["ccn-deploy", *map(str, step)]) for step in steps]
+
+    def go(self, tell: Tell) -> Outcome:
+        """Train, export, verify parity, attack, and write the report."""
+        from ccn_deploy.data import load_dataset
+        from ccn_deploy.report import examples_of, write_report
+
+        run = self._train(tell)
+        bundle = self._export(run, tell)
+        test_data = load_dataset(DATASET, "test")
+        parity = self._verify_parity(bundle, test_data, tell)
+        robustness = self._verify_robustness(bundle, test_data, tell)
+        report = write_report(
+            bundle,
+            robustness,
+            examples_of(robustness.measurement, test_data),
+            self.commands()[-1],
+            parity.document(),
         )
-    )
-    worst = max(finding.row.deviation.relative for finding in parity.inputs)
-    err.print(
-        f"  {parity.verdict.value}: off float64 by at most {worst:.0e} of the largest logit, on "
-        f"{len(parity.inputs)} kinds and sizes of input"
-    )
+        tell(Note(self.defense, f"robustness {robustness.verdict.value}: {report}"))
+        return Outcome(run, bundle, parity, robustness, report)
 
-    command = _say("verify-robustness", bundle_path, "--samples", samples, *given)
-    measurement = verify_robustness.measure(
-        bundle, dataset=test_data, runtime=RUNTIME, samples=samples, seed=seed, threads=threads
-    )
-    robustness = judge_robustness(measurement)
-    report = verify_robustness.report(bundle, robustness, command, parity)
-    err.print(f"  {robustness.verdict.value}; {report}")
-    return Outcome(title, run, bundle, parity, robustness, report)
+    def _train(self, tell: Tell) -> TrainedRun:
+        from ccn_deploy.data import load_dataset
+        from ccn_deploy.trainers import EpochEnded, Event, Started, TrainConfig, train
+
+        def watch(event: Event) -> None:
+            if isinstance(event, EpochEnded):
+                text = f"epoch {event.epoch}  loss {event.loss:.3f}  test {event.test_accuracy:.1%}"
+                tell(Note(self.defense, text))
+            else:
+                total = event.steps if isinstance(event, Started) else None
+                tell(Step(self.defense, "train", event.step, total))
+
+        config = TrainConfig(
+            self.defense, DATASET, epochs=self.epochs, seed=self.seed, threads=self.threads
+        )
+        train_data, test_data = load_dataset(DATASET, "train"), load_dataset(DATASET, "test")
+        return train(config, train_data, test_data, self.run, watcher=watch)
+
+    def _export(self, run: TrainedRun, tell: Tell) -> Bundle:
+        """Export a run, or open what an earlier quickstart made of the very same weights."""
+        from ccn_deploy.bundle import open_bundle
+        from ccn_deploy.exporters import export_run
+        from ccn_deploy.storage import sha256
+
+        if self.bundle.exists():
+            bundle = open_bundle(self.bundle)
+            if bundle.file("weights").sha256 == sha256(run.weights):
+                return bundle
+        bundle = export_run(run, self.bundle, overwrite=True)
+        digest = bundle.manifest.digest[:16]
+        tell(Note(self.defense, f"exported: {len(bundle.manifest.files)} files, digest {digest}"))
+        return bundle
+
+    def _verify_parity(self, bundle: Bundle, data: Any, tell: Tell) -> ParityResult:
+        from ccn_deploy.parity import ParityRequest, collect, judge
+
+        def progress(what: str, done: int, total: int) -> None:
+            tell(Step(self.defense, f"parity, {what}", done, total))
+
+        request = ParityRequest(data, runtime=RUNTIME, seed=self.seed, threads=self.threads)
+        result = judge(collect(bundle, request, progress=progress))
+        worst = max(finding.row.deviation.relative for finding in result.inputs)
+        text = f"parity {result.verdict.value}: off float64 by at most {worst:.0e} of the scale"
+        tell(Note(self.defense, text))
+        return result
+
+    def _verify_robustness(self, bundle: Bundle, data: Any, tell: Tell) -> RobustnessResult:
+        from ccn_deploy.robustness import RobustnessRequest, collect, judge
+        from ccn_deploy.runtimes import RuntimeOptions
+
+        request = RobustnessRequest(
+            data,
+            runtime=RUNTIME,
+            samples=self.samples,
+            seed=self.seed,
+            options=RuntimeOptions(threads=self.threads),
+        )
+        measurement = collect(
+            bundle, request, lambda what, done, total: tell(Step(self.defense, what, done, total))
+        )
+        return judge(measurement)
 
 
-def _export(run: TrainedRun, path: Path) -> Bundle:
-    """Export a run, or open what an earlier quickstart made of the very same weights."""
-    from ccn_deploy.bundle import open_bundle
-    from ccn_deploy.exporters import export_run
-    from ccn_deploy.storage import sha256
-
-    if path.exists():
-        bundle = open_bundle(path)
-        if bundle.file("weights").sha256 == sha256(run.weights):
-            return bundle
-    return export_run(run, path, overwrite=True)
+def _silent(event: Note | Step) -> None:
+    pass
 
 
-def _say(*words: object) -> str:
-    """Print a command as a user would type it, and return it."""
-    from ccn_deploy.cli.console import err
+def _go_together(roads: list[Road]) -> None:
+    """Take all roads at once, each in a process of its own, showing how far they are.
 
-    command = shlex.join(["ccn-deploy", *map(str, words)])
-    err.print(f"[bold]$ {command}[/]", soft_wrap=True)
-    return command
+    Two processes of one thread finish sooner than one process of two: the layers are too small
+    to be worth sharing, and threads that wait for one another burn the time they save.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from threading import Thread
+
+    from ccn_deploy.cli.console import progress
+
+    context = multiprocessing.get_context("spawn")
+    news: Any = context.SimpleQueue()
+    bar = progress()
+    tasks = {road.defense: bar.add_task(road.defense, total=None) for road in roads}
+
+    def show() -> None:
+        while (event := news.get()) is not None:
+            if isinstance(event, Note):
+                bar.console.print(f"{event.defense}: {event.text}", soft_wrap=True)
+            else:
+                task, what = tasks[event.defense], f"{event.defense}: {event.what}"
+                bar.update(task, description=what, completed=event.done)
+                if event.total is not None:
+                    bar.update(task, total=event.total)
+
+    workers = min(len(roads), os.cpu_count() or 1)
+    with bar, ProcessPoolExecutor(workers, context, _listen, (news,)) as pool:
+        shower = Thread(target=show)
+        shower.start()
+        try:
+            for future in [pool.submit(_walk, road) for road in roads]:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            news.put(None)
+            shower.join()
+
+
+_news: Any = None
+"""In a worker: the queue that its events go to."""
+
+
+def _listen(news: Any) -> None:
+    global _news  # noqa: PLW0603
+    _news = news
+
+
+def _walk(road: Road) -> None:
+    road.go(_news.put)
 
 
 def _print(outcomes: list[Outcome]) -> None:
@@ -181,6 +312,7 @@ def _table(outcomes: list[Outcome]) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        show_edge=False,
         title=f"Accuracy (%) on {n} test images",
         title_justify="left",
         title_style="bold",
@@ -191,18 +323,17 @@ def _table(outcomes: list[Outcome]) -> Table:
         table.add_column(f"{outcome.title}\nONNX Runtime", justify="right")
     results = [outcome.robustness for outcome in outcomes]
 
-    def row(name: str, values: list[str]) -> None:
-        table.add_row(name, *values)
-
-    row("none", [_percent(s.value) for r in results for s in (r.clean.reference, r.clean.runtime)])
+    clean = [s for r in results for s in (r.clean.reference, r.clean.runtime)]
+    table.add_row("none", *(_percent(share.value) for share in clean))
     for at, bounded in enumerate(results[0].bounded):
         sides = [s for r in results for s in (r.bounded[at].reference, r.bounded[at].runtime)]
-        row(f"{bounded.name.upper()} {bounded.epsilon:g}", [_percent(s.value) for s in sides])
+        name = f"{bounded.name.upper()} {bounded.epsilon:g}"
+        table.add_row(name, *(_percent(share.value) for share in sides))
     for at, _ in enumerate(results[0].minimal):
         both = [s for r in results for s in (r.minimal[at].reference, r.minimal[at].runtime)]
         for d in both[0].accuracy_at:
-            row(f"DeepFool d={d:g}", [_percent(side.accuracy_at[d].value) for side in both])
-        row("DeepFool mean rho", [_number(side.rho_adv) for side in both])
+            table.add_row(f"DeepFool {d:g}", *(_percent(s.accuracy_at[d].value) for s in both))
+        table.add_row("DeepFool mean rho", *(_number(side.rho_adv) for side in both))
     return table
 
 
@@ -219,7 +350,7 @@ def _document(outcomes: list[Outcome]) -> dict[str, Any]:
         "schema": SCHEMA,
         "networks": [
             {
-                "defense": outcome.bundle.manifest.defense,
+                "defense": outcome.run.defense,
                 "bundle": str(outcome.bundle.path),
                 "report": str(outcome.report),
                 "test_accuracy": outcome.run.training["test_accuracy"],

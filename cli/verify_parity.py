@@ -19,7 +19,6 @@ from ccn_deploy.cli.options import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from rich.table import Table
 
@@ -60,16 +59,17 @@ def verify_parity(
     """Show that a runtime computes the trained function: its logits against float64."""
     from ccn_deploy.bundle import open_bundle
     from ccn_deploy.cli import console
+    from ccn_deploy.evaluation import evaluation_data
     from ccn_deploy.parity import judge
 
+    opened = open_bundle(bundle)
     evidence = measure(
-        open_bundle(bundle),
+        opened,
+        dataset=evaluation_data(opened, dataset, data_dir),
         runtime=runtime,
         precision=precision,
         samples=samples,
         per_layer=per_layer,
-        dataset=dataset,
-        data_dir=data_dir,
         seed=seed,
         threads=threads,
         fresh=fresh,
@@ -85,12 +85,11 @@ def verify_parity(
 def measure(
     bundle: Bundle,
     *,
+    dataset: Dataset,
     runtime: str = "onnxruntime-cpu",
     precision: str = "fp32",
     samples: int | None = None,
     per_layer: bool = False,
-    dataset: Dataset | str | None = None,
-    data_dir: Path | None = None,
     seed: int = 0,
     threads: int | None = None,
     fresh: bool = False,
@@ -100,12 +99,11 @@ def measure(
     from ccn_deploy.parity import ParityRequest, collect
 
     request = ParityRequest(
+        dataset=dataset,
         runtime=runtime,
         precision=precision,
         samples=samples,
         per_layer=per_layer,
-        dataset=dataset,
-        data_dir=data_dir,
         seed=seed,
         threads=threads,
     )

@@ -81,18 +81,12 @@ def verify_robustness(
     from ccn_deploy.attacks import DEFAULT_ATTACKS, parse_epsilons, suite
     from ccn_deploy.bundle import open_bundle
     from ccn_deploy.cli import console
-    from ccn_deploy.data import load_dataset
-    from ccn_deploy.errors import UsageError
+    from ccn_deploy.evaluation import evaluation_data
     from ccn_deploy.robustness import judge
 
     attacks = suite(attack or DEFAULT_ATTACKS, parse_epsilons(epsilons))
     opened = open_bundle(bundle)
-    name = dataset or opened.manifest.training.get("dataset")
-    if not name:
-        raise UsageError(
-            "The bundle does not say what data it was trained on.", "Give --dataset NAME."
-        )
-    images = load_dataset(str(name), "test", data_dir)
+    images = evaluation_data(opened, dataset, data_dir)
     try:
         measurement = measure(
             opened,
@@ -152,7 +146,7 @@ def report(
     command: str,
     parity: ParityResult | None = None,
     *,
-    dataset: Dataset | None = None,
+    dataset: Dataset,
 ) -> Path:
     """Write ``report.html`` into the bundle and return its path.
 
@@ -161,14 +155,11 @@ def report(
         result: Its judgement.
         command: What the user typed.
         parity: The judgement of parity, if there is one.
-        dataset: What was attacked; loaded by name if not given.
+        dataset: What was attacked.
     """
-    from ccn_deploy.data import load_dataset
     from ccn_deploy.report import examples_of, write_report
 
-    measurement = result.measurement
-    images = dataset or load_dataset(measurement.dataset["name"], "test")
-    examples = examples_of(measurement, images)
+    examples = examples_of(result.measurement, dataset)
     return write_report(
         bundle, result, examples, command, parity.document() if parity is not None else None
     )

@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.cli.main import app
+from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError, UsageError
 from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
 from ccn_deploy.verdict import Verdict
 from tests import faults
 
-REQUEST = ParityRequest(samples=9, per_layer=True, threads=1)
+DATA = load_dataset("mnist5k", "test")
+REQUEST = ParityRequest(DATA, samples=9, per_layer=True, threads=1)
 
 
 def measure(bundle: Bundle, request: ParityRequest = REQUEST) -> ParityResult:
@@ -31,7 +33,7 @@ def measure(bundle: Bundle, request: ParityRequest = REQUEST) -> ParityResult:
 def test_a_healthy_bundle_passes_in_float32(
     defense: str, runtime: str, copy_bundle: Callable[[str], Bundle]
 ) -> None:
-    request = ParityRequest(runtime, samples=40, per_layer=True, threads=1)
+    request = ParityRequest(DATA, runtime, samples=40, per_layer=True, threads=1)
     result = measure(copy_bundle(defense), request)
     assert result.verdict is Verdict.PASS
     assert result.first_departure is None
@@ -117,12 +119,13 @@ def test_evidence_is_judged_where_torch_is_not_installed(
 
 
 @pytest.mark.parametrize(
-    "other", [ParityRequest(samples=9, seed=1, threads=1), ParityRequest(samples=10, threads=1)]
+    "other",
+    [ParityRequest(DATA, samples=9, seed=1, threads=1), ParityRequest(DATA, samples=10, threads=1)],
 )
 def test_another_question_gets_evidence_of_its_own(
     other: ParityRequest, ccn_bundle: Bundle
 ) -> None:
-    collect(ccn_bundle, ParityRequest(samples=9, threads=1))
+    collect(ccn_bundle, ParityRequest(DATA, samples=9, threads=1))
     collect(ccn_bundle, other)
     assert len(list((ccn_bundle.evidence / "parity").iterdir())) == 2
 
@@ -139,11 +142,10 @@ def test_changed_evidence_is_refused_and_measured_again_on_request(ccn_bundle: B
 @pytest.mark.parametrize(
     ("request_", "error", "words"),
     [
-        (ParityRequest(samples=7), UsageError, "--samples 8"),
-        (ParityRequest(precision="fp31"), UsageError, "fp32"),
-        (ParityRequest(runtime="onnxruntime-cup"), UsageError, "onnxruntime-cpu"),
-        (ParityRequest(dataset="mnist6k"), UsageError, "mnist5k"),
-        (ParityRequest(runtime="onnxruntime-cuda"), RuntimeUnavailableError, "GPU"),
+        (ParityRequest(DATA, samples=7), UsageError, "--samples 8"),
+        (ParityRequest(DATA, precision="fp31"), UsageError, "fp32"),
+        (ParityRequest(DATA, runtime="onnxruntime-cup"), UsageError, "onnxruntime-cpu"),
+        (ParityRequest(DATA, runtime="onnxruntime-cuda"), RuntimeUnavailableError, "GPU"),
     ],
 )
 def test_what_cannot_be_measured_is_said(

@@ -23,8 +23,9 @@ from ccn_deploy.attacks.spec import (
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.certification.copies import TemporaryCopy, writable
 from ccn_deploy.certification.findings import Finding, Wording
-from ccn_deploy.data import load_dataset
+from ccn_deploy.data import Dataset
 from ccn_deploy.errors import CcnDeployError, IntegrityError, StorageError, UsageError, unknown
+from ccn_deploy.evaluation import evaluation_data
 from ccn_deploy.parity.collect import ParityRequest
 from ccn_deploy.parity.collect import collect as collect_parity
 from ccn_deploy.parity.evidence import KINDS
@@ -212,11 +213,10 @@ class Certification:
     def _judged_parity(self) -> ParityResult:
         options = self._options
         request = ParityRequest(
+            dataset=self._dataset(),
             runtime=options.runtime,
             precision=options.precision,
             samples=options.parity_samples,
-            dataset=options.dataset,
-            data_dir=options.data_dir,
             threads=options.threads,
         )
         evidence = self._measured(lambda bundle: collect_parity(bundle, request, progress=_tell))
@@ -224,13 +224,8 @@ class Certification:
 
     def _judged_robustness(self) -> RobustnessResult:
         options = self._options
-        name = options.dataset or self._bundle().manifest.training.get("dataset")
-        if not name:
-            raise UsageError(
-                "The bundle does not say what data it was trained on.", "Give --ccn-dataset NAME."
-            )
         request = RobustnessRequest(
-            dataset=load_dataset(str(name), "test", options.data_dir),
+            dataset=self._dataset(),
             runtime=options.runtime,
             precision=options.precision,
             attacks=options.attacks,
@@ -239,6 +234,9 @@ class Certification:
         )
         measurement = self._measured(lambda bundle: collect_robustness(bundle, request, _tell))
         return judge_robustness(measurement, options.max_drop)
+
+    def _dataset(self) -> Dataset:
+        return evaluation_data(self._bundle(), self._options.dataset, self._options.data_dir)
 
     def _measured(self, measure: Callable[[Bundle], T]) -> T:
         """Measure on the bundle, or on a copy of it if it cannot keep evidence."""

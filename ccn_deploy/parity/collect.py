@@ -6,7 +6,6 @@ import contextlib
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,9 @@ import numpy as np
 
 import ccn_deploy
 from ccn_deploy.bundle import Bundle
-from ccn_deploy.data import Dataset, Images, load_dataset
+from ccn_deploy.data import Dataset, Images
 from ccn_deploy.errors import UsageError
+from ccn_deploy.evaluation import check_fits
 from ccn_deploy.extras import require
 from ccn_deploy.parity.comparison import compare_logits, compare_values, scale_of
 from ccn_deploy.parity.evidence import KINDS, InputRow, LayerRow, ParityEvidence, setting_key
@@ -56,24 +56,21 @@ class ParityRequest:
     """What to measure.
 
     Attributes:
+        dataset: Its first images in the order that ``seed`` gives are used.
         runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
         precision: Of the deployed graph.
         samples: Images of each kind, at least 8; they are also the large batch. By default 256, or
             32 where an image has more than 10,000 values.
         per_layer: Whether to compare every layer.
-        dataset: Test images, or the name of the data set they are of; by default the one the
-            network was trained on.
-        data_dir: Where its files are, if it is given by name.
         seed: Of selection, noise and rounding.
         threads: CPU threads; the runtime's own choice if None.
     """
 
+    dataset: Dataset
     runtime: str = "onnxruntime-cpu"
     precision: str = "fp32"
     samples: int | None = None
     per_layer: bool = False
-    dataset: Dataset | str | None = None
-    data_dir: Path | None = None
     seed: int = 0
     threads: int | None = None
 
@@ -97,14 +94,15 @@ def collect(
         fresh: Measure even if there is evidence.
 
     Raises:
-        UsageError: An unknown runtime, precision or data set, or data of another shape.
+        UsageError: An unknown runtime or precision, or data of another shape.
         RuntimeUnavailableError: The runtime cannot be had here, or shows no layers.
         IntegrityError: Evidence that was changed after it was written.
         StorageError: Evidence cannot be written.
         MissingExtraError: Something is to be measured and torch is not installed.
     """
     policy_for(request.precision)
-    data = _data(bundle, request)
+    data = request.dataset
+    check_fits(bundle, data)
     samples = _samples(request, data)
     options = RuntimeOptions(threads=request.threads, max_batch=max(samples, _LARGEST_MIXED))
     with open_runtime(bundle, request.runtime, request.precision, options) as runtime:
@@ -254,32 +252,6 @@ def _samples(request: ParityRequest, data: Dataset) -> int:
             f"Give a data set with at least {ODD_BATCH + 1}.",
         )
     return min(wanted, len(data))
-
-
-def _data(bundle: Bundle, request: ParityRequest) -> Dataset:
-    manifest = bundle.manifest
-    asked = request.dataset or manifest.training.get("dataset")
-    if not asked:
-        raise UsageError(
-            "The bundle does not say what data it was trained on.", "Give --dataset NAME."
-        )
-    if isinstance(asked, Dataset):
-        data = asked
-    else:
-        data = load_dataset(str(asked), "test", request.data_dir)
-    if data.input_shape != manifest.input_shape:
-        raise UsageError(
-            f"Images of {data.name} have shape {list(data.input_shape)}; the network takes "
-            f"{list(manifest.input_shape)}.",
-            "Give the data set it was trained on with --dataset.",
-        )
-    if len(data.class_names) > len(manifest.class_names):
-        raise UsageError(
-            f"{data.name} has {len(data.class_names)} classes; the network tells "
-            f"{len(manifest.class_names)} apart.",
-            "Give the data set it was trained on with --dataset.",
-        )
-    return data
 
 
 def _setting(

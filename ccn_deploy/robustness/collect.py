@@ -17,6 +17,7 @@ from ccn_deploy.attacks import AttackSpec, suite
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.errors import UsageError, unknown
+from ccn_deploy.evaluation import check_fits
 from ccn_deploy.extras import require
 from ccn_deploy.robustness.evidence import (
     SCHEMA,
@@ -360,25 +361,13 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def _check(bundle: Bundle, request: RobustnessRequest) -> None:
-    dataset, manifest = request.dataset, bundle.manifest
     if request.runtime not in RUNTIMES:
         raise unknown("runtime", request.runtime, RUNTIMES)
     if request.samples < 1 or request.batch < 1:
         raise UsageError("No image to attack was asked for.", "Give --samples 1 or more.")
     if not request.attacks:
         raise UsageError("No attack was asked for.", "Give --attack at least once.")
-    if dataset.input_shape != tuple(manifest.input_shape):
-        raise UsageError(
-            f"{dataset.name} has images {list(dataset.input_shape)}; the bundle takes "
-            f"{list(manifest.input_shape)}.",
-            "Choose the --dataset that the network was trained on.",
-        )
-    if len(dataset.class_names) != len(manifest.class_names):
-        raise UsageError(
-            f"{dataset.name} has {len(dataset.class_names)} classes; the bundle gives "
-            f"{len(manifest.class_names)}.",
-            "Choose the --dataset that the network was trained on.",
-        )
+    check_fits(bundle, request.dataset)
 
 
 def _header(

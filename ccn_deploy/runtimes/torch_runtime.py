@@ -34,6 +34,8 @@ def load_twin(bundle: Bundle, dtype: torch.dtype = torch.float32) -> Classifier:
     model = network_from(
         manifest.architecture, manifest.defense, len(manifest.class_names), weights
     )
+    if dtype == torch.float32:  # on a CPU, attacks run a quarter to a third faster in this layout
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
     return model.to(dtype)
 
 
