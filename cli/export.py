@@ -29,7 +29,7 @@ def export(
         typer.Option(
             "--no-gradient",
             help="Leave out the graph of the input gradients, which attacks on the deployed "
-            "runtime itself need: half the size, for a bundle that is only served.",
+            "runtime itself need. For a bundle that is only served.",
         ),
     ] = False,
     as_json: JsonOption = False,

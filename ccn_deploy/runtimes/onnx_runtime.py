@@ -28,7 +28,7 @@ GRADIENTS = "gradients"
 
 ROWS = 32
 """Gradients that one run of the gradient graph computes at most on a CPU. They fit its caches: 256
-at once are up to a fifth slower, and take eight times the memory."""
+at once were 4 to 32 % slower, and take eight times the memory."""
 
 Shapes = Mapping[str, Sequence[int | str]]
 """Of a graph's inputs or outputs by name, without the batch."""
