@@ -94,8 +94,9 @@ def forward_passes(subjects: Subjects, rounds: int) -> Iterator[Row]:
             yield (what, title, "CCN", "SM",
                    compare(run("ccn", name), run("sm", name), rounds=rounds))  # fmt: skip
         for defense in DEFENSES:
+            reference, deployed = run(defense, "torch"), run(defense, "onnxruntime-cpu")
             yield (what, defense.upper(), "PyTorch", "ONNX Runtime",
-                   compare(run(defense, "torch"), run(defense, "onnxruntime-cpu"), rounds=rounds))  # fmt: skip
+                   compare(reference, deployed, rounds=rounds))  # fmt: skip
 
 
 def attacks(subjects: Subjects, rounds: int) -> Iterator[Row]:

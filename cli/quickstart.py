@@ -14,12 +14,14 @@ from ccn_deploy.cli.options import JsonOption, SeedOption
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
     from rich.table import Table
 
+    from ccn_deploy.attacks import AttackSpec
     from ccn_deploy.bundle import Bundle
     from ccn_deploy.parity import ParityResult
-    from ccn_deploy.robustness import RobustnessResult
+    from ccn_deploy.robustness import Measurement, RobustnessResult
     from ccn_deploy.runs import TrainedRun
 
     Tell = Callable[["Note | Step"], None]
@@ -39,7 +41,7 @@ def quickstart(
         int | None,
         typer.Option("--epochs", min=1, help="Of training.", show_default="the recipe's"),
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Test images to attack.")] = 300,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Test images to attack.")] = 500,
     seed: SeedOption = 0,
     threads: Annotated[
         int, typer.Option("--threads", min=1, help="CPU threads for each of the two networks.")
@@ -61,8 +63,7 @@ def quickstart(
         console.err.print(f"[bold]$ {command}[/]", soft_wrap=True)
     _go_together(roads)
 
-    # Everything has been measured and is on disk: this reads it back.
-    outcomes = [road.go(_silent) for road in roads]
+    outcomes = [road.finish() for road in roads]
     if as_json:
         console.print_json(_document(outcomes))
     else:
@@ -85,12 +86,11 @@ class Note:
 
 @dataclass(frozen=True)
 class Step:
-    """How far a network is; ``total`` is None if it is as it was."""
+    """How far one step of a network's road is, from 0 to 1."""
 
     defense: str
     what: str
     done: float
-    total: float | None
 
 
 @dataclass(frozen=True)
@@ -146,24 +146,30 @@ class Road:
         ]
         return [shlex.join(["ccn-deploy", *map(str, step)]) for step in steps]
 
-    def go(self, tell: Tell) -> Outcome:
-        """Train, export, verify parity, attack, and write the report."""
+    def prepare(self, tell: Tell) -> None:
+        """Train, export and verify parity."""
+        run = self._train(tell)
+        self._verify_parity(self._export(run, tell), tell)
+
+    def attack(self, spec: AttackSpec, tell: Tell) -> None:
+        """Run one attack on the bundle and on the reference."""
+        from ccn_deploy.bundle import open_bundle
+
+        self._measure(open_bundle(self.bundle), (spec,), tell)
+
+    def finish(self) -> Outcome:
+        """Read back what was measured, judge it, and write the report."""
         from ccn_deploy.data import load_dataset
         from ccn_deploy.report import examples_of, write_report
+        from ccn_deploy.robustness import judge
 
-        run = self._train(tell)
-        bundle = self._export(run, tell)
-        test_data = load_dataset(DATASET, "test")
-        parity = self._verify_parity(bundle, test_data, tell)
-        robustness = self._verify_robustness(bundle, test_data, tell)
-        report = write_report(
-            bundle,
-            robustness,
-            examples_of(robustness.measurement, test_data),
-            self.commands()[-1],
-            parity.document(),
-        )
-        tell(Note(self.defense, f"robustness {robustness.verdict.value}: {report}"))
+        run = self._train(_silent)
+        bundle = self._export(run, _silent)
+        parity = self._verify_parity(bundle, _silent)
+        measurement = self._measure(bundle, attacks(), _silent)
+        robustness = judge(measurement)
+        examples = examples_of(measurement, load_dataset(DATASET, "test"))
+        report = write_report(bundle, robustness, examples, self.commands()[-1], parity.document())
         return Outcome(run, bundle, parity, robustness, report)
 
     def _train(self, tell: Tell) -> TrainedRun:
@@ -174,9 +180,12 @@ class Road:
             if isinstance(event, EpochEnded):
                 text = f"epoch {event.epoch}  loss {event.loss:.3f}  test {event.test_accuracy:.1%}"
                 tell(Note(self.defense, text))
+            elif isinstance(event, Started):
+                steps.append(event.steps)
             else:
-                total = event.steps if isinstance(event, Started) else None
-                tell(Step(self.defense, "train", event.step, total))
+                tell(Step(self.defense, "train", event.step / steps[0]))
+
+        steps: list[int] = []
 
         config = TrainConfig(
             self.defense, DATASET, epochs=self.epochs, seed=self.seed, threads=self.threads
@@ -199,12 +208,14 @@ class Road:
         tell(Note(self.defense, f"exported: {len(bundle.manifest.files)} files, digest {digest}"))
         return bundle
 
-    def _verify_parity(self, bundle: Bundle, data: Any, tell: Tell) -> ParityResult:
+    def _verify_parity(self, bundle: Bundle, tell: Tell) -> ParityResult:
+        from ccn_deploy.data import load_dataset
         from ccn_deploy.parity import ParityRequest, collect, judge
 
         def progress(what: str, done: int, total: int) -> None:
-            tell(Step(self.defense, f"parity, {what}", done, total))
+            tell(Step(self.defense, "parity", done / total))
 
+        data = load_dataset(DATASET, "test")
         request = ParityRequest(data, runtime=RUNTIME, seed=self.seed, threads=self.threads)
         result = judge(collect(bundle, request, progress=progress))
         worst = max(finding.row.deviation.relative for finding in result.inputs)
@@ -212,21 +223,30 @@ class Road:
         tell(Note(self.defense, text))
         return result
 
-    def _verify_robustness(self, bundle: Bundle, data: Any, tell: Tell) -> RobustnessResult:
-        from ccn_deploy.robustness import RobustnessRequest, collect, judge
+    def _measure(self, bundle: Bundle, specs: tuple[AttackSpec, ...], tell: Tell) -> Measurement:
+        from ccn_deploy.data import load_dataset
+        from ccn_deploy.robustness import RobustnessRequest, collect
         from ccn_deploy.runtimes import RuntimeOptions
 
+        def progress(what: str, done: float, total: float) -> None:
+            tell(Step(self.defense, specs[0].label, done / total))
+
         request = RobustnessRequest(
-            data,
+            load_dataset(DATASET, "test"),
             runtime=RUNTIME,
+            attacks=specs,
             samples=self.samples,
             seed=self.seed,
             options=RuntimeOptions(threads=self.threads),
         )
-        measurement = collect(
-            bundle, request, lambda what, done, total: tell(Step(self.defense, what, done, total))
-        )
-        return judge(measurement)
+        return collect(bundle, request, progress)
+
+
+def attacks() -> tuple[AttackSpec, ...]:
+    """Return the default suite inside the box: all that the closing table shows."""
+    from ccn_deploy.attacks import suite
+
+    return tuple(spec for spec in suite() if spec.clip)
 
 
 def _silent(event: Note | Step) -> None:
@@ -234,43 +254,55 @@ def _silent(event: Note | Step) -> None:
 
 
 def _go_together(roads: list[Road]) -> None:
-    """Take all roads at once, each in a process of its own, showing how far they are.
+    """Take all roads at once in a few processes, showing how far they are.
 
     Two processes of one thread finish sooner than one process of two: the layers are too small
-    to be worth sharing, and threads that wait for one another burn the time they save.
+    to be worth sharing, and threads that wait for one another burn the time they save. Each
+    attack is a piece of work of its own, the longest first, so that no process is left waiting.
     """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from threading import Thread
 
-    from ccn_deploy.cli.console import progress
-
+    specs = attacks()
     context = multiprocessing.get_context("spawn")
     news: Any = context.SimpleQueue()
-    bar = progress()
-    tasks = {road.defense: bar.add_task(road.defense, total=None) for road in roads}
-
-    def show() -> None:
-        while (event := news.get()) is not None:
-            if isinstance(event, Note):
-                bar.console.print(f"{event.defense}: {event.text}", soft_wrap=True)
-            else:
-                task, what = tasks[event.defense], f"{event.defense}: {event.what}"
-                bar.update(task, description=what, completed=event.done)
-                if event.total is not None:
-                    bar.update(task, total=event.total)
-
+    shower = Thread(target=_show, args=(news, roads, len(specs) + 2))
     workers = min(len(roads), os.cpu_count() or 1)
-    with bar, ProcessPoolExecutor(workers, context, _listen, (news,)) as pool:
-        shower = Thread(target=show)
+    with ProcessPoolExecutor(workers, context, _listen, (news,)) as pool:
         shower.start()
         try:
-            for future in [pool.submit(_walk, road) for road in roads]:
-                future.result()
+            _all([pool.submit(_prepare, road) for road in roads])
+            work: list[Future[None]] = []
+            for spec in sorted(specs, key=lambda spec: spec.name, reverse=True):
+                work += [pool.submit(_attack, road, spec) for road in reversed(roads)]
+            _all(work)
         finally:
             pool.shutdown(cancel_futures=True)
             news.put(None)
             shower.join()
+
+
+def _all(work: list[Future[None]]) -> None:
+    for future in work:
+        future.result()
+
+
+def _show(news: Any, roads: list[Road], steps: int) -> None:
+    """Show events until None comes: a line for each note, a bar for each network."""
+    from ccn_deploy.cli.console import progress
+
+    parts: dict[tuple[str, str], float] = {}
+    with progress() as bar:
+        tasks = {road.defense: bar.add_task(road.defense, total=100) for road in roads}
+        while (event := news.get()) is not None:
+            if isinstance(event, Note):
+                bar.console.print(f"{event.defense}: {event.text}", soft_wrap=True)
+                continue
+            parts[event.defense, event.what] = event.done
+            done = sum(part for (defense, _), part in parts.items() if defense == event.defense)
+            what = f"{event.defense}: {event.what}"
+            bar.update(tasks[event.defense], description=what, completed=int(100 * done / steps))
 
 
 _news: Any = None
@@ -282,8 +314,12 @@ def _listen(news: Any) -> None:
     _news = news
 
 
-def _walk(road: Road) -> None:
-    road.go(_news.put)
+def _prepare(road: Road) -> None:
+    road.prepare(_news.put)
+
+
+def _attack(road: Road, spec: AttackSpec) -> None:
+    road.attack(spec, _news.put)
 
 
 def _print(outcomes: list[Outcome]) -> None:
