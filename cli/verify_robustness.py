@@ -58,6 +58,15 @@ def verify_robustness(
         str,
         typer.Option("--epsilons", help="Strengths of FGSM and PGD, pixels being 0 to 1."),
     ] = "0.1,0.2,0.3,0.4",
+    gradient: Annotated[
+        str | None,
+        typer.Option(
+            "--gradient",
+            help="Gradients of the attacks: native (the runtime's own), twin (of PyTorch) or "
+            "transfer (crafted on PyTorch wholly).",
+            show_default="native where the bundle has the graph, else twin",
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Images to attack.")] = SAMPLES,
     max_drop: Annotated[
         float,
@@ -94,6 +103,7 @@ def verify_robustness(
             runtime=runtime,
             precision=precision,
             attacks=attacks,
+            gradient=gradient,
             samples=samples,
             seed=seed,
             threads=threads,
@@ -118,12 +128,14 @@ def measure(
     runtime: str = "onnxruntime-cpu",
     precision: str = "fp32",
     attacks: tuple[AttackSpec, ...] | None = None,
+    gradient: str | None = None,
     samples: int = SAMPLES,
     seed: int = 0,
     threads: int | None = None,
 ) -> Measurement:
     """Collect evidence with a bar on stderr; see :func:`ccn_deploy.robustness.collect`."""
     from ccn_deploy.attacks import suite
+    from ccn_deploy.attacks.source import source
     from ccn_deploy.robustness import RobustnessRequest, collect
     from ccn_deploy.runtimes import RuntimeOptions
 
@@ -132,6 +144,7 @@ def measure(
         runtime=runtime,
         precision=precision,
         attacks=attacks or suite(),
+        gradient=source(gradient) if gradient else None,
         samples=samples,
         seed=seed,
         options=RuntimeOptions(threads=threads),
@@ -216,6 +229,7 @@ def _print(result: RobustnessResult, report_path: Path | None) -> None:
     from ccn_deploy.cli.console import out
 
     out.print(_table(result))
+    out.print(f"Gradients on the runtime: {_gradients(result)}.", soft_wrap=True)
     if result.minimal:
         out.print("DeepFool d: moved by at most d times the norm of the image.")
     for row in result.minimal:
@@ -279,6 +293,23 @@ def _table(result: RobustnessResult) -> Table:
                 *_judged(gate),
             )
     return table
+
+
+def _gradients(result: RobustnessResult) -> str:
+    """Say where the gradients on the runtime came from, and how far to trust the choice."""
+    from ccn_deploy.attacks.source import GRADIENTS, source
+
+    name = source(result.measurement.gradient)
+    said = f"{name}, {GRADIENTS[name]}"
+    agreement = result.measurement.agreement
+    if agreement is None:
+        return said
+    clean, attacked = agreement.clean, agreement.adversarial
+    return (
+        f"{said}; native and twin agree on {clean.n} clean images (cosine {clean.cosine_mean:.4f}, "
+        f"least {clean.cosine_min:.4f}; signs {100 * clean.sign_mean:.1f} %) and on them attacked "
+        f"({attacked.cosine_mean:.4f}, {attacked.cosine_min:.4f}; {100 * attacked.sign_mean:.1f} %)"
+    )
 
 
 def _rho(row: MinimalRow, title: str) -> str:

@@ -18,7 +18,7 @@ from ccn_deploy.bundle import Bundle
 from ccn_deploy.data import dataset_from_arrays, load_dataset
 from ccn_deploy.errors import ExitCode, IntegrityError, UsageError
 from ccn_deploy.robustness import Measurement, RobustnessRequest, collect, judge
-from ccn_deploy.robustness.collect import _legal
+from ccn_deploy.robustness.trial import _legal
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.torch_runtime import load_twin
 from ccn_deploy.verdict import Verdict
@@ -325,7 +325,7 @@ def test_a_data_set_that_does_not_fit_is_refused(ccn_bundle: Bundle) -> None:
         "wide", np.zeros((2, 1, 28, 30), np.float32), np.zeros(2, int), names
     )
     few = dataset_from_arrays("few", np.zeros((2, 1, 28, 28), np.float32), np.zeros(2, int), "ab")
-    for dataset, word in ((wide, "images"), (few, "classes")):
+    for dataset, word in ((wide, "Images"), (few, "classes")):
         with pytest.raises(UsageError, match=word):
             collect(ccn_bundle, replace(request(), dataset=dataset))
     for bad in (request(0), request(runtime="onnxruntime-cpux")):

@@ -37,7 +37,8 @@ class L2DeepFool(MinimizationAttack):
 
     It takes the steps that Foolbox's ``L2DeepFoolAttack(loss="logits")`` takes, with less work:
     one forward pass a step serves all candidates, no gradients of weights are computed when they
-    are frozen, and a sample leaves the batch as soon as it is adversarial.
+    are frozen, and a sample leaves the batch as soon as it is adversarial. A sample at which there
+    is no finite gradient becomes NaN: nothing was shown of it.
 
     Args:
         steps: At most so many steps.
@@ -113,6 +114,7 @@ class L2DeepFool(MinimizationAttack):
             total[active] += _step(losses[keep], gradients[:, keep])
             moved = start[active] + (1.0 + self.overshoot) * total[active]
             result[active] = moved.clamp(*model.bounds) if self.clip else moved
+            active = active[moved.flatten(1).isfinite().all(dim=1)]
         return result
 
 

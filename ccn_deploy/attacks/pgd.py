@@ -29,7 +29,8 @@ class LinfPGD(FixedEpsilonAttack):
     start, and differs in two ways. An image leaves the batch as soon as it is misclassified:
     less work, and no image is lost again by a later step. And a random start belongs to the
     image, not to the batch or to a global state, so that two runtimes are attacked from the same
-    starts and an interrupted evaluation goes on as if it had not been.
+    starts and an interrupted evaluation goes on as if it had not been. An image at which there is
+    no finite gradient becomes NaN: nothing was shown of it.
 
     Args:
         steps: At most so many steps.
@@ -94,6 +95,7 @@ class LinfPGD(FixedEpsilonAttack):
                 moved = result[active] + self.rel_stepsize * epsilon * direction[holding]
                 moved = origin[active] + (moved - origin[active]).clamp(-epsilon, epsilon)
                 result[active] = moved.clamp(*model.bounds)
+                active = active[moved.flatten(1).isfinite().all(dim=1)]
             if self.restarts > 1:  # before a restart takes their place
                 with torch.no_grad():
                     active = active[model(result[active]).argmax(dim=-1) == labels[active]]

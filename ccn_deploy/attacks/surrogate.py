@@ -6,16 +6,16 @@ comes from is one object, a :class:`GradientSource`.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from foolbox.models.pytorch import PyTorchModel
 from torch import Tensor, nn
 
+from ccn_deploy.attacks.source import Gradient, no_gradients
 from ccn_deploy.errors import RuntimeUnavailableError
 from ccn_deploy.runtimes.base import Runtime
 
-Gradient = Literal["twin", "native"]
 BOUNDS = (0.0, 1.0)
 
 
@@ -85,10 +85,15 @@ class _NativeTape:
         self.images = images
 
     def vjp(self, cotangent: Tensor) -> Tensor:
+        # Where the logits are not finite there is no gradient, and that is what is said.
+        answered = torch.isfinite(cotangent).all(dim=1)
+        result = torch.full_like(self.images, torch.nan)
         _, gradients = self.runtime.vjp(
-            self.images.cpu().numpy(), cotangent[:, None].float().cpu().numpy()
+            self.images[answered].cpu().numpy(),
+            cotangent[answered, None].float().cpu().numpy(),
         )
-        return torch.from_numpy(gradients[:, 0]).to(self.images)
+        result[answered] = torch.from_numpy(gradients[:, 0]).to(result)
+        return result
 
 
 def foolbox_model(
@@ -103,18 +108,19 @@ def foolbox_model(
     Args:
         runtime: What is attacked.
         twin: The PyTorch network it was lowered from, or None if there is none.
-        gradient: ``"twin"``, or ``"native"`` for the runtime's own.
+        gradient: ``"twin"``, or ``"native"`` for the runtime's own. ``"transfer"`` needs no such
+            model: what it attacks is :func:`twin_model`.
 
     Raises:
         RuntimeUnavailableError: The source asked for is not there.
+        ValueError: ``"transfer"``.
     """
     source: GradientSource
+    if gradient == "transfer":
+        raise ValueError("images to transfer are crafted on twin_model(twin)")
     if gradient == "native":
         if not runtime.differentiable:
-            raise RuntimeUnavailableError(
-                f"{runtime.spec.target} gives no gradients of its own.",
-                "Attack it with gradients of the PyTorch twin, which the bundle's weights make.",
-            )
+            raise no_gradients(runtime.spec.target)
         source = NativeGradient(runtime)
         device = torch.device("cpu")
     elif twin is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ccn_deploy.architectures import ARCHITECTURES
+from ccn_deploy.attacks.source import GRADIENTS
 from ccn_deploy.attacks.spec import ATTACKS
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.defenses import DEFENSES
@@ -475,9 +476,8 @@ def _provenance(bundle: Bundle, result: RobustnessResult) -> list[Fact]:
         ),
         Fact(
             "Gradients",
-            {"twin": "of the PyTorch network; every verdict is the runtime's own"}.get(
-                measurement.gradient, measurement.gradient
-            ),
+            f"{measurement.gradient}: {GRADIENTS[measurement.gradient]}; "
+            "every verdict is the runtime's own",
         ),
         Fact("Versions", _list(f"{name} {version}" for name, version in sorted(versions.items()))),
         Fact("Machine", ", ".join(machines)),

@@ -5,50 +5,31 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ccn_deploy.attacks import AttackSpec, suite
+from ccn_deploy.attacks.source import Gradient, no_gradients, source
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.errors import UsageError, unknown
 from ccn_deploy.evaluation import check_fits
-from ccn_deploy.extras import require
+from ccn_deploy.robustness import agreement
+from ccn_deploy.robustness.agreement import GradientAgreement
 from ccn_deploy.robustness.evidence import (
     SCHEMA,
     Evidence,
-    Sample,
-    Status,
     evidence_path,
     read_evidence,
     writing,
 )
-from ccn_deploy.runtimes import RUNTIMES, open_runtime
-from ccn_deploy.runtimes.base import Runtime, RuntimeOptions
-
-if TYPE_CHECKING:
-    from foolbox.models.pytorch import PyTorchModel
-
-    from ccn_deploy.models import Classifier
-
-REFERENCE = ("torch", "fp32")
-"""The target that deployed ones are compared with: the PyTorch network, attacked itself."""
-
-GRADIENT: Literal["twin"] = "twin"
-"""Where gradients come from; see :mod:`ccn_deploy.attacks.surrogate`."""
-
-TOLERANCE = 1e-6
-"""By how much rounding may take a perturbation beyond epsilon."""
-
-KEPT_IMAGES = 8
-"""How many attacked images an evidence file keeps, for people to look at."""
-
-Array = NDArray[Any]
+from ccn_deploy.robustness.laboratory import REFERENCE, Laboratory, Target
+from ccn_deploy.robustness.trial import Trial, attack
+from ccn_deploy.runtimes import RUNTIMES
+from ccn_deploy.runtimes.base import RuntimeOptions
 
 
 @dataclass(frozen=True)
@@ -60,6 +41,9 @@ class RobustnessRequest:
         runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
         precision: Of the deployed graph.
         attacks: Each is run on the reference and on the runtime.
+        gradient: Where the gradients of attacks on the runtime come from, a name in
+            :data:`ccn_deploy.attacks.source.GRADIENTS`; the runtime's own if it has some and else
+            the twin's, if None. The reference is always attacked with its own.
         samples: How many images; all if there are fewer.
         seed: Of the selection and of the attacks.
         options: Threads and memory of the runtimes.
@@ -70,13 +54,14 @@ class RobustnessRequest:
     runtime: str = "onnxruntime-cpu"
     precision: str = "fp32"
     attacks: tuple[AttackSpec, ...] = field(default_factory=suite)
+    gradient: Gradient | None = None
     samples: int = 500
     seed: int = 0
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
     batch: int = 100
 
     @property
-    def target(self) -> tuple[str, str]:
+    def target(self) -> Target:
         """Runtime and precision."""
         return self.runtime, self.precision
 
@@ -102,20 +87,24 @@ class Measurement:
     Attributes:
         runtime: Name of the runtime.
         precision: Of the deployed graph.
-        gradient: Where the gradients of the attacks on the runtime came from.
+        gradient: Where the gradients of the attacks on the runtime came from, a name in
+            :data:`ccn_deploy.attacks.source.GRADIENTS`.
         dataset: Name, split and digest.
         seed: Of the selection and of the attacks.
         n: How many images.
         pairs: One per attack, in order of the request.
+        agreement: How well the runtime's own gradients and its twin's agree; None if it has none
+            of its own, or is its twin.
     """
 
     runtime: str
     precision: str
-    gradient: str
+    gradient: Gradient
     dataset: dict[str, str]
     seed: int
     n: int
     pairs: tuple[Pair, ...]
+    agreement: GradientAgreement | None = None
 
 
 class Progress(Protocol):
@@ -149,31 +138,34 @@ def collect(
         MissingExtraError: Something is to be measured and torch or Foolbox is not installed.
     """
     _check(bundle, request)
-    jobs = [
-        _Job(spec, target, _header(bundle, request, spec, target))
-        for spec in request.attacks
-        for target in dict.fromkeys((REFERENCE, request.target))
+    gradient = _gradient(bundle, request)
+    sources: dict[Target, Gradient] = {REFERENCE: "native", request.target: gradient}
+    trials = [
+        Trial(spec, target, own) for spec in request.attacks for target, own in sources.items()
     ]
+    jobs = [_Job(trial, _header(bundle, request, trial)) for trial in trials]
     n = request.n
-    total, done = float(sum(_cost(job.spec) * n for job in jobs)), 0.0
-    found: dict[tuple[str, tuple[str, str]], Evidence] = {}
-    with _Laboratory(bundle, request.options) as laboratory:
+    total, done = float(sum(_cost(job.trial.spec) * n for job in jobs)), 0.0
+    found: dict[tuple[str, Target], Evidence] = {}
+    with Laboratory(bundle, request.options) as laboratory:
         for job in jobs:
-            what = f"{job.spec.label} on {'-'.join(job.target)}"
-            path = evidence_path(bundle.evidence, job.header, job.spec.label)
+            spec, target = job.trial.spec, job.trial.target
+            what = f"{spec.label} on {'-'.join(target)}"
+            path = evidence_path(bundle.evidence, job.header, spec.label)
             evidence = read_evidence(path, job.header, n)
             if len(evidence) < n:
                 for count in _extend(laboratory, request, job):
                     if progress is not None:
-                        progress(what, done + _cost(job.spec) * count, total)
+                        progress(what, done + _cost(spec) * count, total)
                 evidence = read_evidence(path, job.header, n)
-            found[job.spec.label, job.target] = evidence
-            done += _cost(job.spec) * n
+            found[spec.label, target] = evidence
+            done += _cost(spec) * n
+        compared = _agreement(laboratory, request)
     dataset = request.dataset
     return Measurement(
         runtime=request.runtime,
         precision=request.precision,
-        gradient=GRADIENT,
+        gradient=gradient,
         dataset={"name": dataset.name, "split": dataset.split, "digest": dataset.digest},
         seed=request.seed,
         n=n,
@@ -181,21 +173,21 @@ def collect(
             Pair(spec, found[spec.label, REFERENCE], found[spec.label, request.target])
             for spec in request.attacks
         ),
+        agreement=compared,
     )
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One attack on one target."""
+    """One attack on one target, with everything that its evidence depends on."""
 
-    spec: AttackSpec
-    target: tuple[str, str]
+    trial: Trial
     header: dict[str, Any]
 
 
-def _extend(laboratory: _Laboratory, request: RobustnessRequest, job: _Job) -> Iterator[int]:
+def _extend(laboratory: Laboratory, request: RobustnessRequest, job: _Job) -> Iterator[int]:
     """Measure what is missing of one job, yielding the count of samples after every batch."""
-    path = evidence_path(laboratory.bundle.evidence, job.header, job.spec.label)
+    path = evidence_path(laboratory.bundle.evidence, job.header, job.trial.spec.label)
     order = request.dataset.order(request.seed)
     with writing(path, job.header) as writer:
         yield min(writer.count, request.n)
@@ -204,160 +196,16 @@ def _extend(laboratory: _Laboratory, request: RobustnessRequest, job: _Job) -> I
             end = min((writer.count // request.batch + 1) * request.batch, request.n)
             positions = np.arange(writer.count, end)
             started = time.perf_counter()
-            samples = _attack(laboratory, request, job, positions, order[positions])
+            samples = attack(
+                laboratory,
+                job.trial,
+                request.dataset,
+                order[positions],
+                positions=positions,
+                seed=request.seed,
+            )
             writer.append(samples, time.perf_counter() - started)
             yield writer.count
-
-
-def _attack(
-    laboratory: _Laboratory,
-    request: RobustnessRequest,
-    job: _Job,
-    positions: Array,
-    indices: Array,
-) -> list[Sample]:
-    """Attack one batch and score the result where it is meant to fool, and on the reference."""
-    for package in ("torch", "foolbox"):
-        require(package, "train", "to attack")
-    from ccn_deploy.attacks.perform import perform
-
-    spec = job.spec
-    target = laboratory.runtime(job.target, spec.clip)
-    reference = laboratory.runtime(REFERENCE, spec.clip)
-    images = request.dataset.images(indices)
-    labels = request.dataset.labels[indices]
-    clean = _labels(target, images)
-    clean_reference = _labels(reference, images)
-
-    # A bounded attack on an image that is wrong already shows nothing. The smallest perturbation
-    # that changes the label is defined for it all the same: it leaves the label given to it.
-    attacked = (clean == labels) if spec.epsilon is not None else (clean >= 0)
-    adversarial = np.full_like(images, np.nan)
-    adversarial[attacked] = perform(
-        spec,
-        laboratory.model(job.target, spec.clip),
-        images[attacked],
-        clean[attacked],
-        seeds=np.stack([np.full(len(indices), request.seed), indices], axis=1)[attacked],
-    )
-
-    difference = np.abs(adversarial.astype(np.float64) - images).reshape(len(images), -1)
-    linf = difference.max(axis=1)
-    l2 = np.sqrt(np.square(difference).sum(axis=1))
-    size = np.sqrt(np.square(images.astype(np.float64)).reshape(len(images), -1).sum(axis=1))
-    legal = _legal(spec, adversarial, linf, l2)
-
-    # The attack's own word for success is not asked for: what counts is one more forward pass.
-    fooled = np.full(len(images), -1)
-    fooled_reference = np.full(len(images), -1)
-    if legal.any():
-        fooled[legal] = _labels(target, adversarial[legal])
-        fooled_reference[legal] = _labels(reference, adversarial[legal])
-
-    samples = []
-    for at, index in enumerate(indices):
-        changed = bool(legal[at] and fooled[at] != clean[at])
-        status: Status = "fooled" if changed else "held"
-        if clean[at] != labels[at]:
-            status = "already-wrong"
-        elif not legal[at]:
-            status = "invalid"
-        measured = bool(attacked[at] and np.isfinite(l2[at]))
-        keep = legal[at] and positions[at] < KEPT_IMAGES
-        samples.append(
-            Sample(
-                index=int(index),
-                label=int(labels[at]),
-                clean=(_optional(clean[at]), _optional(clean_reference[at])),
-                adversarial=(_optional(fooled[at]), _optional(fooled_reference[at])),
-                status=status,
-                linf=float(linf[at]) if measured else None,
-                l2=float(l2[at]) if measured else None,
-                rho=float(l2[at] / max(size[at], 1e-12)) if changed else None,
-                image=_pixels(adversarial[at]) if keep else None,
-            )
-        )
-    return samples
-
-
-def _legal(spec: AttackSpec, adversarial: Array, linf: Array, l2: Array) -> NDArray[np.bool_]:
-    """Whether each image is one that the attack may return: finite, in the box, near enough."""
-    flat = adversarial.reshape(len(adversarial), -1)
-    legal = np.isfinite(flat).all(axis=1)
-    if spec.clip:
-        legal &= (flat >= 0.0).all(axis=1) & (flat <= 1.0).all(axis=1)
-    if spec.epsilon is not None:
-        legal &= (linf if spec.norm == "linf" else l2) <= spec.epsilon + TOLERANCE
-    return np.asarray(legal)
-
-
-def _labels(runtime: Runtime, images: Array) -> NDArray[np.int64]:
-    """Return the labels a runtime gives, -1 where its logits are not finite."""
-    logits = runtime.logits(np.ascontiguousarray(images))
-    return np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), -1)
-
-
-def _optional(label: Any) -> int | None:
-    return int(label) if label >= 0 else None
-
-
-def _pixels(image: Array) -> NDArray[np.uint8]:
-    pixels: NDArray[np.uint8] = np.rint(np.clip(image, 0.0, 1.0) * 255).astype(np.uint8)
-    return pixels
-
-
-class _Laboratory:
-    """Runtimes and models, opened when first needed and closed together."""
-
-    def __init__(self, bundle: Bundle, options: RuntimeOptions) -> None:
-        self.bundle = bundle
-        self._options = options
-        self._open: dict[tuple[tuple[str, str], bool], Runtime] = {}
-        self._models: dict[tuple[tuple[str, str], bool], PyTorchModel] = {}
-        self._twin: Classifier | None = None
-        self._stack = ExitStack()
-
-    def __enter__(self) -> _Laboratory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def runtime(self, target: tuple[str, str], clip: bool) -> Runtime:
-        """Return a runtime; for an attack that leaves the box, one that takes such images."""
-        if (target, clip) not in self._open:
-            options = replace(self._options, check_range=clip)
-            runtime = open_runtime(self.bundle, *target, options)
-            self._open[target, clip] = self._stack.enter_context(runtime)
-        return self._open[target, clip]
-
-    def model(self, target: tuple[str, str], clip: bool) -> PyTorchModel:
-        """Return what Foolbox attacks: the twin itself, or a runtime with the twin's gradients."""
-        from ccn_deploy.attacks.surrogate import foolbox_model, twin_model
-        from ccn_deploy.runtimes.torch_runtime import load_twin
-
-        if self._twin is None:
-            self._stack.enter_context(_torch_threads(self._options.threads))
-            self._twin = load_twin(self.bundle)
-        if (target, clip) not in self._models:
-            self._models[target, clip] = (
-                twin_model(self._twin)
-                if target == REFERENCE
-                else foolbox_model(self.runtime(target, clip), self._twin, gradient=GRADIENT)
-            )
-        return self._models[target, clip]
-
-
-@contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _check(bundle: Bundle, request: RobustnessRequest) -> None:
@@ -367,29 +215,79 @@ def _check(bundle: Bundle, request: RobustnessRequest) -> None:
         raise UsageError("No image to attack was asked for.", "Give --samples 1 or more.")
     if not request.attacks:
         raise UsageError("No attack was asked for.", "Give --attack at least once.")
+    if request.gradient is not None:
+        source(request.gradient)
     check_fits(bundle, request.dataset)
 
 
-def _header(
-    bundle: Bundle, request: RobustnessRequest, spec: AttackSpec, target: tuple[str, str]
-) -> dict[str, Any]:
-    """Return everything that the evidence depends on, without opening a runtime."""
+def _gradient(bundle: Bundle, request: RobustnessRequest) -> Gradient:
+    """Return the source of gradients to use on the runtime, without opening it.
+
+    Raises:
+        RuntimeUnavailableError: Its own are asked for, and it has none.
+    """
+    if request.target == REFERENCE:
+        return "native"  # its twin is itself
+    native = _differentiable(bundle, request.target)
+    if request.gradient == "native" and not native:
+        raise no_gradients("-".join(request.target))
+    return request.gradient or ("native" if native else "twin")
+
+
+def _differentiable(bundle: Bundle, target: Target) -> bool:
+    """Whether a runtime of this bundle has gradients of its own, without opening it."""
     runtime, precision = target
-    torch_only = runtime.startswith("torch")
-    dataset = request.dataset
+    graphs = {(record.role, record.precision) for record in bundle.manifest.files}
+    return runtime.startswith("torch") or ("gradient", precision) in graphs
+
+
+def _agreement(laboratory: Laboratory, request: RobustnessRequest) -> GradientAgreement | None:
+    """Return how well native and twin gradients agree, measured if it is not kept yet."""
+    bundle, target, dataset = laboratory.bundle, request.target, request.dataset
+    if target == REFERENCE or not _differentiable(bundle, target):
+        return None
+    indices = dataset.order(request.seed)[: min(request.n, agreement.SAMPLES)]
+    setting = {
+        **_circumstances(bundle, request, Trial(agreement.PROBE, target, "native")),
+        "samples": len(indices),
+        "probe": agreement.PROBE.document(),
+    }
+    path = agreement.agreement_path(bundle.evidence, setting, target)
+    if path.is_file():
+        return GradientAgreement.read(path, setting)
+    images, labels = dataset.images(indices), dataset.labels[indices]
+    found = agreement.compare_gradients(laboratory, target, images, labels)
+    found.write(path, setting)
+    return found
+
+
+def _header(bundle: Bundle, request: RobustnessRequest, trial: Trial) -> dict[str, Any]:
+    """Return everything that the evidence depends on, without opening a runtime."""
     return {
         "schema": SCHEMA,
+        "attack": trial.spec.document(),
+        **_circumstances(bundle, request, trial),
+        "batch": request.batch,
+    }
+
+
+def _circumstances(bundle: Bundle, request: RobustnessRequest, trial: Trial) -> dict[str, Any]:
+    """Return what any measurement of a target depends on but for the attack."""
+    runtime, precision = trial.target
+    torch_only = runtime.startswith("torch")
+    native_graph = trial.gradient == "native" and not torch_only
+    dataset = request.dataset
+    return {
         "target": {"runtime": runtime, "precision": precision},
-        "attack": spec.document(),
-        "gradient": GRADIENT,
+        "gradient": trial.gradient,
         "bundle": {
             "weights": bundle.file("weights").sha256,
             "graph": None if torch_only else bundle.file("forward", precision).sha256,
+            "gradient": bundle.file("gradient", precision).sha256 if native_graph else None,
         },
         "dataset": {"name": dataset.name, "split": dataset.split, "digest": dataset.digest},
         "selection": {"rule": "permutation", "seed": request.seed},
         "seed": request.seed,
-        "batch": request.batch,
         "versions": {
             "torch": _version("torch"),
             "foolbox": _version("foolbox"),

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccn_deploy.attacks import AttackSpec
-from ccn_deploy.robustness.collect import REFERENCE, Measurement, Pair
+from ccn_deploy.robustness.collect import Measurement, Pair
 from ccn_deploy.robustness.evidence import Evidence
+from ccn_deploy.robustness.laboratory import REFERENCE
 from ccn_deploy.statistics import clopper_pearson, drop_upper_bound, samples_needed
 from ccn_deploy.verdict import Verdict
 
@@ -342,6 +343,7 @@ class RobustnessResult:
     def document(self) -> dict[str, Any]:
         """Return the JSON document of schema ``ccn-deploy/robustness/1``."""
         measurement = self.measurement
+        agreement = measurement.agreement
         return {
             "schema": SCHEMA,
             "verdict": self.verdict.value,
@@ -351,6 +353,7 @@ class RobustnessResult:
             "precision": measurement.precision,
             "reference": "-".join(REFERENCE),
             "gradient": measurement.gradient,
+            "gradient_agreement": agreement.document() if agreement is not None else None,
             "dataset": measurement.dataset,
             "samples": measurement.n,
             "seed": measurement.seed,

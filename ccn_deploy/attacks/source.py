@@ -1,0 +1,41 @@
+"""Where the gradients of an attack on a runtime come from. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+from ccn_deploy.errors import RuntimeUnavailableError, unknown
+
+Gradient = Literal["native", "twin", "transfer"]
+
+GRADIENTS: Mapping[Gradient, str] = MappingProxyType(
+    {
+        "native": "the runtime's own",
+        "twin": "of the PyTorch twin, at the images that the runtime answers for",
+        "transfer": "of the PyTorch twin, on which the images were crafted wholly",
+    }
+)
+"""Every source, with a line for people. In all of them the runtime has the last word."""
+
+
+def source(name: str) -> Gradient:
+    """Read the name of a source.
+
+    Raises:
+        UsageError: No such source; the hint suggests the nearest.
+    """
+    for known in GRADIENTS:
+        if name.lower() == known:
+            return known
+    raise unknown("source of gradients", name, GRADIENTS)
+
+
+def no_gradients(target: str) -> RuntimeUnavailableError:
+    """Return the error for a runtime that is asked for gradients of its own and has none."""
+    return RuntimeUnavailableError(
+        f"{target} gives no gradients of its own.",
+        "Export the run again without --no-gradient, or attack with gradients of the PyTorch "
+        "twin, which the bundle's weights make (--gradient twin).",
+    )

@@ -1,0 +1,189 @@
+"""How well the gradients of a runtime and those of its PyTorch twin agree.
+
+Where they do, it matters little which of the two an attack walks along; where they do not, an
+evaluation with the twin's gradients attacks another function than the one that is deployed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccn_deploy.attacks.spec import AttackSpec
+from ccn_deploy.errors import IntegrityError
+from ccn_deploy.extras import require
+from ccn_deploy.robustness.laboratory import REFERENCE, Laboratory, Target
+from ccn_deploy.runtimes.base import Runtime
+from ccn_deploy.storage import canonical_json, sha256, write_atomic
+
+SCHEMA = "ccn-deploy/gradient-agreement/1"
+
+SAMPLES = 64
+"""Images that are compared at most."""
+
+PROBE = AttackSpec(
+    "pgd", "linf", 0.1, True, {"steps": 10, "rel_stepsize": 0.2, "random_start": False}
+)
+"""Makes the adversarial points: where it stops, an attack walks."""
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two gradients of the loss at each of some points.
+
+    Attributes:
+        n: Points.
+        vanished: Points where one of the two is zero or not finite, and the other is not so.
+            They count with a cosine of 0.
+        cosine_mean: Of the angle between the two.
+        cosine_min: The worst point's.
+        sign_mean: Share of pixels where both have the same sign.
+        sign_min: The worst point's.
+    """
+
+    n: int
+    vanished: int
+    cosine_mean: float
+    cosine_min: float
+    sign_mean: float
+    sign_min: float
+
+    @classmethod
+    def between(cls, ours: Array, theirs: Array) -> Agreement:
+        """Compare gradients [N, ...], N at least 1, point by point in float64."""
+        a, b = (np.array(g, dtype=np.float64).reshape(len(g), -1) for g in (ours, theirs))
+        whole = np.asarray(np.isfinite(a + b).all(axis=1))
+        a[~whole] = b[~whole] = 0.0
+        size_a, size_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+        both_zero = whole & (size_a == 0) & (size_b == 0)
+        sound = (size_a > 0) & (size_b > 0)
+        product = np.where(sound, size_a * size_b, 1.0)
+        cosine = np.where(both_zero, 1.0, np.clip((a * b).sum(axis=1) / product, -1.0, 1.0))
+        sign = np.where(whole, (np.sign(a) == np.sign(b)).mean(axis=1), 0.0)
+        return cls(
+            n=len(a),
+            vanished=int((~sound & ~both_zero).sum()),
+            cosine_mean=float(cosine.mean()),
+            cosine_min=float(cosine.min()),
+            sign_mean=float(sign.mean()),
+            sign_min=float(sign.min()),
+        )
+
+
+@dataclass(frozen=True)
+class GradientAgreement:
+    """Native against twin gradients of the cross-entropy, each at its own logits.
+
+    Attributes:
+        clean: At images of the data set.
+        adversarial: At the same images after :data:`PROBE` with native gradients.
+    """
+
+    clean: Agreement
+    adversarial: Agreement
+
+    def document(self) -> dict[str, Any]:
+        """Return this as JSON."""
+        return {"clean": asdict(self.clean), "adversarial": asdict(self.adversarial)}
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> GradientAgreement:
+        """Read the JSON form; raises KeyError or TypeError if it is none."""
+        return cls(Agreement(**document["clean"]), Agreement(**document["adversarial"]))
+
+    def write(self, path: Path, setting: Mapping[str, Any]) -> None:
+        """Keep this with everything it depends on, and a digest of both.
+
+        Raises:
+            StorageError: The disk is full or not writable.
+        """
+        content = {"schema": SCHEMA, "setting": setting, "agreement": self.document()}
+        digest = sha256(canonical_json(content))
+        write_atomic(path, canonical_json({**content, "digest": digest}))
+
+    @classmethod
+    def read(cls, path: Path, setting: Mapping[str, Any]) -> GradientAgreement:
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            IntegrityError: The file was changed, or is of something else.
+        """
+        data = path.read_bytes()
+        try:
+            document = json.loads(data)
+            content = {key: document[key] for key in ("schema", "setting", "agreement")}
+            whole = {**content, "digest": sha256(canonical_json(content))}
+            if data != canonical_json(whole):
+                raise ValueError("its digest does not match")
+            if canonical_json(content["setting"]) != canonical_json(setting):
+                raise ValueError("it is of another setting than its name stands for")
+            return cls.from_document(content["agreement"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(
+                f"The evidence {path.name} was changed after it was written: {error}.",
+                f"Delete {path} and measure again.",
+            ) from error
+
+
+def agreement_path(directory: Path, setting: Mapping[str, Any], target: Target) -> Path:
+    """Return where the agreement is kept, below ``BUNDLE/evidence``."""
+    key = sha256(canonical_json({"schema": SCHEMA, **setting}))[:16]
+    return directory / "robustness" / "-".join(target) / f"gradients-{key}.json"
+
+
+def compare_gradients(
+    laboratory: Laboratory, target: Target, images: Array, labels: Array
+) -> GradientAgreement:
+    """Compare a runtime's own gradients with its twin's, on clean and on attacked images.
+
+    Args:
+        laboratory: Has both.
+        target: A runtime with gradients of its own.
+        images: float32 [N, C, H, W].
+        labels: int64 [N].
+
+    Raises:
+        MissingExtraError: torch or Foolbox is not installed.
+        RuntimeUnavailableError: The runtime has no gradients of its own.
+    """
+    for package in ("torch", "foolbox"):
+        require(package, "train", "to compare gradients")
+    from ccn_deploy.attacks.perform import perform
+
+    native, twin = laboratory.runtime(target), laboratory.runtime(REFERENCE)
+    model = laboratory.model(target, True, "native")
+    seeds = np.arange(len(images))[:, None]
+    attacked = perform(PROBE, model, images, labels, seeds=seeds)
+    clean, adversarial = (
+        Agreement.between(_slope(native, points, labels), _slope(twin, points, labels))
+        for points in (images, attacked)
+    )
+    return GradientAgreement(clean, adversarial)
+
+
+def _slope(runtime: Runtime, images: Array, labels: Array) -> Array:
+    """Return the direction [N, C, H, W] of the gradient of the cross-entropy.
+
+    Its cotangent is softmax less one-hot. Divided by one less the label's probability, which
+    changes no direction, that is the softmax over the other classes and -1 at the label: it
+    neither rounds to zero nor underflows where the network is sure.
+    """
+    logits = runtime.logits(np.ascontiguousarray(images)).astype(np.float64)
+    answered = np.asarray(np.isfinite(logits).all(axis=1))
+    rows = np.arange(len(labels))
+    others = np.where(answered[:, None], logits, 0.0)
+    others[rows, labels] = -np.inf
+    cotangents = np.exp(others - others.max(axis=1, keepdims=True))
+    cotangents /= cotangents.sum(axis=1, keepdims=True)
+    cotangents[rows, labels] = -1.0
+    cotangents[~answered] = 0.0
+    _, gradients = runtime.vjp(np.ascontiguousarray(images), cotangents[:, None].astype(np.float32))
+    return gradients[:, 0]

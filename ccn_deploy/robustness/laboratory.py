@@ -1,0 +1,91 @@
+"""What an evaluation attacks: runtimes and models, opened when first needed, closed together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ccn_deploy.attacks.source import Gradient
+from ccn_deploy.bundle import Bundle
+from ccn_deploy.runtimes import open_runtime
+from ccn_deploy.runtimes.base import Runtime, RuntimeOptions
+
+if TYPE_CHECKING:
+    from foolbox.models.pytorch import PyTorchModel
+
+    from ccn_deploy.models import Classifier
+
+Target = tuple[str, str]
+"""A runtime and a precision."""
+
+REFERENCE: Target = ("torch", "fp32")
+"""The target that deployed ones are compared with: the PyTorch network, attacked itself."""
+
+
+class Laboratory:
+    """The runtimes of a bundle, and the models of them that attacks take.
+
+    Args:
+        bundle: An open bundle.
+        options: Threads and memory of the runtimes.
+    """
+
+    def __init__(self, bundle: Bundle, options: RuntimeOptions) -> None:
+        self.bundle = bundle
+        self._options = options
+        self._open: dict[tuple[Target, bool], Runtime] = {}
+        self._models: dict[tuple[Target, bool, Gradient], PyTorchModel] = {}
+        self._twin: Classifier | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Laboratory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def runtime(self, target: Target, clip: bool = True) -> Runtime:
+        """Return a runtime; for an attack that leaves the box, one that takes such images."""
+        if (target, clip) not in self._open:
+            options = replace(self._options, check_range=clip)
+            runtime = open_runtime(self.bundle, *target, options)
+            self._open[target, clip] = self._stack.enter_context(runtime)
+        return self._open[target, clip]
+
+    def model(self, target: Target, clip: bool, gradient: Gradient) -> PyTorchModel:
+        """Return what Foolbox attacks: the twin itself, or a runtime with gradients.
+
+        The reference is the twin itself, and so is every target whose images are to be crafted
+        on the twin.
+
+        Raises:
+            RuntimeUnavailableError: The runtime has no gradients of its own and is asked for them.
+        """
+        from ccn_deploy.attacks.surrogate import foolbox_model, twin_model
+        from ccn_deploy.runtimes.torch_runtime import load_twin
+
+        if self._twin is None:
+            self._stack.enter_context(_torch_threads(self._options.threads))
+            self._twin = load_twin(self.bundle)
+        key = target, clip, gradient
+        if key not in self._models:
+            self._models[key] = (
+                twin_model(self._twin)
+                if target == REFERENCE or gradient == "transfer"
+                else foolbox_model(self.runtime(target, clip), self._twin, gradient=gradient)
+            )
+        return self._models[key]
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
