@@ -174,16 +174,20 @@ def _slope(runtime: Runtime, images: Array, labels: Array) -> Array:
 
     Its cotangent is softmax less one-hot. Divided by one less the label's probability, which
     changes no direction, that is the softmax over the other classes and -1 at the label: it
-    neither rounds to zero nor underflows where the network is sure.
+    neither rounds to zero nor underflows where the network is sure. NaN stands for what no
+    gradient can be taken of: an image outside [0, 1], or logits that are not finite.
     """
-    logits = runtime.logits(np.ascontiguousarray(images)).astype(np.float64)
-    answered = np.asarray(np.isfinite(logits).all(axis=1))
-    rows = np.arange(len(labels))
-    others = np.where(answered[:, None], logits, 0.0)
-    others[rows, labels] = -np.inf
+    gradients = np.full(images.shape, np.nan)
+    flat = images.reshape(len(images), -1)
+    legal = np.flatnonzero((flat >= 0).all(axis=1) & (flat <= 1).all(axis=1))  # NaN is neither
+    logits = runtime.logits(images[legal]).astype(np.float64)
+    legal = legal[np.isfinite(logits).all(axis=1)]
+    others = logits[np.isfinite(logits).all(axis=1)]
+    rows, chosen = np.arange(len(legal)), labels[legal]
+    others[rows, chosen] = -np.inf
     cotangents = np.exp(others - others.max(axis=1, keepdims=True))
     cotangents /= cotangents.sum(axis=1, keepdims=True)
-    cotangents[rows, labels] = -1.0
-    cotangents[~answered] = 0.0
-    _, gradients = runtime.vjp(np.ascontiguousarray(images), cotangents[:, None].astype(np.float32))
-    return gradients[:, 0]
+    cotangents[rows, chosen] = -1.0
+    _, found = runtime.vjp(images[legal], cotangents[:, None].astype(np.float32))
+    gradients[legal] = found[:, 0]
+    return gradients
