@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -509,18 +510,21 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fetch", ["lambda", "unknown module"])
-def test_data_that_cannot_be_sent_to_other_processes(fetch: str, tmp_path: Path) -> None:
+def test_data_that_cannot_be_sent_to_other_processes(
+    fetch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second is only found out there; it must not hang, with more than a pipe holds."""
+    here_only = ModuleType("a_module_that_is_in_no_file")
+    exec("def pick(images, indices): return images[indices]", here_only.__dict__)
+    monkeypatch.setitem(sys.modules, here_only.__name__, here_only)
     data = blobs("train", 33, (1, 28, 28)), blobs("test", 15, (1, 28, 28))
     images = data[0].images(range(33))
     assert images.nbytes > 65536
-    bad = (lambda indices: images[indices]) if fetch == "lambda" else partial(pick, images)
+    bad = (
+        (lambda indices: images[indices]) if fetch == "lambda" else partial(here_only.pick, images)
+    )
     with pytest.raises(UsageError, match="cannot be sent to the processes"):
         train(replace(PAIR, devices=2), replace(data[0], fetch=bad), data[1], tmp_path / "run")
-
-
-def pick(images: NDArray[np.float32], indices: NDArray[np.int64]) -> NDArray[np.float32]:
-    return images[indices]
 
 
 def test_three_epochs_learn_the_digits(trained_run: Callable[[str], Path]) -> None:
