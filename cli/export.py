@@ -20,6 +20,7 @@ def export(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Directory written by `ccn-deploy train`.")
     ],
+    *,
     output: Annotated[Path, typer.Option("--output", help="Directory to make: the bundle.")],
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a bundle that is there.")
@@ -32,6 +33,15 @@ def export(
             "runtime itself need. For a bundle that is only served.",
         ),
     ] = False,
+    optimize: Annotated[
+        str | None,
+        typer.Option(
+            "--optimize",
+            metavar="RUNTIME",
+            help="Add a forward graph written for this runtime, which then executes it. The "
+            "default graph stays as it is. Known: onnxruntime-cpu.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Lower a trained network to ONNX, check the graphs, and write a bundle."""
@@ -45,12 +55,16 @@ def export(
     from ccn_deploy.exporters import export_run
 
     with console.err.status("Lowering and checking"):
-        bundle = export_run(trained, output, overwrite=overwrite, gradient=not no_gradient)
+        bundle = export_run(
+            trained, output, overwrite=overwrite, gradient=not no_gradient, optimize=optimize
+        )
     document = _document(bundle)
     if as_json:
         console.print_json(document)
     else:
         _print(document)
+    if optimize and not any(file["role"] == f"forward:{optimize}" for file in document["files"]):
+        console.err.print("No compact layer: the default graph is the one for every runtime.")
 
 
 def _document(bundle: Bundle) -> dict[str, Any]:

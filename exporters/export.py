@@ -11,11 +11,17 @@ import torch
 
 import ccn_deploy
 from ccn_deploy.bundle import MANIFEST, Bundle, NewFile, write_bundle
-from ccn_deploy.errors import UsageError
-from ccn_deploy.exporters.checks import check_gradient_graph, check_graph, check_size
+from ccn_deploy.errors import UsageError, unknown
+from ccn_deploy.exporters.checks import (
+    check_gradient_graph,
+    check_graph,
+    check_optimized_graph,
+    check_size,
+)
 from ccn_deploy.exporters.gradient import lower_gradient
 from ccn_deploy.exporters.graph import IR_VERSION, OPSET, to_bytes
 from ccn_deploy.exporters.lowering import lower
+from ccn_deploy.exporters.optimized import TARGETS, differs, lower_optimized
 from ccn_deploy.exporters.probes import check_gradient_probe, check_probe
 from ccn_deploy.runs import WEIGHTS, TrainedRun
 from ccn_deploy.runtimes.torch_runtime import network_from
@@ -26,6 +32,9 @@ FORWARD = "graphs/forward-fp32.onnx"
 GRADIENT = "graphs/gradient-fp32.onnx"
 """Where it keeps the graph of its input gradients."""
 
+OPTIMIZED = "graphs/forward-fp32-{}.onnx"
+"""Where it keeps a float32 graph that is written for one runtime."""
+
 OURS = {"ccn-deploy": ccn_deploy.__version__}
 
 
@@ -35,6 +44,7 @@ def export_run(
     *,
     overwrite: bool = False,
     gradient: bool = True,
+    optimize: str | None = None,
 ) -> Bundle:
     """Lower a run's network, check the graphs, and write the bundle.
 
@@ -44,13 +54,18 @@ def export_run(
         overwrite: Whether to replace a bundle that is there.
         gradient: Whether to add the graph of the input gradients, with which the deployed runtime
             can be attacked by itself. It holds the weights once more, convolutions twice.
+        optimize: A runtime of :data:`~ccn_deploy.exporters.optimized.TARGETS` to write a forward
+            graph for, beside the default one, which stays as it is. A network without compact
+            layers has nothing to be written otherwise, and gets none.
 
     Raises:
-        UsageError: ``output`` exists and may not be replaced.
+        UsageError: ``output`` exists and may not be replaced, or there is no such lowering.
         IntegrityError: The weights do not belong to the architecture.
         LoweringError: The graph is not what it must be; nothing is written.
         StorageError: The disk is full or not writable; nothing half-written is left.
     """
+    if optimize is not None and optimize not in TARGETS:
+        raise unknown("lowering for a runtime", optimize, TARGETS)
     target = Path(output)
     _check_target(target, overwrite)
     model = network_from(run.architecture, run.defense, len(run.class_names), run.weights)
@@ -61,6 +76,11 @@ def export_run(
     check_graph(forward, model)
     check_probe(forward, model)
     files.append(_graph_file(FORWARD, forward, "forward"))
+    if optimize is not None and differs(model):
+        faster = lower_optimized(model)
+        check_optimized_graph(faster, model)
+        check_probe(faster, model)
+        files.append(_graph_file(OPTIMIZED.format(optimize), faster, f"forward:{optimize}"))
     if gradient:
         check_size(model, gradient=True)
         backward = lower_gradient(model)

@@ -70,17 +70,26 @@ def add_layers(builder: GraphBuilder, model: Classifier) -> list[Placed]:
     layers = deployed_layers(model)
     x = INPUT
     for name, layer in layers:
-        lowering = LOWERINGS.get(type(layer))
-        if lowering is None:
-            raise LoweringError(
-                f"Layer {name!r} is a {type(layer).__name__}, which has no lowering to ONNX.",
-                f"Known: {', '.join(sorted(kind.__name__ for kind in LOWERINGS))}.",
-            )
         y = OUTPUT if name == layers[-1][0] else name
-        lowering(builder, layer, name, x, y)
+        add_layer(builder, layer, name, x, y)
         placed.append(Placed(name, layer, x, y))
         x = y
     return placed
+
+
+def add_layer(builder: GraphBuilder, layer: nn.Module, name: str, x: str, y: str) -> None:
+    """Add the nodes of one layer that reads the tensor ``x`` and returns ``y``.
+
+    Raises:
+        LoweringError: As :func:`lower` does.
+    """
+    lowering = LOWERINGS.get(type(layer))
+    if lowering is None:
+        raise LoweringError(
+            f"Layer {name!r} is a {type(layer).__name__}, which has no lowering to ONNX.",
+            f"Known: {', '.join(sorted(kind.__name__ for kind in LOWERINGS))}.",
+        )
+    lowering(builder, layer, name, x, y)
 
 
 def deployed_layers(model: Classifier) -> list[tuple[str, nn.Module]]:
@@ -93,18 +102,18 @@ def _mean(g: GraphBuilder, layer: SubtractMean, name: str, x: str, y: str) -> No
 
 
 def _conv(g: GraphBuilder, layer: nn.Conv2d, name: str, x: str, y: str) -> None:
-    weight = g.constant(f"{name}.weight", _array(layer.weight))
-    bias = g.constant(f"{name}.bias", _array(layer.bias))
-    g.node("Conv", [x, weight, bias], name, output=y, **_window(layer, name))
+    weight = g.constant(f"{name}.weight", as_array(layer.weight))
+    bias = g.constant(f"{name}.bias", as_array(layer.bias))
+    g.node("Conv", [x, weight, bias], name, output=y, **sliding_window(layer, name))
 
 
 def _compact_conv(g: GraphBuilder, layer: CompactConv2d, name: str, x: str, y: str) -> None:
-    window = _window(layer, name)
+    window = sliding_window(layer, name)
     axes = g.constant(f"{name}.axes", np.array([1], dtype=np.int64))
     ones = g.constant(f"{name}.ones", np.ones((1, 1, *layer.kernel_size), dtype=np.float32))
     delta = g.constant(f"{name}.delta", np.float32(layer.delta))
-    weight = g.constant(f"{name}.weight", _array(layer.weight) * _array(layer.alpha))
-    bias = g.constant(f"{name}.bias", _array(layer.bias).reshape(-1, 1, 1))
+    weight = g.constant(f"{name}.weight", as_array(layer.weight) * as_array(layer.alpha))
+    bias = g.constant(f"{name}.bias", as_array(layer.bias).reshape(-1, 1, 1))
 
     squares = g.node("ReduceSumSquare", [x, axes], f"{name}.squares", keepdims=1)
     patches = g.node("Conv", [squares, ones], f"{name}.patches", **window)
@@ -116,16 +125,16 @@ def _compact_conv(g: GraphBuilder, layer: CompactConv2d, name: str, x: str, y: s
 
 
 def _linear(g: GraphBuilder, layer: nn.Linear, name: str, x: str, y: str) -> None:
-    weight = g.constant(f"{name}.weight", _array(layer.weight))
-    bias = g.constant(f"{name}.bias", _array(layer.bias))
+    weight = g.constant(f"{name}.weight", as_array(layer.weight))
+    bias = g.constant(f"{name}.bias", as_array(layer.bias))
     g.node("Gemm", [x, weight, bias], name, output=y, transB=1)
 
 
 def _compact_linear(g: GraphBuilder, layer: CompactLinear, name: str, x: str, y: str) -> None:
     axes = g.constant(f"{name}.axes", np.array([1], dtype=np.int64))
     delta = g.constant(f"{name}.delta", np.float32(layer.delta))
-    weight = g.constant(f"{name}.weight", _array(layer.weight) * _array(layer.alpha))
-    bias = g.constant(f"{name}.bias", _array(layer.bias))
+    weight = g.constant(f"{name}.weight", as_array(layer.weight) * as_array(layer.alpha))
+    bias = g.constant(f"{name}.bias", as_array(layer.bias))
 
     squares = g.node("ReduceSumSquare", [x, axes], f"{name}.squares", keepdims=1)
     norm = g.node("Sqrt", [squares], f"{name}.norm")
@@ -175,7 +184,7 @@ LOWERINGS: dict[type[nn.Module], Lowering] = {
 """By exact type: a subclass may compute something else."""
 
 
-def _window(layer: nn.Conv2d, name: str) -> dict[str, Any]:
+def sliding_window(layer: nn.Conv2d, name: str) -> dict[str, Any]:
     """Return the attributes of the sliding window that a layer's convolutions share."""
     plain = layer.groups == 1 and _pair(layer.dilation) == (1, 1) and layer.padding_mode == "zeros"
     _require(plain, name, "a convolution with groups, dilation or another padding than zeros")
@@ -191,7 +200,8 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _array(tensor: Tensor | None) -> NDArray[np.float32]:
+def as_array(tensor: Tensor | None) -> NDArray[np.float32]:
+    """Return a parameter, which must be there, as float32."""
     assert tensor is not None
     return tensor.detach().cpu().numpy().astype(np.float32, copy=False)
 

@@ -24,8 +24,8 @@ class FileRecord:
         path: Relative to the bundle, with forward slashes.
         sha256: Of its bytes, lower-case hex.
         bytes: Its size.
-        role: ``"weights"``, ``"forward"`` (a graph from images to logits); later ``"gradient"``
-            and ``"engine"``.
+        role: ``"weights"``, ``"forward"`` (a graph from images to logits), ``"forward:RUNTIME"``
+            (another one of the same network, written for one runtime), ``"gradient"``.
         precision: Of a graph or engine, for example ``"fp32"``; empty for weights.
         made_by: Libraries that wrote it, by name and version.
         details: Anything else that describes it, such as the opset.

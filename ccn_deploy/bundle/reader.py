@@ -60,6 +60,20 @@ class Bundle:
             else "Export the run again.",
         )
 
+    def forward(self, runtime: str, precision: str) -> FileRecord:
+        """Find the graph that a runtime executes: one written for it, or else the default one.
+
+        Args:
+            runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
+            precision: Of the graph.
+
+        Raises:
+            RuntimeUnavailableError: As :meth:`file` does.
+        """
+        own = f"forward:{runtime}"
+        have = {(record.role, record.precision) for record in self.manifest.files}
+        return self.file(own if (own, precision) in have else "forward", precision)
+
     def read(self, record: FileRecord) -> bytes:
         """Return the bytes of a file, checked again, for a parser to read.
 

@@ -271,6 +271,7 @@ def _setting(
             "name": spec.name,
             "precision": spec.precision,
             "device": spec.device,
+            "graph": spec.graph,
             "threads": request.threads,
             "versions": dict(spec.versions),
         },

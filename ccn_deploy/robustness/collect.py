@@ -282,7 +282,7 @@ def _circumstances(bundle: Bundle, request: RobustnessRequest, trial: Trial) -> 
         "gradient": trial.gradient,
         "bundle": {
             "weights": bundle.file("weights").sha256,
-            "graph": None if torch_only else bundle.file("forward", precision).sha256,
+            "graph": None if torch_only else bundle.forward(runtime, precision).sha256,
             "gradient": bundle.file("gradient", precision).sha256 if native_graph else None,
         },
         "dataset": {"name": dataset.name, "split": dataset.split, "digest": dataset.digest},

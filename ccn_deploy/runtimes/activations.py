@@ -59,7 +59,7 @@ def _in_onnx_runtime(
     from ccn_deploy.runtimes.onnx_runtime import INPUT, load_library, make_session, make_spec
 
     onnx = require("onnx", "train", "to look at single layers")
-    record = bundle.file("forward", precision)
+    record = bundle.forward(name, precision)
     model = onnx.load_model_from_string(bundle.read(record))
     # The exporter names a node "<layer>" if it gives the layer's result, "<layer>.<part>" if not.
     layers = {node.name: node.output[0] for node in model.graph.node if "." not in node.name}

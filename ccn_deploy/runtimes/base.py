@@ -62,6 +62,8 @@ class RuntimeSpec:
         device: What computes, for example ``"cpu"`` or ``"cuda:0"``.
         versions: Libraries that shape the numbers, by name.
         thread_safe: Whether several threads may call at once.
+        graph: Path in the bundle of the graph that :meth:`Runtime.logits` executes; empty if it
+            executes none.
     """
 
     name: str
@@ -72,6 +74,7 @@ class RuntimeSpec:
     device: str
     versions: Mapping[str, str]
     thread_safe: bool
+    graph: str = ""
 
     @property
     def target(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ccn_deploy.bundle import Bundle
+from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError, UsageError
 from ccn_deploy.extras import require
 from ccn_deploy.runtimes.base import Array, RuntimeOptions, RuntimeSpec, check_images, in_batches
@@ -67,7 +67,8 @@ class OnnxRuntime:
         self._gradient_session: Any = None
         self._lock = threading.Lock()
         images = {INPUT: list(self._spec.input_shape)}
-        self._session: Any = self._open("forward", images, {OUTPUTS[0]: [self._spec.classes]})
+        graph = bundle.forward(name, precision)
+        self._session: Any = self._open(graph, images, {OUTPUTS[0]: [self._spec.classes]})
 
     @property
     def spec(self) -> RuntimeSpec:
@@ -170,15 +171,14 @@ class OnnxRuntime:
             if self._gradient_session is None:
                 shape, classes = list(self._spec.input_shape), self._spec.classes
                 self._gradient_session = self._open(
-                    "gradient",
+                    self._bundle.file("gradient", self._spec.precision),
                     {INPUT: shape, COTANGENTS: ["candidates", classes]},
                     {OUTPUTS[0]: [classes], GRADIENTS: ["candidates", *shape]},
                 )
             return self._gradient_session
 
-    def _open(self, role: str, inputs: Shapes, outputs: Shapes) -> Any:
+    def _open(self, record: FileRecord, inputs: Shapes, outputs: Shapes) -> Any:
         """Make a session of one of the bundle's graphs; shapes are those after the batch."""
-        record = self._bundle.file(role, self._spec.precision)
         graph = self._bundle.read(record)
         session = make_session(self._ort, graph, record.path, self._spec.name, self._options)
         _check_signature(session, inputs, outputs, record.path)
@@ -276,6 +276,7 @@ def make_spec(
         device="cpu" if name == "onnxruntime-cpu" else f"cuda:{options.device}",
         versions={"onnxruntime": ort.__version__},
         thread_safe=True,
+        graph=bundle.forward(name, precision).path,
     )
 
 

@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+from torch import nn
+from typer.testing import CliRunner
+
+from ccn_deploy.architectures import Architecture
+from ccn_deploy.bundle import Bundle, NewFile, open_bundle, write_bundle
+from ccn_deploy.data import load_dataset
+from ccn_deploy.defenses import DEFENSES as BY_NAME
+from ccn_deploy.errors import LoweringError, UsageError
+from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters.checks import check_optimized_graph
+from ccn_deploy.exporters.optimized import lower_optimized, window_sums
+from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear
+from ccn_deploy.models import Classifier
+from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
+from ccn_deploy.runtimes import open_runtime
+from ccn_deploy.runtimes.activations import open_activations
+from ccn_deploy.verdict import Verdict
+from tests.networks import DEFENSES, as_run, difficult_images, random_network
+
+TARGET = "onnxruntime-cpu"
+FILE = "graphs/forward-fp32-onnxruntime-cpu.onnx"
+
+
+# The function
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+@pytest.mark.parametrize("architecture", ["mnist-cnn", "vgg11-cifar10"])
+def test_runtime_computes_the_network(architecture: str, defense: str, tmp_path: Path) -> None:
+    model = random_network(architecture, defense)
+    bundle = export_run(as_run(model), tmp_path / "bundle", gradient=False, optimize=TARGET)
+    images = difficult_images(model.architecture.input_shape)
+    truth = model.double()(torch.from_numpy(images).double()).numpy()
+
+    with open_runtime(bundle) as runtime:
+        deployed = runtime.logits(images)
+
+    assert np.isfinite(deployed).all()
+    assert deployed == pytest.approx(truth, abs=1e-5 * np.abs(truth).max(), rel=0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    channels=st.integers(1, 5),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    activation=st.sampled_from([nn.ReLU, BoundedReLU, None]),
+    silent=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_window_and_activation(
+    channels: int, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+    activation: type[nn.Module] | None, silent: bool, seed: int,
+) -> None:  # fmt: skip
+    shape = (channels, 7, 6)
+    torch.manual_seed(seed)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=CompactConv2d(channels, 3, kernel, stride=stride, padding=padding)  # type: ignore[arg-type]
+    )
+    if activation is not None:
+        layers["act1"] = activation()
+    layers["flatten"] = nn.Flatten()
+    with torch.no_grad():
+        features = nn.Sequential(layers)(torch.zeros(1, *shape)).numel()
+    layers["fc1"] = CompactLinear(features, 3)
+    model = Classifier(
+        layers, Architecture("odd", "", shape, (), 0, (), 0.0, 3), BY_NAME["ccn"]
+    ).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.normal_() if not name.endswith("alpha") else parameter.fill_(7.0)
+    x = np.random.default_rng(seed).normal(size=(2, *shape)).astype(np.float32)
+    if silent:
+        x[:, :, :4] = 0.0
+    graph = lower_optimized(model)
+    check_optimized_graph(graph, model)
+
+    (got,) = ReferenceEvaluator(graph).run(None, {"images": x})
+
+    truth = model.double()(torch.from_numpy(x).double()).numpy()
+    assert got == pytest.approx(truth, abs=2e-5 * max(1.0, np.abs(truth).max()), rel=0)
+
+
+def test_an_empty_patch_gives_the_bias() -> None:
+    model = random_network("mnist-cnn", "ccn")
+    graph = lower_optimized(model)
+    graph.graph.output.append(onnx.ValueInfoProto(name="act1"))
+    mean = np.full((1, 1, 28, 28), 0.5, dtype=np.float32)
+
+    _, act1 = ReferenceEvaluator(graph).run(None, {"images": mean})
+
+    bias = np.maximum(model.get_submodule("conv1").bias.numpy(), 0)[:, None, None]
+    assert act1[0] == pytest.approx(np.broadcast_to(bias, act1[0].shape), rel=1e-6)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_window_sums_add_up_windows(stride: int, padding: int) -> None:
+    x = np.arange(1.0, 8.0)
+    padded = np.pad(x, padding)
+    starts = range(0, len(padded) - 2, stride)
+
+    assert list(window_sums(7, 3, stride, padding) @ x) == [padded[i : i + 3].sum() for i in starts]
+
+
+# The graph
+
+
+def _node(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
+    return next(node for node in graph.node if node.name == name)
+
+
+def _constant(graph: onnx.GraphProto, name: str, change: Callable[[np.ndarray], None]) -> None:
+    old = next(c for c in graph.initializer if c.name == name)
+    value = numpy_helper.to_array(old).copy()
+    change(value)
+    old.CopyFrom(numpy_helper.from_array(value, name))
+
+
+def _relu_after_the_product(g: onnx.GraphProto) -> None:
+    _node(g, "conv1.rectified").op_type = "Identity"
+
+
+def _delta_under_the_root(g: onnx.GraphProto) -> None:
+    _node(g, "conv2.norm").op_type, _node(g, "conv2.divisor").op_type = "Add", "Sqrt"
+
+
+def _bias_not_scaled(g: onnx.GraphProto) -> None:
+    _node(g, "conv3.shift").input[0] = "conv3.norm"
+
+
+def _norm_for_divisor(g: onnx.GraphProto) -> None:
+    _node(g, "conv4.reciprocal").input[0] = "conv4.norm"
+
+
+def _other_delta(g: onnx.GraphProto) -> None:
+    _constant(g, "fc2.delta", lambda value: value.fill(0.02))
+
+
+def _other_ones(g: onnx.GraphProto) -> None:
+    _constant(g, "conv2.ones", lambda value: value[1].fill(0.5))
+
+
+def _narrow_window(g: onnx.GraphProto) -> None:
+    _constant(g, "conv2.rows", lambda value: value[:, 2].fill(0))
+
+
+def _shifted_window(g: onnx.GraphProto) -> None:
+    _constant(g, "conv4.columns", lambda value: value.put(range(value.size), np.roll(value, 1)))
+
+
+def _fixed_batch(g: onnx.GraphProto) -> None:
+    g.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+
+
+def _stack_trace(g: onnx.GraphProto) -> None:
+    g.node[0].doc_string = "File somewhere, line 3"
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        _relu_after_the_product, _delta_under_the_root, _bias_not_scaled, _norm_for_divisor,
+        _other_delta, _other_ones, _narrow_window, _shifted_window, _fixed_batch, _stack_trace,
+    ],
+)  # fmt: skip
+def test_structural_checks_find(tamper: Callable[[onnx.GraphProto], None]) -> None:
+    model = random_network("mnist-cnn", "ccn")
+    graph = lower_optimized(model)
+    check_optimized_graph(graph, model)
+    tamper(graph.graph)
+    with pytest.raises(LoweringError):
+        check_optimized_graph(graph, model)
+
+
+def test_the_default_graph_is_not_an_optimised_one() -> None:
+    from ccn_deploy.exporters.lowering import lower
+
+    model = random_network("mnist-cnn", "ccn")
+    with pytest.raises(LoweringError, match="'conv1' has"):
+        check_optimized_graph(lower(model), model)
+
+
+# The bundle
+
+
+def test_option_adds_one_file_and_changes_no_other(tmp_path: Path) -> None:
+    run = as_run(random_network("mnist-cnn", "ccn"))
+    plain = export_run(run, tmp_path / "plain")
+    faster = export_run(run, tmp_path / "faster", optimize=TARGET)
+    again = export_run(run, tmp_path / "again", optimize=TARGET)
+
+    names = {record.path for record in faster.manifest.files}
+    assert names - {record.path for record in plain.manifest.files} == {FILE}
+    for record in plain.manifest.files:
+        assert (faster.path / record.path).read_bytes() == plain.read(record)
+    assert faster.manifest == again.manifest
+
+
+def test_only_its_runtime_executes_it_and_says_so(tmp_path: Path) -> None:
+    run = as_run(random_network("mnist-cnn", "ccn"))
+    plain = export_run(run, tmp_path / "plain", gradient=False)
+    faster = export_run(run, tmp_path / "faster", gradient=False, optimize=TARGET)
+
+    assert faster.forward(TARGET, "fp32").path == FILE
+    assert plain.forward(TARGET, "fp32").path == "graphs/forward-fp32.onnx"
+    assert faster.forward("onnxruntime-cuda", "fp32") == plain.forward(TARGET, "fp32")
+    for bundle in (plain, faster):
+        with open_runtime(bundle, TARGET) as runtime:
+            assert runtime.spec.graph == bundle.forward(TARGET, "fp32").path
+        with open_runtime(bundle, "torch") as twin:
+            assert twin.spec.graph == ""
+
+
+@pytest.mark.parametrize("defense", ["sm", "ls", "brelu"])
+def test_a_network_without_compact_layers_gets_none(defense: str, tmp_path: Path) -> None:
+    run = as_run(random_network("mnist-cnn", defense))
+    bundle = export_run(run, tmp_path / "bundle", gradient=False, optimize=TARGET)
+
+    assert bundle.manifest == export_run(run, tmp_path / "plain", gradient=False).manifest
+
+
+def test_an_unknown_runtime_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    run = as_run(random_network("mnist-cnn", "ccn"))
+    with pytest.raises(UsageError, match="onnxruntime-gpu"):
+        export_run(run, tmp_path / "bundle", optimize="onnxruntime-gpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_have_a_tensor_are_shown(tmp_path: Path) -> None:
+    model = random_network("mnist-cnn", "ccn")
+    bundle = export_run(as_run(model), tmp_path / "bundle", gradient=False, optimize=TARGET)
+    images = difficult_images(model.architecture.input_shape)
+
+    shown = open_activations(bundle, TARGET)(images)
+    truth = open_activations(bundle, "torch", "fp64")(images)
+
+    joined = {"conv1", "conv2", "conv3", "conv4"}
+    assert set(shown) == set(truth) - joined
+    for name, values in shown.items():
+        scale = np.abs(truth[name]).max()
+        assert values == pytest.approx(truth[name], abs=1e-5 * scale, rel=0), name
+
+
+# A trained network
+
+
+@pytest.fixture(scope="module")
+def optimized(trained_run: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from ccn_deploy.cli.main import app
+
+    target = tmp_path_factory.mktemp("optimized") / "bundle"
+    arguments = ["export", trained_run("ccn"), "--output", target, "--optimize", TARGET, "--json"]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    roles = [file["role"] for file in json.loads(result.stdout)["files"]]
+    assert roles == ["weights", "forward", f"forward:{TARGET}", "gradient"]
+    return target
+
+
+def measure(bundle: Bundle) -> ParityResult:
+    data = load_dataset("mnist5k", "test")
+    return judge(collect(bundle, ParityRequest(data, samples=40, per_layer=True, threads=1)))
+
+
+def test_trained_network_passes_parity(optimized: Path) -> None:
+    result = measure(open_bundle(optimized))
+
+    assert result.verdict is Verdict.PASS
+    assert result.evidence.setting["runtime"]["graph"] == FILE
+    assert len(result.inputs) == 6 * 3
+    assert max(finding.row.deviation.units for finding in result.inputs) < 2.0
+    layers = {finding.subject for finding in result.layers or ()}
+    assert {"act1", "pool1", "act4", "fc1", "fc3"} <= layers
+
+
+def test_parity_measures_the_graph_that_runs(optimized: Path, tmp_path: Path) -> None:
+    """A fault in the optimised graph alone is found, and at its layer."""
+    healthy = open_bundle(optimized)
+    files = []
+    for record in healthy.manifest.files:
+        data = healthy.read(record)
+        if record.path == FILE:
+            graph = onnx.load_model_from_string(data)
+            _constant(graph.graph, "conv3.bias", lambda value: value.fill(0.5))
+            data = graph.SerializeToString(deterministic=True)
+        files.append(NewFile(record.path, data, record.role, record.precision))
+    manifest = healthy.manifest
+    faulty = write_bundle(
+        tmp_path / "faulty",
+        architecture=manifest.architecture,
+        defense=manifest.defense,
+        input_shape=manifest.input_shape,
+        class_names=manifest.class_names,
+        training=manifest.training,
+        files=files,
+    )
+
+    result = measure(faulty)
+
+    assert result.verdict is Verdict.FAIL
+    assert result.first_departure is not None
+    assert result.first_departure.subject == "act3"
