@@ -50,8 +50,8 @@ def verify_robustness(
         list[str] | None,
         typer.Option(
             "--attack",
-            help="fgsm, pgd or deepfool; give it again for more.",
-            show_default="all three",
+            help="fgsm, pgd, deepfool or deepfool-fast; give it again for more.",
+            show_default="the first three",
         ),
     ] = None,
     epsilons: Annotated[
@@ -230,12 +230,13 @@ def _print(result: RobustnessResult, report_path: Path | None) -> None:
 
     out.print(_table(result))
     out.print(f"Gradients on the runtime: {_gradients(result)}.", soft_wrap=True)
-    if result.minimal:
-        out.print("DeepFool d: moved by at most d times the norm of the image.")
     for row in result.minimal:
-        out.print(_rho(row, "DeepFool" if row.clip else "DeepFool leaving [0, 1]"))
+        name = _titled(row)
+        if row.clip:
+            out.print(f"{name} d: moved by at most d times the norm of the image.")
+        out.print(_rho(row, name if row.clip else f"{name} leaving [0, 1]"))
         if row.unclipped is not None:
-            out.print(_rho(row.unclipped, "DeepFool leaving [0, 1], not judged"))
+            out.print(_rho(row.unclipped, f"{name} leaving [0, 1], not judged"))
     for warning in result.warnings:
         out.print(f"[yellow]note:[/] {warning}", soft_wrap=True)
     for reason, names in _doubts(result).items():
@@ -287,7 +288,7 @@ def _table(result: RobustnessResult) -> Table:
             continue
         for d, gate in minimal.gates.items():
             table.add_row(
-                f"DeepFool {d:g}",
+                f"{_titled(minimal)} {d:g}",
                 _share(minimal.reference.accuracy_at[d]),
                 _share(minimal.runtime.accuracy_at[d]),
                 *_judged(gate),
@@ -322,7 +323,7 @@ def _rho(row: MinimalRow, title: str) -> str:
     )
 
 
-def _titled(row: BoundedRow) -> str:
+def _titled(row: BoundedRow | MinimalRow) -> str:
     from ccn_deploy.attacks import ATTACKS
 
     return ATTACKS[row.name].title

@@ -16,6 +16,8 @@ from torch import nn
 
 from ccn_deploy.attacks import AttackSpec, parse_epsilons, suite
 from ccn_deploy.attacks.deepfool import L2DeepFool
+from ccn_deploy.attacks.fgsm import LinfFGSM
+from ccn_deploy.attacks.passes import Counted, forward
 from ccn_deploy.attacks.perform import perform
 from ccn_deploy.attacks.pgd import LinfPGD
 from ccn_deploy.attacks.surrogate import foolbox_model, twin_model
@@ -240,6 +242,14 @@ def test_unclipped_deepfool_leaves_the_box_and_clipped_does_not(ccn_bundle: Bund
     assert fooled.all()
 
 
+def test_fgsm_is_foolboxs(bundle: Bundle) -> None:
+    images, labels = map(torch.from_numpy, digits(16))
+    model = twin_model(load_twin(bundle))
+    _, ours, _ = LinfFGSM()(model, images, labels, epsilons=0.2)
+    _, theirs, _ = fb.attacks.LinfFastGradientAttack()(model, images, labels, epsilons=0.2)
+    assert ((ours - theirs).abs() > 1e-6).float().mean() < 1e-3  # signs of nothing but rounding
+
+
 # Attacking a runtime
 
 
@@ -275,6 +285,30 @@ def test_native_gradients_are_those_of_the_runtime(bundle: Bundle) -> None:
         cotangents[:, :, 3] = 1
         _, expected = exact.vjp(images, cotangents)
     np.testing.assert_allclose(gradient.numpy(), expected[:, 0], rtol=1e-6)
+
+
+def test_a_pass_on_a_runtime_asks_no_autograd_and_gives_the_same(bundle: Bundle) -> None:
+    images = torch.from_numpy(digits(6)[0])
+    rows = torch.tensor([4, 1, 5])
+    cotangents = torch.randn(3, 2, 10, generator=torch.Generator().manual_seed(0))
+    with open_runtime(bundle, "onnxruntime-cpu", "fp32", ONE_THREAD) as opened:
+        native = forward(foolbox_model(opened, None, gradient="native"), images)
+        by_twin = forward(foolbox_model(opened, load_twin(bundle)), images)
+        assert torch.equal(native.logits, by_twin.logits)
+        ours, theirs = (p.gradients(rows, cotangents) for p in (native, by_twin))
+        assert ours.shape == (3, 2, 1, 28, 28)
+        assert not ours.requires_grad
+        size = theirs.flatten(2).norm(dim=-1)
+        assert ((ours - theirs).flatten(2).norm(dim=-1) <= 1e-3 * size).all()
+
+
+def test_few_rows_of_a_pass_have_the_gradients_of_all(ccn_bundle: Bundle) -> None:
+    images = torch.from_numpy(digits(12)[0])
+    here = forward(twin_model(load_twin(ccn_bundle)), images)
+    cotangents = torch.randn(12, 2, 10, generator=torch.Generator().manual_seed(0))
+    whole = here.gradients(torch.arange(12), cotangents)
+    few = torch.tensor([7, 2])
+    np.testing.assert_allclose(here.gradients(few, cotangents[few]), whole[few], atol=1e-5)
 
 
 def test_deepfool_on_the_runtime_agrees_with_deepfool_on_the_twin(bundle: Bundle, runtime) -> None:  # type: ignore[no-untyped-def]
@@ -330,3 +364,76 @@ def test_a_gpu_in_the_machine_does_not_take_the_model(
     assert twin_model(twin).device == torch.device("cpu")
     with open_runtime(ccn_bundle, "onnxruntime-cpu", "fp32", ONE_THREAD) as runtime:
         assert foolbox_model(runtime, twin).device == torch.device("cpu")
+
+
+def test_fast_deepfool_skips_candidates_and_finds_the_same(bundle: Bundle) -> None:
+    images, _ = digits(40)
+    twin = load_twin(bundle)
+    labels = twin(torch.from_numpy(images)).argmax(dim=1).numpy()
+    asked, rho = {}, {}
+    for name in ("deepfool", "deepfool-fast"):
+        counted = Counted(twin_model(twin))
+        found = perform(suite([name])[0], counted, images, labels, seeds=seeds(40))
+        assert (twin(torch.from_numpy(found)).argmax(dim=1).numpy() != labels).all()
+        asked[name] = counted.queries.backward
+        sizes = np.linalg.norm(images.reshape(40, -1), axis=1)
+        rho[name] = (np.linalg.norm((found - images).reshape(40, -1), axis=1) / sizes).mean()
+    assert asked["deepfool-fast"] < 0.5 * asked["deepfool"]
+    assert rho["deepfool-fast"] == pytest.approx(rho["deepfool"], rel=0.01)
+
+
+def test_a_slack_that_skips_nothing_changes_nothing(ccn_bundle: Bundle) -> None:
+    images = torch.from_numpy(digits(12)[0])
+    twin = load_twin(ccn_bundle)
+    model, labels = twin_model(twin), twin(images).argmax(dim=1)
+    exact = L2DeepFool().run(model, images, labels)
+    loose = L2DeepFool(slack=1e9).run(model, images, labels)
+    np.testing.assert_allclose(loose.numpy(), exact.numpy(), atol=1e-5)
+    with pytest.raises(ValueError, match="slack"):
+        L2DeepFool(slack=0.9)
+
+
+# What an attack asks for
+
+
+def test_queries_are_what_the_attack_asks_of_each_image(ccn_bundle: Bundle) -> None:
+    images, labels = digits(8)
+    twin = load_twin(ccn_bundle)
+    predicted = twin(torch.from_numpy(images)).argmax(dim=1).numpy()
+    assert (predicted == labels).all()
+
+    def queries(name: str, epsilon: float | None, **parameters: float) -> tuple[int, int]:
+        (kind,) = [s for s in suite([name], [epsilon or 0.1]) if s.clip]
+        spec = replace(kind, parameters={**kind.parameters, **parameters})
+        counted = Counted(twin_model(twin))
+        perform(spec, counted, images, labels, seeds=seeds(8))
+        return counted.queries.forward, counted.queries.backward
+
+    assert queries("fgsm", 0.1) == (8, 8)
+    # Nothing is misclassified at this epsilon, so nothing leaves.
+    assert queries("pgd", 0.001, steps=5) == (40, 40)
+    # 9 margins for each of 8 images; the second forward of the second step is not made.
+    assert queries("deepfool", None, steps=1) == (8, 72)
+    assert queries("deepfool", None, steps=1, candidates=3) == (8, 16)
+
+
+def test_a_model_without_gradients_is_refused_by_every_attack(ccn_bundle: Bundle) -> None:
+    images, labels = digits(2)
+    twin = load_twin(ccn_bundle)
+
+    def answer(x: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return twin(torch.from_numpy(x)).numpy()
+
+    blind = fb.NumPyModel(answer, bounds=(0, 1))
+    for attack, epsilon in ((LinfFGSM(), 0.1), (LinfPGD(), 0.1), (L2DeepFool(), None)):
+        with pytest.raises(RuntimeUnavailableError, match="no gradients"):
+            attack(blind, images, labels, epsilons=epsilon)
+
+    class Detached(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return twin(x).detach()
+
+    detached = fb.PyTorchModel(Detached().eval(), bounds=(0, 1), device="cpu")
+    with pytest.raises(RuntimeUnavailableError, match="no gradients"):
+        LinfFGSM()(detached, torch.from_numpy(images), torch.from_numpy(labels), epsilons=0.1)

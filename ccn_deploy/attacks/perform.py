@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from foolbox.attacks.base import Attack
-from foolbox.attacks.fast_gradient_method import LinfFastGradientAttack
+from foolbox.attacks.base import FixedEpsilonAttack, MinimizationAttack
 from foolbox.models.pytorch import PyTorchModel
 from numpy.typing import NDArray
 
 from ccn_deploy.attacks.deepfool import L2DeepFool
+from ccn_deploy.attacks.fgsm import LinfFGSM
+from ccn_deploy.attacks.passes import Counted
 from ccn_deploy.attacks.pgd import LinfPGD
 from ccn_deploy.attacks.spec import AttackSpec
 
@@ -19,7 +20,12 @@ Array = NDArray[Any]
 
 
 def perform(
-    spec: AttackSpec, model: PyTorchModel, images: Array, labels: Array, *, seeds: Array
+    spec: AttackSpec,
+    model: PyTorchModel | Counted,
+    images: Array,
+    labels: Array,
+    *,
+    seeds: Array,
 ) -> Array:
     """Attack a batch.
 
@@ -28,7 +34,8 @@ def perform(
 
     Args:
         spec: The attack.
-        model: From :func:`ccn_deploy.attacks.surrogate.foolbox_model` or ``twin_model``.
+        model: From :func:`ccn_deploy.attacks.surrogate.foolbox_model` or ``twin_model``, or one of
+            those :class:`~ccn_deploy.attacks.passes.Counted`.
         images: float32 [N, C, H, W] in [0, 1].
         labels: int64 [N]; the label to leave.
         seeds: int64 [N, m]; the random state of each image.
@@ -40,17 +47,19 @@ def perform(
         return images.copy()
     x = torch.from_numpy(images).to(model.device)
     y = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(model.device)
-    _, found, _ = _attack(spec, seeds)(model, x, y, epsilons=spec.epsilon)
+    strength = {} if spec.epsilon is None else {"epsilon": spec.epsilon}
+    # Not through __call__, which would ask the model once more whether it was fooled.
+    found = _attack(spec, seeds).run(model, x, y, **strength)
     result: Array = found.detach().cpu().numpy()
     return result
 
 
-def _attack(spec: AttackSpec, seeds: Array) -> Attack:
+def _attack(spec: AttackSpec, seeds: Array) -> FixedEpsilonAttack | MinimizationAttack:
     settings: dict[str, Any] = dict(spec.parameters)
     if spec.name == "fgsm":
-        return LinfFastGradientAttack(**settings)
+        return LinfFGSM(**settings)
     if spec.name == "pgd":
         return LinfPGD(seeds=seeds, **settings)
-    if spec.name == "deepfool":
+    if spec.name in {"deepfool", "deepfool-fast"}:
         return L2DeepFool(clip=spec.clip, **settings)
     raise ValueError(f"no implementation of attack {spec.name!r}")

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from eagerpy.astensor import astensor, astensor_
 from foolbox.attacks.base import FixedEpsilonAttack, get_criterion, raise_if_kwargs
 from foolbox.criteria import Misclassification
 from foolbox.distances import linf
 from foolbox.models.base import Model
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+
+from ccn_deploy.attacks.loss import ascent
+from ccn_deploy.attacks.passes import forward, tensor_of
 
 
 class LinfPGD(FixedEpsilonAttack):
@@ -73,9 +74,8 @@ class LinfPGD(FixedEpsilonAttack):
         criterion = get_criterion(criterion)
         if not isinstance(criterion, Misclassification):
             raise ValueError(f"PGD here is untargeted and cannot serve {criterion!r}")
-        x, restore_type = astensor_(inputs)
-        found = self._climb(model, x.raw, criterion.labels.raw, epsilon)
-        return restore_type(astensor(found))
+        images, restore_type = tensor_of(inputs)
+        return restore_type(self._climb(model, images, criterion.labels.raw, epsilon))
 
     def _climb(self, model: Model, origin: Tensor, labels: Tensor, epsilon: float) -> Tensor:
         seeds = np.arange(len(origin)) if self.seeds is None else self.seeds
@@ -88,31 +88,20 @@ class LinfPGD(FixedEpsilonAttack):
                 noise = _noise([generators[at] for at in active.tolist()], origin, epsilon)
                 result[active] = (origin[active] + noise).clamp(*model.bounds)
             for _ in range(self.steps):
-                holding, direction = _ascent(model, result[active], labels[active])
-                active = active[holding]
-                if not len(active):
+                here = forward(model, result[active])
+                holding = (here.logits.argmax(dim=-1) == labels[active]).nonzero()[:, 0]
+                if not len(holding):
                     return result
-                moved = result[active] + self.rel_stepsize * epsilon * direction[holding]
+                direction = ascent(here, labels[active], holding)
+                active = active[holding]
+                moved = result[active] + self.rel_stepsize * epsilon * direction
                 moved = origin[active] + (moved - origin[active]).clamp(-epsilon, epsilon)
                 result[active] = moved.clamp(*model.bounds)
                 active = active[moved.flatten(1).isfinite().all(dim=1)]
             if self.restarts > 1:  # before a restart takes their place
-                with torch.no_grad():
-                    active = active[model(result[active]).argmax(dim=-1) == labels[active]]
+                logits = forward(model, result[active]).logits
+                active = active[logits.argmax(dim=-1) == labels[active]]
         return result
-
-
-def _ascent(model: Model, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which images hold their label, and the sign of the loss's gradient at all of them."""
-    x = x.requires_grad_()
-    with torch.enable_grad():
-        logits = model(x)
-        holding = logits.detach().argmax(dim=-1) == labels
-        if not holding.any():
-            return holding, torch.zeros_like(x)
-        loss = cross_entropy(logits, labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, x)
-    return holding, gradient.sign()
 
 
 def _noise(generators: list[np.random.Generator], like: Tensor, epsilon: float) -> Tensor:

@@ -19,7 +19,7 @@ class AttackSpec:
     """One attack with every setting that shapes its result.
 
     Attributes:
-        name: ``"fgsm"``, ``"pgd"`` or ``"deepfool"``.
+        name: A name in :data:`ATTACKS`.
         norm: In which the perturbation is small.
         epsilon: Largest allowed perturbation in that norm, in pixel values of [0, 1]; None for
             an attack that looks for the smallest perturbation instead.
@@ -93,6 +93,14 @@ ATTACKS: dict[str, AttackKind] = {
             "l2",
             False,
             {"steps": 50, "candidates": 10, "overshoot": 0.02},
+            clips=(True, False),
+        ),
+        AttackKind(
+            "deepfool-fast",
+            "DeepFool fast",
+            "l2",
+            False,
+            {"steps": 50, "candidates": 10, "overshoot": 0.02, "slack": 2.0},
             clips=(True, False),
         ),
     )

@@ -12,6 +12,7 @@ import torch
 from foolbox.models.pytorch import PyTorchModel
 from torch import Tensor, nn
 
+from ccn_deploy.attacks.passes import NativePass
 from ccn_deploy.attacks.source import Gradient, no_gradients
 from ccn_deploy.errors import RuntimeUnavailableError
 from ccn_deploy.runtimes.base import Runtime
@@ -76,24 +77,36 @@ class NativeGradient:
 
     def record(self, images: Tensor) -> Tape:
         """Keep the images; the runtime computes forward and backward together."""
-        return _NativeTape(self.runtime, images.detach())
+        return _NativeTape(NativePass(self.runtime, images), len(images))
 
 
 class _NativeTape:
-    def __init__(self, runtime: Runtime, images: Tensor) -> None:
-        self.runtime = runtime
+    def __init__(self, native: NativePass, images: int) -> None:
+        self.native = native
         self.images = images
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        # Where the logits are not finite there is no gradient, and that is what is said.
-        answered = torch.isfinite(cotangent).all(dim=1)
-        result = torch.full_like(self.images, torch.nan)
-        _, gradients = self.runtime.vjp(
-            self.images[answered].cpu().numpy(),
-            cotangent[answered, None].float().cpu().numpy(),
-        )
-        result[answered] = torch.from_numpy(gradients[:, 0]).to(result)
-        return result
+        return self.native.gradients(torch.arange(self.images), cotangent[:, None])[:, 0]
+
+
+class NativeModel(PyTorchModel):
+    """A Foolbox model of a runtime with gradients of its own.
+
+    Any Foolbox attack runs on it by autograd; those that use
+    :func:`ccn_deploy.attacks.passes.forward` need none.
+
+    Args:
+        runtime: A differentiable runtime.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        module = _RuntimeModule(runtime, NativeGradient(runtime)).eval()
+        super().__init__(module, bounds=BOUNDS, device=torch.device("cpu"))
+        self.runtime = runtime
+
+    def forward_pass(self, images: Tensor) -> NativePass:
+        """Begin a pass on the runtime."""
+        return NativePass(self.runtime, images)
 
 
 def foolbox_model(
@@ -115,25 +128,20 @@ def foolbox_model(
         RuntimeUnavailableError: The source asked for is not there.
         ValueError: ``"transfer"``.
     """
-    source: GradientSource
     if gradient == "transfer":
         raise ValueError("images to transfer are crafted on twin_model(twin)")
     if gradient == "native":
         if not runtime.differentiable:
             raise no_gradients(runtime.spec.target)
-        source = NativeGradient(runtime)
-        device = torch.device("cpu")
-    elif twin is None:
+        return NativeModel(runtime)
+    if twin is None:
         raise RuntimeUnavailableError(
             f"{runtime.spec.target} cannot be attacked by gradient: no PyTorch twin was given.",
             "Give the network it was lowered from, as load_twin(bundle) returns it.",
         )
-    else:
-        source = TwinGradient(twin)
-        device = next(twin.parameters()).device
-    module = _RuntimeModule(runtime, source).eval()
+    module = _RuntimeModule(runtime, TwinGradient(twin)).eval()
     # The device is said, always: left out, Foolbox takes cuda:0 where there is one.
-    return PyTorchModel(module, bounds=BOUNDS, device=device)
+    return PyTorchModel(module, bounds=BOUNDS, device=next(twin.parameters()).device)
 
 
 def twin_model(twin: nn.Module) -> PyTorchModel:

@@ -313,4 +313,6 @@ def _cost(spec: AttackSpec) -> float:
         return float(spec.parameters["steps"]) * float(spec.parameters["restarts"])
     if spec.name == "deepfool":
         return 5.0 * float(spec.parameters["candidates"])
+    if spec.name == "deepfool-fast":
+        return 2.0 * float(spec.parameters["candidates"])
     return 1.0

@@ -1,0 +1,50 @@
+"""The fast gradient sign method in Linf, as a Foolbox attack.
+
+Goodfellow et al., "Explaining and harnessing adversarial examples" (2015); equation 7 of the paper.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from foolbox.attacks.base import FixedEpsilonAttack, get_criterion, raise_if_kwargs
+from foolbox.criteria import Misclassification
+from foolbox.distances import linf
+from foolbox.models.base import Model
+
+from ccn_deploy.attacks.loss import ascent
+from ccn_deploy.attacks.passes import forward, tensor_of
+
+
+class LinfFGSM(FixedEpsilonAttack):
+    r"""Take one step of size epsilon up the cross-entropy.
+
+    .. math:: x' = \mathrm{clip}\left(x + \epsilon\,\mathrm{sign}\,\nabla_x L(f(x), y)\right)
+
+    It takes the step of Foolbox's ``LinfFastGradientAttack``, and asks for no gradient but the
+    input's. An image without a finite gradient becomes NaN: nothing was shown of it.
+    """
+
+    distance = linf
+
+    def run(
+        self, model: Model, inputs: Any, criterion: Any, *, epsilon: float, **kwargs: Any
+    ) -> Any:
+        """Return attacked images.
+
+        Args:
+            model: A Foolbox model over torch.
+            inputs: Images [N, C, H, W] within the model's bounds.
+            criterion: ``Misclassification``, or labels int64 [N].
+            epsilon: Size of the step.
+            **kwargs: None are taken.
+        """
+        raise_if_kwargs(kwargs)
+        criterion = get_criterion(criterion)
+        if not isinstance(criterion, Misclassification):
+            raise ValueError(f"FGSM here is untargeted and cannot serve {criterion!r}")
+        images, restore_type = tensor_of(inputs)
+        everything = torch.arange(len(images), device=images.device)
+        direction = ascent(forward(model, images), criterion.labels.raw, everything)
+        return restore_type((images + epsilon * direction).clamp(*model.bounds))

@@ -1,0 +1,202 @@
+"""Forward passes whose input gradients can be asked for, by the batch and in one call.
+
+An attack asks for logits, decides which images go on and along which logits, and asks for the
+gradients of those. A model over a runtime with gradients of its own answers without autograd; any
+other Foolbox model over torch answers by autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from eagerpy.astensor import astensor, astensor_
+from foolbox.models.base import Model
+from torch import Tensor
+
+from ccn_deploy.errors import RuntimeUnavailableError
+from ccn_deploy.runtimes.base import Runtime
+
+
+class Pass(Protocol):
+    """One forward pass at images [N, C, H, W]."""
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits [N, classes] of all images, outside of any graph."""
+        ...
+
+    def gradients(self, rows: Tensor, cotangents: Tensor) -> Tensor:
+        """Return input gradients [n, K, C, H, W] of some of the images.
+
+        Args:
+            rows: Their places, int64 [n].
+            cotangents: [n, K, classes]; row k asks for the gradient of
+                ``sum_j cotangents[n, k, j] * logits[rows[n], j]``.
+
+        NaN stands for the gradient of logits that are not finite.
+        """
+        ...
+
+
+def tensor_of(inputs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Return what an attack was given as a tensor, and what gives a tensor back in the same form.
+
+    Raises:
+        RuntimeUnavailableError: Not torch, so there are no gradients. Foolbox attacks such models
+            all the same, and has been seen to report black images as success.
+    """
+    x, restore = astensor_(inputs)
+    if not isinstance(x.raw, Tensor):
+        raise _no_gradients("An array that is no torch tensor")
+    return x.raw, lambda result: restore(astensor(result))
+
+
+def forward(model: Model, images: Tensor) -> Pass:
+    """Begin a pass at ``images`` [N, C, H, W]: the model's own way if it has one, else autograd.
+
+    Raises:
+        RuntimeUnavailableError: The model gives no gradients.
+    """
+    own: Callable[[Tensor], Pass] | None = getattr(model, "forward_pass", None)
+    return _AutogradPass(model, images) if own is None else own(images)
+
+
+class _AutogradPass:
+    """By autograd. Few rows go forward once more; else a backward pass takes all of them.
+
+    The K backward passes over one graph are a loop: on a CPU at 64 images it takes 0.6 of the time
+    of one vectorised pass (``is_grads_batched``) and 0.3 of that of a copied batch.
+    """
+
+    def __init__(self, model: Model, images: Tensor) -> None:
+        self._model = model
+        self._images = images.detach().requires_grad_()
+        with torch.enable_grad():
+            self._logits: Tensor = model(self._images)
+        if not self._logits.requires_grad:
+            raise _no_gradients("The model")
+
+    @property
+    def logits(self) -> Tensor:
+        return self._logits.detach()
+
+    def gradients(self, rows: Tensor, cotangents: Tensor) -> Tensor:
+        count = cotangents.shape[1]
+        if len(rows) * (count + 2) < len(self._images) * count:  # by the passes each way takes
+            fewer = _AutogradPass(self._model, self._images[rows])
+            return fewer.gradients(torch.arange(len(rows), device=rows.device), cotangents)
+        found = []
+        for column in cotangents.to(self._logits.dtype).unbind(dim=1):
+            whole = torch.zeros_like(self._logits)
+            whole[rows] = column
+            (gradient,) = torch.autograd.grad(self._logits, self._images, whole, retain_graph=True)
+            found.append(gradient[rows])
+        return torch.stack(found, dim=1)
+
+
+class NativePass:
+    """By the runtime itself, in its own arithmetic: no autograd and no twin.
+
+    Logits come from the forward graph, which costs a fraction of the gradient graph: an image
+    that is done by then needs no gradient.
+
+    Args:
+        runtime: A differentiable runtime.
+        images: float [N, C, H, W].
+    """
+
+    def __init__(self, runtime: Runtime, images: Tensor) -> None:
+        self._runtime = runtime
+        self._images = images.detach()
+        self._logits: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits of all images, by the forward graph, when they are first asked for."""
+        if self._logits is None:
+            logits = self._runtime.logits(self._images.contiguous().cpu().numpy())
+            self._logits = torch.from_numpy(logits).to(self._images)
+        return self._logits
+
+    def gradients(self, rows: Tensor, cotangents: Tensor) -> Tensor:
+        """Return all gradients in one call of the runtime."""
+        asked = cotangents.flatten(1).isfinite().all(dim=1)
+        images = self._images[rows[asked]].contiguous().cpu().numpy()
+        _, found = self._runtime.vjp(images, cotangents[asked].float().contiguous().cpu().numpy())
+        gradients = torch.from_numpy(found).to(self._images)
+        if bool(asked.all()):
+            return gradients
+        shape = (*cotangents.shape[:2], *self._images.shape[1:])
+        result = torch.full(shape, torch.nan, dtype=gradients.dtype, device=gradients.device)
+        result[asked] = gradients
+        return result
+
+
+def _no_gradients(what: str) -> RuntimeUnavailableError:
+    return RuntimeUnavailableError(
+        f"{what} gives no gradients, which this attack needs.",
+        "Attack a torch model, or a runtime as foolbox_model(runtime, twin) makes it.",
+    )
+
+
+@dataclass
+class Queries:
+    """What an attack asked of a model.
+
+    Attributes:
+        forward: Images whose logits were computed.
+        backward: Input gradients of one image each.
+    """
+
+    forward: int = 0
+    backward: int = 0
+
+
+class Counted(Model):
+    """A Foolbox model that counts what is asked of it, for attacks that use :func:`forward`.
+
+    Args:
+        model: A Foolbox model over torch.
+
+    Attributes:
+        queries: The count so far.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.device = model.device
+        self.queries = Queries()
+
+    @property
+    def bounds(self) -> Any:
+        """Of the model."""
+        return self._model.bounds
+
+    def __call__(self, inputs: Any) -> Any:
+        """Return the model's logits."""
+        self.queries.forward += len(inputs)
+        return self._model(inputs)
+
+    def forward_pass(self, images: Tensor) -> Pass:
+        """Begin a pass of the model, counted."""
+        return _CountedPass(forward(self._model, images), len(images), self.queries)
+
+
+class _CountedPass:
+    def __init__(self, inner: Pass, images: int, queries: Queries) -> None:
+        self._inner = inner
+        self._queries = queries
+        self._images = images
+
+    @property
+    def logits(self) -> Tensor:
+        self._queries.forward += self._images
+        self._images = 0  # asking again costs nothing
+        return self._inner.logits
+
+    def gradients(self, rows: Tensor, cotangents: Tensor) -> Tensor:
+        self._queries.backward += cotangents.shape[0] * cotangents.shape[1]
+        return self._inner.gradients(rows, cotangents)
