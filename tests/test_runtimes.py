@@ -107,6 +107,18 @@ def test_batches_beyond_the_limit_are_split_and_joined(
     assert logits == pytest.approx(np.array(singly).reshape(count, 10), abs=1e-5)
 
 
+@pytest.mark.parametrize(("threads", "largest"), [(1, 16), (3, 48), (99, 256)])
+def test_pieces_fit_the_caches_of_the_threads(bundle: Bundle, threads: int, largest: int) -> None:
+    x = images(40)
+    with open_runtime(bundle, options=RuntimeOptions(threads=threads)) as runtime:
+        assert runtime.spec.max_batch == largest
+    with open_runtime(bundle, options=RuntimeOptions(threads=1)) as runtime:
+        pieces = [runtime.logits(x[at : at + 16]) for at in (0, 16, 32)]
+        assert np.array_equal(runtime.logits(x), np.concatenate(pieces))
+    with open_runtime(bundle, "torch", options=RuntimeOptions(threads=threads)) as twin:
+        assert twin.spec.max_batch == 256
+
+
 @pytest.mark.parametrize("name", HERE)
 def test_any_memory_layout_gives_the_same_answer(bundle: Bundle, name: str) -> None:
     x = images(4)

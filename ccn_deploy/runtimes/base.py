@@ -14,6 +14,9 @@ from ccn_deploy.errors import InputError, UsageError
 
 Array = NDArray[Any]
 
+LARGEST_BATCH = 256
+"""Images that run in one piece where nothing else is asked for or known to be faster."""
+
 _BITS_OF_ONE = np.float32(1).view(np.uint32)
 
 
@@ -26,7 +29,8 @@ class RuntimeOptions:
         memory_limit: Bytes of device memory the runtime may take; CUDA only.
         arena: Whether the CPU provider keeps freed memory for the next call. Faster; more memory.
         device: Index of the GPU.
-        max_batch: Larger batches are split into pieces of this size.
+        max_batch: Larger batches are split into pieces of this size; the runtime's own choice if
+            None.
         check_range: Whether images outside [0, 1] are an error. Only an attack that is meant to
             leave the box turns this off. NaN and infinity are always refused.
 
@@ -38,7 +42,7 @@ class RuntimeOptions:
     memory_limit: int | None = None
     arena: bool = True
     device: int = 0
-    max_batch: int = 256
+    max_batch: int | None = None
     check_range: bool = True
 
     def __post_init__(self) -> None:

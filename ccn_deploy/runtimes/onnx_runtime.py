@@ -15,7 +15,14 @@ import numpy as np
 from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError, UsageError
 from ccn_deploy.extras import require
-from ccn_deploy.runtimes.base import Array, RuntimeOptions, RuntimeSpec, check_images, in_batches
+from ccn_deploy.runtimes.base import (
+    LARGEST_BATCH,
+    Array,
+    RuntimeOptions,
+    RuntimeSpec,
+    check_images,
+    in_batches,
+)
 
 PROVIDERS = {
     "onnxruntime-cpu": "CPUExecutionProvider",
@@ -25,6 +32,11 @@ INPUT = "images"
 OUTPUTS = ["logits"]
 COTANGENTS = "cotangents"
 GRADIENTS = "gradients"
+
+IMAGES = 16
+"""Images that one run of the forward graph computes for each thread of a CPU, unless asked
+otherwise. Their activations fit its caches: in pieces of 256 the compact MNIST network takes a
+third longer, while the plain one and VGG11 are level."""
 
 ROWS = 32
 """Gradients that one run of the gradient graph computes at most on a CPU. They fit its caches: 256
@@ -134,7 +146,7 @@ class OnnxRuntime:
         if not candidates:
             return self.logits(images), gradients
         logits = np.empty((len(images), self._spec.classes), np.float32)
-        size = self._spec.max_batch
+        size = self._options.max_batch or LARGEST_BATCH
         if self._spec.device == "cpu":
             size = max(1, min(size, ROWS // candidates))
         try:
@@ -267,13 +279,15 @@ def make_spec(
     ort: ModuleType, bundle: Bundle, name: str, precision: str, options: RuntimeOptions
 ) -> RuntimeSpec:
     """Describe a session of :func:`make_session`."""
+    on_cpu = name == "onnxruntime-cpu"
+    usual = IMAGES * (options.threads or os.cpu_count() or 1) if on_cpu else LARGEST_BATCH
     return RuntimeSpec(
         name=name,
         precision=precision,
         input_shape=bundle.manifest.input_shape,
         classes=len(bundle.manifest.class_names),
-        max_batch=options.max_batch,
-        device="cpu" if name == "onnxruntime-cpu" else f"cuda:{options.device}",
+        max_batch=options.max_batch or min(usual, LARGEST_BATCH),
+        device="cpu" if on_cpu else f"cuda:{options.device}",
         versions={"onnxruntime": ort.__version__},
         thread_safe=True,
         graph=bundle.forward(name, precision).path,

@@ -14,7 +14,7 @@ from ccn_deploy.bundle import Bundle
 from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError, UsageError
 from ccn_deploy.extras import require
 from ccn_deploy.models import Classifier, build_model
-from ccn_deploy.runtimes.base import Array, RuntimeOptions, RuntimeSpec, check_images
+from ccn_deploy.runtimes.base import LARGEST_BATCH, Array, RuntimeOptions, RuntimeSpec, check_images
 
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -105,7 +105,7 @@ class TorchRuntime:
             precision=precision,
             input_shape=bundle.manifest.input_shape,
             classes=len(bundle.manifest.class_names),
-            max_batch=self._options.max_batch,
+            max_batch=self._options.max_batch or LARGEST_BATCH,
             device=str(self._device),
             versions={"torch": torch.__version__},
             thread_safe=True,
