@@ -6,8 +6,7 @@ needs SciPy for its intervals.
 
 from ccn_deploy.robustness.collect import Measurement, Pair, RobustnessRequest, collect
 from ccn_deploy.robustness.evidence import Evidence, Sample
-from ccn_deploy.robustness.judge import judge
-from ccn_deploy.robustness.result import RobustnessResult
+from ccn_deploy.robustness.judge import RobustnessResult, judge
 
 __all__ = [
     "Evidence",
