@@ -1,0 +1,85 @@
+"""A judged measurement as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ccn_deploy.robustness.collect import Measurement
+from ccn_deploy.robustness.gate import Gate
+from ccn_deploy.robustness.laboratory import REFERENCE
+from ccn_deploy.robustness.rows import BoundedRow, MinimalRow
+from ccn_deploy.verdict import Verdict
+
+SCHEMA = "ccn-deploy/robustness/1"
+
+
+@dataclass(frozen=True)
+class RobustnessResult:
+    """A judged measurement.
+
+    Attributes:
+        measurement: What was judged.
+        max_drop: The allowed drop of accuracy.
+        clean: Accuracy without an attack.
+        bounded: Attacks with an epsilon, in order of the request.
+        minimal: Attacks without.
+        warnings: What a reader of the numbers should know.
+    """
+
+    measurement: Measurement
+    max_drop: float
+    clean: BoundedRow
+    bounded: tuple[BoundedRow, ...]
+    minimal: tuple[MinimalRow, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """All gates together: of the clean row, of every epsilon, and of DeepFool in the box."""
+        return Verdict.all_of(gate.verdict for gate in self.gates.values())
+
+    @property
+    def gates(self) -> dict[str, Gate]:
+        """Every gate that is judged, by the name of its row."""
+        named = {row.title: row.gate for row in (self.clean, *self.bounded)}
+        for row in self.minimal:
+            if row.clip:
+                named |= {f"{row.name} at d = {d:g}": gate for d, gate in row.gates.items()}
+        return named
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """One sentence for every gate that did not pass."""
+        return tuple(f"{name}: {gate.reason}" for name, gate in self.gates.items() if gate.reason)
+
+    def document(self) -> dict[str, Any]:
+        """Return the JSON document of schema ``ccn-deploy/robustness/1``."""
+        measurement = self.measurement
+        agreement = measurement.agreement
+        return {
+            "schema": SCHEMA,
+            "verdict": self.verdict.value,
+            "reasons": list(self.reasons),
+            "warnings": list(self.warnings),
+            "runtime": measurement.runtime,
+            "precision": measurement.precision,
+            "reference": "-".join(REFERENCE),
+            "gradient": measurement.gradient,
+            "gradient_agreement": agreement.document() if agreement is not None else None,
+            "dataset": measurement.dataset,
+            "samples": measurement.n,
+            "seed": measurement.seed,
+            "max_drop": self.max_drop,
+            "clean": {
+                "n": self.clean.runtime.n,
+                "reference": self.clean.reference.document("accuracy"),
+                "runtime": self.clean.runtime.document("accuracy"),
+                "verdict_flips": self.clean.flips,
+                **self.clean.gate.document(),
+            },
+            "attacks": [
+                *(row.document() for row in self.bounded),
+                *(row.document() for row in self.minimal),
+            ],
+        }

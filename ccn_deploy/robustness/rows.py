@@ -1,0 +1,174 @@
+"""What an evaluation found, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccn_deploy.robustness.gate import Gate, Share
+from ccn_deploy.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class BoundedRow:
+    """One attack at one epsilon, or no attack at all.
+
+    Attributes:
+        name: ``"clean"``, ``"fgsm"`` or ``"pgd"``.
+        norm: In which epsilon is measured; None without an attack.
+        epsilon: Strength; 0 without an attack.
+        reference: Share of images that are right and stay right on the reference.
+        runtime: The same on the runtime.
+        already_wrong: Images that the runtime gets wrong without an attack.
+        invalid: Attacks on the runtime that returned no legal image.
+        flips: Images that one of the two gets right and the other does not.
+        gate: The comparison.
+        seconds: What the two attacks took.
+    """
+
+    name: str
+    norm: str | None
+    epsilon: float
+    reference: Share
+    runtime: Share
+    already_wrong: int
+    invalid: int
+    flips: int
+    gate: Gate
+    seconds: float
+
+    @property
+    def title(self) -> str:
+        """Name and strength."""
+        return self.name if self.norm is None else f"{self.name} at epsilon {self.epsilon:g}"
+
+    def document(self) -> dict[str, Any]:
+        """Return this as JSON."""
+        return {
+            "attack": self.name,
+            "norm": self.norm,
+            "epsilon": self.epsilon,
+            "n": self.runtime.n,
+            "already_wrong": self.already_wrong,
+            "invalid": self.invalid,
+            "reference": self.reference.document("robust_accuracy"),
+            "runtime": self.runtime.document("robust_accuracy"),
+            "verdict_flips": self.flips,
+            **self.gate.document(),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass(frozen=True)
+class MinimalSide:
+    """What the smallest perturbations say of one target (paper, equations 8 and 9).
+
+    Attributes:
+        already_wrong: Images wrong without an attack.
+        failed: Images for which nothing was found; their rho stands for infinity.
+        failed_correct: Those among them that are right without an attack.
+        rho: Of the images where something was found.
+        rho_correct: Those among them that are right without an attack.
+        accuracy_at: By d: share that is right, and not fooled within ``rho <= d``.
+    """
+
+    already_wrong: int
+    failed: int
+    failed_correct: int
+    rho: NDArray[np.float64]
+    rho_correct: NDArray[np.float64]
+    accuracy_at: dict[float, Share]
+
+    @property
+    def rho_adv(self) -> float | None:
+        """Mean rho over the images where something was found (paper, equation 9)."""
+        return _mean(self.rho)
+
+    def document(self) -> dict[str, Any]:
+        """Return this as JSON."""
+        return {
+            "already_wrong": self.already_wrong,
+            "failed": self.failed,
+            "rho_adv_mean": _mean(self.rho),
+            "rho_adv_median": _median(self.rho),
+            "accuracy_at": {f"{d:g}": share.value for d, share in self.accuracy_at.items()},
+            "accuracy_at_ci95": {
+                f"{d:g}": list(share.ci95) for d, share in self.accuracy_at.items()
+            },
+            "without_already_wrong": {
+                "failed": self.failed_correct,
+                "rho_adv_mean": _mean(self.rho_correct),
+                "rho_adv_median": _median(self.rho_correct),
+            },
+        }
+
+
+@dataclass(frozen=True)
+class MinimalRow:
+    """An attack that looks for the smallest perturbation.
+
+    Attributes:
+        name: ``"deepfool"``.
+        norm: In which it is small.
+        clip: Whether images stayed in [0, 1].
+        n: Images.
+        reference: The reference, attacked itself.
+        runtime: The runtime, attacked itself.
+        invalid: Attacks on the runtime that returned no legal image.
+        flips: Images on whose verdict the two differ at some d.
+        gates: One comparison per d.
+        seconds: What the two attacks took.
+        unclipped: The same attack without the box, for comparison with the paper; not judged.
+    """
+
+    name: str
+    norm: str
+    clip: bool
+    n: int
+    reference: MinimalSide
+    runtime: MinimalSide
+    invalid: int
+    flips: int
+    gates: dict[float, Gate]
+    seconds: float
+    unclipped: MinimalRow | None = None
+
+    @property
+    def gate(self) -> Gate:
+        """The gate that decides: the first that fails, else the first in doubt, else the worst."""
+        rank = [Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.PASS]
+        return min(self.gates.values(), key=lambda gate: (rank.index(gate.verdict), -gate.upper95))
+
+    def document(self) -> dict[str, Any]:
+        """Return this as JSON."""
+        document = {
+            "attack": self.name,
+            "norm": self.norm,
+            "epsilon": None,
+            "clip": self.clip,
+            "n": self.n,
+            "already_wrong": self.runtime.already_wrong,
+            "failed": self.runtime.failed,
+            "invalid": self.invalid,
+            "reference": self.reference.document(),
+            "runtime": self.runtime.document(),
+            "verdict_flips": self.flips,
+            "seconds": round(self.seconds, 3),
+        }
+        if self.clip:
+            document |= self.gate.document()
+            document["gates"] = {f"{d:g}": gate.document() for d, gate in self.gates.items()}
+        if self.unclipped is not None:
+            document["unclipped"] = self.unclipped.document()
+        return document
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _median(values: NDArray[np.float64]) -> float | None:
+    return float(np.median(values)) if len(values) else None
