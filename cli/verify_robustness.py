@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from ccn_deploy.data import Dataset
     from ccn_deploy.parity.judge import ParityResult
     from ccn_deploy.robustness import Measurement, RobustnessResult
-    from ccn_deploy.robustness.judge import BoundedRow, Gate, MinimalRow, Share
+    from ccn_deploy.robustness.gate import Gate, Share
+    from ccn_deploy.robustness.rows import BoundedRow, MinimalRow
     from ccn_deploy.verdict import Verdict
 
 INTERRUPTED = 130

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ccn_deploy.parity.judge import Finding as ParityFinding
 from ccn_deploy.parity.policy import Policy
-from ccn_deploy.robustness.judge import BoundedRow, Gate, MinimalRow, Share
+from ccn_deploy.robustness.gate import Gate, Share
+from ccn_deploy.robustness.rows import BoundedRow, MinimalRow
 from ccn_deploy.verdict import Verdict
 
 

@@ -6,7 +6,8 @@ needs SciPy for its intervals.
 
 from ccn_deploy.robustness.collect import Measurement, Pair, RobustnessRequest, collect
 from ccn_deploy.robustness.evidence import Evidence, Sample
-from ccn_deploy.robustness.judge import RobustnessResult, judge
+from ccn_deploy.robustness.judge import judge
+from ccn_deploy.robustness.result import RobustnessResult
 
 __all__ = [
     "Evidence",
