@@ -51,7 +51,7 @@ def verify_robustness(
         list[str] | None,
         typer.Option(
             "--attack",
-            help="fgsm, pgd, deepfool or deepfool-fast; give it again for more.",
+            help="fgsm, pgd, deepfool, deepfool-fast or cw (slow); give it again for more.",
             show_default="the first three",
         ),
     ] = None,

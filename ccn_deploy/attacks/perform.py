@@ -10,6 +10,7 @@ from foolbox.attacks.base import FixedEpsilonAttack, MinimizationAttack
 from foolbox.models.pytorch import PyTorchModel
 from numpy.typing import NDArray
 
+from ccn_deploy.attacks.cw import L2CarliniWagner
 from ccn_deploy.attacks.deepfool import L2DeepFool
 from ccn_deploy.attacks.fgsm import LinfFGSM
 from ccn_deploy.attacks.passes import Counted
@@ -62,4 +63,6 @@ def _attack(spec: AttackSpec, seeds: Array) -> FixedEpsilonAttack | Minimization
         return LinfPGD(seeds=seeds, **settings)
     if spec.name in {"deepfool", "deepfool-fast"}:
         return L2DeepFool(clip=spec.clip, **settings)
+    if spec.name == "cw":
+        return L2CarliniWagner(**settings)
     raise ValueError(f"no implementation of attack {spec.name!r}")

@@ -103,6 +103,20 @@ ATTACKS: dict[str, AttackKind] = {
             {"steps": 50, "candidates": 10, "overshoot": 0.02, "slack": 2.0},
             clips=(True, False),
         ),
+        AttackKind(
+            "cw",
+            "C&W",
+            "l2",
+            False,
+            {
+                "steps": 1000,
+                "binary_search_steps": 6,
+                "stepsize": 0.05,
+                "confidence": 0.0,
+                "follow": False,
+                "initial_const": 1.0,
+            },
+        ),
     )
 }
 

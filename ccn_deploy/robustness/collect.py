@@ -315,4 +315,6 @@ def _cost(spec: AttackSpec) -> float:
         return 5.0 * float(spec.parameters["candidates"])
     if spec.name == "deepfool-fast":
         return 2.0 * float(spec.parameters["candidates"])
+    if spec.name == "cw":
+        return 0.4 * float(spec.parameters["steps"]) * float(spec.parameters["binary_search_steps"])
     return 1.0
