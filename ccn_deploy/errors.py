@@ -22,6 +22,8 @@ code  meaning
     * ``EnvironmentUnfitError`` (3)
         * ``MissingExtraError`` -- an optional dependency is not installed
         * ``RuntimeUnavailableError`` -- the runtime, device or precision asked for is not here
+        * ``EngineUnfitError`` -- an engine built for another library, version, system or GPU
+        * ``EngineBuildError`` -- TensorRT refused a graph or could not build it
         * ``StorageError`` -- a disk that is full or not writable
     * ``GateError`` (1)
         * ``LoweringError`` -- an exported graph is not what it must be
@@ -100,6 +102,14 @@ class MissingExtraError(EnvironmentUnfitError):
 
 class RuntimeUnavailableError(EnvironmentUnfitError):
     """The runtime, device or precision asked for cannot be had here. Nothing falls back."""
+
+
+class EngineUnfitError(RuntimeUnavailableError):
+    """An engine that this machine cannot run: another library, version, system or GPU."""
+
+
+class EngineBuildError(EnvironmentUnfitError):
+    """TensorRT refused a graph or could not build an engine; the message has its log."""
 
 
 class StorageError(EnvironmentUnfitError):
