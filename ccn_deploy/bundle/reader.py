@@ -91,6 +91,21 @@ class Bundle:
             raise _changed(record)
         return data
 
+    def head(self, record: FileRecord, size: int) -> bytes:
+        """Return the first bytes of a file, for a look at what it claims to be.
+
+        They are not checked again: what a parser gets comes from :meth:`read`.
+
+        Raises:
+            IntegrityError: The file has gone, or is a link.
+        """
+        file = _inside(self.path, record)
+        try:
+            with file.open("rb") as stream:
+                return stream.read(size)
+        except OSError as error:
+            raise _unreadable(file, error) from error
+
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Open a bundle, checking the digest of every file in it.

@@ -1,0 +1,422 @@
+"""Which files of a bundle a machine can run, decided before any library reads one of them.
+
+An engine is code for one library release, one system and a few GPUs. Everything that would make
+a deserializer refuse it, or misread it, is in the manifest; here it is compared with the machine.
+Digests are checked when the bundle is opened, before all of this.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ccn_deploy.bundle import Bundle, FileRecord
+from ccn_deploy.errors import (
+    CcnDeployError,
+    EngineUnfitError,
+    IntegrityError,
+    MissingExtraError,
+    RuntimeUnavailableError,
+)
+from ccn_deploy.machine import NO_CUDA_PYTHON, Gpu, Machine
+
+ENGINE = "engine"
+PREFERENCE = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu")
+"""Runtimes that a bundle is deployed in, the fastest first."""
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+"""The most exact first."""
+
+BOTH_ONNXRUNTIMES = (
+    "onnxruntime and onnxruntime-gpu are both installed, and each overwrites files of the other."
+)
+KEEP_ONE = (
+    "Uninstall both, then install one: pip uninstall -y onnxruntime onnxruntime-gpu; "
+    "pip install 'ccn-deploy[gpu]' (or [cpu])"
+)
+HEAD = 4
+"""Bytes at the start of an engine that name the library that wrote it."""
+
+
+_REPLACE = "Do not use this bundle; get it again from where it was made, or export it again."
+
+
+@dataclass(frozen=True)
+class Library:
+    """What tells engines of a library from those of another."""
+
+    title: str
+    distribution: str
+    extra: str
+    magic: bytes
+    portable: bool
+
+
+LIBRARIES: Mapping[str, Library] = {
+    "tensorrt": Library("TensorRT", "tensorrt", "gpu", b"ftrt", portable=False),
+    "tensorrt-rtx": Library("TensorRT-RTX", "tensorrt-rtx", "rtx", b"vtrt", portable=True),
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a machine can run one file of a bundle.
+
+    Attributes:
+        runtime: A name in :data:`PREFERENCE`.
+        precision: Of the file.
+        record: The graph or engine that the runtime would execute.
+        problem: Why it cannot; None if nothing is known to be in the way.
+    """
+
+    runtime: str
+    precision: str
+    record: FileRecord
+    problem: CcnDeployError | None
+
+
+def fits(bundle: Bundle, machine: Machine, *, device: int = 0) -> tuple[Fit, ...]:
+    """Return every way to run the bundle's network, in order of preference.
+
+    Runtimes in the order of :data:`PREFERENCE`, then precisions in that of :data:`PRECISIONS`,
+    then the bundle's own order: there may be several engines, for several GPUs.
+
+    Args:
+        bundle: An open bundle.
+        machine: What it shall run on.
+        device: Index of the GPU.
+    """
+    return tuple(
+        Fit(runtime, precision, record, _problem(bundle, record, runtime, machine, device))
+        for runtime in PREFERENCE
+        for precision in _precisions(bundle)
+        for record in _files(bundle, runtime, precision)
+    )
+
+
+def engines(
+    bundle: Bundle, runtime: str, precision: str, *, role: str = ENGINE
+) -> tuple[FileRecord, ...]:
+    """Return the engines of a runtime and precision, none if there are none.
+
+    Args:
+        bundle: An open bundle.
+        runtime: ``"tensorrt"`` or ``"tensorrt-rtx"``.
+        precision: Of the engine.
+        role: ``"engine"`` or ``"gradient-engine"``.
+    """
+    wanted = (f"{role}:{runtime}", precision)
+    return tuple(r for r in bundle.manifest.files if (r.role, r.precision) == wanted)
+
+
+def choose_engine(
+    bundle: Bundle,
+    runtime: str,
+    precision: str,
+    machine: Machine,
+    *,
+    device: int = 0,
+    role: str = ENGINE,
+) -> FileRecord:
+    """Return the first engine that fits the machine.
+
+    Args:
+        bundle: An open bundle.
+        runtime: ``"tensorrt"`` or ``"tensorrt-rtx"``.
+        precision: Of the engine.
+        machine: What it shall run on.
+        device: Index of the GPU.
+        role: ``"engine"`` or ``"gradient-engine"``.
+
+    Raises:
+        RuntimeUnavailableError: The bundle has no such engine.
+        CcnDeployError: None fits: the error of :func:`check_engine` of the one that came
+            nearest, or of one that is not what its manifest says.
+    """
+    found = engines(bundle, runtime, precision, role=role)
+    if not found:
+        have = [r.precision for r in bundle.manifest.files if r.role == f"{role}:{runtime}"]
+        raise RuntimeUnavailableError(
+            f"The bundle has no {role.replace('-', ' ')} for {runtime} in {precision}; it has "
+            f"{', '.join(dict.fromkeys(have)) or 'none at all'}.",
+            f"Add it with: ccn-deploy export BUNDLE --format {runtime} --precision {precision}",
+        )
+    refused = []
+    for record in found:
+        refusal = _refusal(record, bundle.head(record, HEAD), machine, device)
+        if refusal is None:
+            return record
+        refused.append(refusal)
+    raise max(refused, key=lambda refusal: refusal[0])[1]  # of several as near, the first
+
+
+def check_engine(record: FileRecord, head: bytes, machine: Machine, *, device: int = 0) -> None:
+    """Refuse an engine that cannot run on a machine, for the first of the reasons below.
+
+    Args:
+        record: Its line in the manifest.
+        head: Its first bytes, at least :data:`HEAD`.
+        machine: What it shall run on.
+        device: Index of the GPU.
+
+    Raises:
+        IntegrityError: The manifest's line is incomplete, or the bytes are no engine of the
+            library that it names.
+        MissingExtraError: The library, or cuda-python, is not installed.
+        EngineUnfitError: Another release of the library; another system or architecture; no
+            driver; no such GPU; a GPU that the engine was not built for.
+    """
+    refusal = _refusal(record, head, machine, device)
+    if refusal is not None:
+        raise refusal[1]
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """What the manifest says of an engine, with its types checked."""
+
+    path: str
+    runtime: str
+    precision: str
+    version: str
+    system: str
+    architecture: str
+    capabilities: tuple[str, ...]
+    magic: str
+
+    @property
+    def library(self) -> Library:
+        return LIBRARIES[self.runtime]
+
+    @property
+    def export(self) -> str:
+        """The command that builds such an engine."""
+        return (
+            f"ccn-deploy export BUNDLE --output NEW --format {self.runtime} "
+            f"--precision {self.precision}"
+        )
+
+
+def _read(record: FileRecord) -> _Engine:
+    """Read the manifest's line of an engine.
+
+    Raises:
+        IntegrityError: It lacks or mistypes a field, or contradicts its role.
+    """
+    details = record.details
+    strings = [details.get(name) for name in ("library", "version", "system", "machine", "magic")]
+    capabilities = details.get("compute_capabilities")
+    whole = isinstance(capabilities, list) and all(
+        isinstance(value, str) for value in (*strings, *capabilities)
+    )
+    runtime = record.role.partition(":")[2]
+    if not whole or strings[0] != runtime or runtime not in LIBRARIES or not _release(strings[1]):
+        raise IntegrityError(
+            f"The manifest does not say what {record.path} was built with and for.", _REPLACE
+        )
+    _, version, system, architecture, magic = map(str, strings)
+    return _Engine(
+        path=record.path,
+        runtime=runtime,
+        precision=record.precision,
+        version=version,
+        system=system,
+        architecture=architecture,
+        capabilities=tuple(capabilities or ()),
+        magic=magic,
+    )
+
+
+def _refusal(
+    record: FileRecord, head: bytes, machine: Machine, device: int
+) -> tuple[int, CcnDeployError] | None:
+    """Return the first reason against an engine and how near it came; damage counts as nearest."""
+    damaged = len(_CHECKS)
+    try:
+        engine = _read(record)
+    except IntegrityError as error:
+        return damaged, error
+    if (mistyped := _other_magic(engine, head)) is not None:
+        return damaged, mistyped
+    for distance, check in enumerate(_CHECKS):
+        if (unfit := check(engine, machine, device)) is not None:
+            return distance, unfit
+    return None
+
+
+def _other_magic(engine: _Engine, head: bytes) -> IntegrityError | None:
+    wanted = engine.library.magic
+    if engine.magic == wanted.decode() and head[:HEAD] == wanted:
+        return None
+    found = next((lib.title for lib in LIBRARIES.values() if head[:HEAD] == lib.magic), "")
+    return IntegrityError(
+        f"{engine.path} has the right digest and is no {engine.library.title} engine: it begins "
+        f"with {head[:HEAD]!r}{f', as those of {found} do' if found else ''}, not with {wanted!r}.",
+        _REPLACE,
+    )
+
+
+def _no_library(engine: _Engine, machine: Machine, device: int) -> CcnDeployError | None:
+    if engine.library.distribution in machine.packages:
+        return None
+    return MissingExtraError(
+        f"The runtime {engine.runtime} needs the package {engine.library.distribution!r}, which "
+        "is not installed.",
+        f"Install it with: pip install 'ccn-deploy[{engine.library.extra}]'",
+    )
+
+
+def _other_release(engine: _Engine, machine: Machine, device: int) -> CcnDeployError | None:
+    distribution = engine.library.distribution
+    here = machine.packages[distribution]
+    built, have = _release(engine.version), _release(here)
+    if built == have:
+        return None
+    install = f"pip install '{distribution}=={engine.version}'"
+    return EngineUnfitError(
+        f"{engine.path} was built with {engine.library.title} {engine.version}; installed is "
+        f"{here}, which is {'older' if built > have else 'newer'}, and an engine runs only with "
+        "the release that built it.",
+        f"Upgrade with: {install}"
+        if built > have
+        else f"Build it again with: {engine.export} (or go back: {install})",
+    )
+
+
+def _other_system(engine: _Engine, machine: Machine, device: int) -> CcnDeployError | None:
+    built = (engine.system, engine.architecture)
+    here = (machine.system, machine.architecture)
+    if built == here:
+        return None
+    return EngineUnfitError(
+        f"{engine.path} was built for {' '.join(built)}; this machine is {' '.join(here)}.",
+        f"Build one on such a machine: {engine.export}",
+    )
+
+
+def _no_gpu(engine: _Engine, machine: Machine, device: int) -> CcnDeployError | None:
+    return no_gpu(machine, device, f"{engine.path} cannot run", engine.library.extra)
+
+
+def _other_gpu(engine: _Engine, machine: Machine, device: int) -> CcnDeployError | None:
+    gpu = machine.gpus[device]
+    if gpu.compute_capability in engine.capabilities:
+        return None
+    target = (
+        f"Build one for it: {engine.export} --compute-capability {gpu.compute_capability}"
+        if engine.library.portable
+        else f"Build one on this machine: {engine.export}"
+    )
+    return EngineUnfitError(
+        f"{engine.path} was built for GPUs of compute capability "
+        f"{', '.join(engine.capabilities) or '(none)'}; {_called(gpu)} has "
+        f"{gpu.compute_capability}.",
+        target,
+    )
+
+
+_CHECKS: tuple[Callable[[_Engine, Machine, int], CcnDeployError | None], ...] = (
+    _no_library,
+    _other_release,
+    _other_system,
+    _no_gpu,
+    _other_gpu,
+)
+"""In this order: each may rely on those before it."""
+
+
+def no_gpu(machine: Machine, device: int, what: str, extra: str) -> CcnDeployError | None:
+    """Return why a machine has no GPU of an index, or None if it has.
+
+    Args:
+        machine: What it shall run on.
+        device: Index of the GPU.
+        what: Begins the error: ``"onnxruntime-cuda cannot run"``.
+        extra: The one that brings cuda-python for this purpose.
+    """
+    if device < len(machine.gpus):
+        return None
+    if machine.gpus:
+        return EngineUnfitError(
+            f"{what} here: there is no GPU {device}, this machine has {len(machine.gpus)}.",
+            "Choose one of: " + ", ".join(map(_called, machine.gpus)) + ".",
+        )
+    if machine.no_gpu_reason == NO_CUDA_PYTHON:
+        return MissingExtraError(
+            f"{what} here: {NO_CUDA_PYTHON}.",
+            f"Install it with: pip install 'ccn-deploy[{extra}]'",
+        )
+    return EngineUnfitError(
+        f"{what} here: {machine.no_gpu_reason}.",
+        "It needs an NVIDIA GPU with its driver; on this machine use --runtime onnxruntime-cpu."
+        if machine.driver is None
+        else "Make a GPU visible, or update the driver; without one use --runtime onnxruntime-cpu.",
+    )
+
+
+def _called(gpu: Gpu) -> str:
+    return f"GPU {gpu.index} ({gpu.name})"
+
+
+def _release(version: str | None) -> tuple[int, ...]:
+    """Return the numbers a version begins with; ``1.7.1.post1`` is ``(1, 7, 1)``."""
+    found = re.match(r"\d{1,9}(\.\d{1,9})*", version or "", re.ASCII)
+    return tuple(int(part) for part in found.group().split(".")) if found else ()
+
+
+def _precisions(bundle: Bundle) -> list[str]:
+    here = {record.precision for record in bundle.manifest.files if record.precision}
+    order = {name: index for index, name in enumerate(PRECISIONS)}
+    return sorted(here, key=lambda name: (order.get(name, len(order)), name))
+
+
+def _files(bundle: Bundle, runtime: str, precision: str) -> tuple[FileRecord, ...]:
+    """Return what a runtime may execute in a precision: engines, or the graph it takes."""
+    if runtime in LIBRARIES:
+        return engines(bundle, runtime, precision)
+    files = bundle.manifest.files
+    own = tuple(r for r in files if (r.role, r.precision) == (f"forward:{runtime}", precision))
+    return own or tuple(r for r in files if (r.role, r.precision) == ("forward", precision))
+
+
+def _problem(
+    bundle: Bundle, record: FileRecord, runtime: str, machine: Machine, device: int
+) -> CcnDeployError | None:
+    if runtime not in LIBRARIES:
+        return onnxruntime_problem(runtime, record.precision, machine, device=device)
+    refusal = _refusal(record, bundle.head(record, HEAD), machine, device)
+    return None if refusal is None else refusal[1]
+
+
+def onnxruntime_problem(
+    runtime: str, precision: str, machine: Machine, *, device: int = 0
+) -> CcnDeployError | None:
+    """Return why ONNX Runtime cannot run a graph here, or None if nothing is known against it.
+
+    Args:
+        runtime: ``"onnxruntime-cpu"`` or ``"onnxruntime-cuda"``.
+        precision: Of the graph; bf16 has no kernels for convolution on the CPU.
+        machine: What it shall run on.
+        device: Index of the GPU.
+    """
+    on_cpu = runtime == "onnxruntime-cpu"
+    extra = "cpu" if on_cpu else "gpu"
+    builds = [name for name in ("onnxruntime", "onnxruntime-gpu") if name in machine.packages]
+    if not builds or (not on_cpu and builds == ["onnxruntime"]):
+        replace = "pip uninstall onnxruntime; " if builds else ""
+        return MissingExtraError(
+            f"The runtime {runtime} needs the package "
+            f"{'onnxruntime' if on_cpu else 'onnxruntime-gpu'!r}, which is not installed.",
+            f"Install it with: {replace}pip install 'ccn-deploy[{extra}]'",
+        )
+    if on_cpu:
+        if precision != "bf16":
+            return None
+        return RuntimeUnavailableError(
+            "ONNX Runtime has no kernels for bf16 on the CPU.",
+            "Choose another --precision, or a runtime on a GPU.",
+        )
+    if len(builds) == 2:
+        return RuntimeUnavailableError(BOTH_ONNXRUNTIMES, KEEP_ONE)
+    return no_gpu(machine, device, f"{runtime} cannot run", extra)
