@@ -8,7 +8,7 @@ Digests are checked when the bundle is opened, before all of this.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ccn_deploy.bundle import Bundle, FileRecord
@@ -20,6 +20,7 @@ from ccn_deploy.errors import (
     RuntimeUnavailableError,
 )
 from ccn_deploy.machine import NO_CUDA_PYTHON, Gpu, Machine
+from ccn_deploy.runtimes.trt import LIBRARIES, Library
 
 ENGINE = "engine"
 PREFERENCE = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu")
@@ -40,23 +41,6 @@ HEAD = 4
 
 
 _REPLACE = "Do not use this bundle; get it again from where it was made, or export it again."
-
-
-@dataclass(frozen=True)
-class Library:
-    """What tells engines of a library from those of another."""
-
-    title: str
-    distribution: str
-    extra: str
-    magic: bytes
-    portable: bool
-
-
-LIBRARIES: Mapping[str, Library] = {
-    "tensorrt": Library("TensorRT", "tensorrt", "gpu", b"ftrt", portable=False),
-    "tensorrt-rtx": Library("TensorRT-RTX", "tensorrt-rtx", "rtx", b"vtrt", portable=True),
-}
 
 
 @dataclass(frozen=True)
