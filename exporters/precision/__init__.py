@@ -1,0 +1,22 @@
+"""Low precision as a pass over the float32 graphs; ``docs/precision.md`` is for users.
+
+Whatever the precision, the norm branch of a compact layer stays float32 by a structural rule that
+:func:`check_precision` asserts on the converted graph.
+"""
+
+from ccn_deploy.exporters.precision.calibration import METHODS, Calibration
+from ccn_deploy.exporters.precision.convert import GRADIENTS, PRECISIONS, Converted, convert
+from ccn_deploy.exporters.precision.numeric import NumericReport, numeric_report
+from ccn_deploy.exporters.precision.structure import check_precision
+
+__all__ = [
+    "GRADIENTS",
+    "METHODS",
+    "PRECISIONS",
+    "Calibration",
+    "Converted",
+    "NumericReport",
+    "check_precision",
+    "convert",
+    "numeric_report",
+]
