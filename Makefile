@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 QUICKSTART ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu lint format bench clean
+.PHONY: help install quickstart test test-gpu soak lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test: $(INSTALLED) ## Run the tests
 
 test-gpu: $(INSTALLED) ## Run the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
+
+soak: $(INSTALLED) ## Ask one loaded bundle from eight threads for a minute
+	$(BIN)/python -m pytest -m soak -s
 
 lint: $(INSTALLED) ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -272,6 +272,9 @@ def make_session(
         ) from error
     if session.get_providers()[0] != provider:
         raise _no_cuda(ort, "it chose the CPU instead")
+    # The Python object keeps the file's bytes, to make the session again on other providers. Ours
+    # is made once, and its weights are copies.
+    session._model_bytes = None
     return session
 
 
