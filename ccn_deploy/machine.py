@@ -44,6 +44,7 @@ PACKAGES = (
 NO_CUDA_PYTHON = "cuda-python is not installed, so GPUs cannot be seen"
 NO_DRIVER = "no NVIDIA driver"
 
+_NO_DEVICE = "no NVIDIA GPU"
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 _KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 
@@ -89,6 +90,12 @@ class Machine:
     no_gpu_reason: str
     gpus: tuple[Gpu, ...]
 
+    @property
+    def gpu_broken(self) -> bool:
+        """Whether something that should show a GPU is installed and fails."""
+        reason = self.no_gpu_reason
+        return not (reason in ("", NO_CUDA_PYTHON, NO_DRIVER) or reason.startswith(_NO_DEVICE))
+
     def document(self) -> dict[str, Any]:
         """Return all of it as plain JSON values."""
         return {**asdict(self), "packages": dict(self.packages)}
@@ -121,6 +128,18 @@ def installed() -> dict[str, str]:
         if version:
             versions[name] = version
     return versions
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Return the numbers a version begins with, to be compared: ``1.7.1.post1`` is ``(1, 7, 1)``.
+
+    Empty if it begins with none. Zeros at the end say nothing: 1.7 is 1.7.0.
+    """
+    found = re.match(r"\d{1,9}(\.\d{1,9})*", version, re.ASCII)
+    numbers = [int(part) for part in found.group().split(".")] if found else []
+    while len(numbers) > 1 and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
 
 
 def find_gpus() -> tuple[str | None, str, tuple[Gpu, ...]]:
@@ -200,7 +219,7 @@ def _call(cuda: Any, function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _no_device() -> str:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return "no NVIDIA GPU" if chosen is None else f"no GPU in CUDA_VISIBLE_DEVICES={chosen!r}"
+    return _NO_DEVICE + (f" (CUDA_VISIBLE_DEVICES is {chosen!r})" if chosen is not None else "")
 
 
 def _kernel_module() -> str | None:

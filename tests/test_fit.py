@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 
 from ccn_deploy.bundle import Bundle, FileRecord, NewFile, write_bundle
 from ccn_deploy.errors import (
@@ -290,8 +291,8 @@ def test_the_first_obstacle_is_the_one_that_is_told(
     )
     obstacles = [
         (not library, "is not installed"),
-        (version > here, "which is older"),
-        (version < here, "which is newer"),
+        (Version(dotted(version)) > Version(dotted(here)), "which is older"),
+        (Version(dotted(version)) < Version(dotted(here)), "which is newer"),
         (built != runs, f"was built for {built[0]} {built[1]}"),
         (gpu is None, NO_DRIVER),
         (gpu not in capabilities, "compute capability"),

@@ -119,7 +119,7 @@ def test_why_there_is_no_gpu(tmp_path: Path, change: str, reason: str) -> None:
 
 def test_no_gpu_is_chosen(tmp_path: Path) -> None:
     found = look(plant(tmp_path, f"{DRIVER}GPUS = []"), CUDA_VISIBLE_DEVICES="")
-    assert found["no_gpu_reason"] == "no GPU in CUDA_VISIBLE_DEVICES=''"
+    assert found["no_gpu_reason"] == "no NVIDIA GPU (CUDA_VISIBLE_DEVICES is '')"
 
 
 def test_looking_loads_no_library(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ Digests are checked when the bundle is opened, before all of this.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from ccn_deploy.errors import (
     MissingExtraError,
     RuntimeUnavailableError,
 )
-from ccn_deploy.machine import NO_CUDA_PYTHON, Gpu, Machine
+from ccn_deploy.machine import NO_CUDA_PYTHON, Gpu, Machine, release
 from ccn_deploy.runtimes.trt import LIBRARIES, Library
 
 ENGINE = "engine"
@@ -195,7 +194,12 @@ def _read(record: FileRecord) -> _Engine:
         isinstance(value, str) for value in (*strings, *capabilities)
     )
     runtime = record.role.partition(":")[2]
-    if not whole or strings[0] != runtime or runtime not in LIBRARIES or not _release(strings[1]):
+    if (
+        not whole
+        or strings[0] != runtime
+        or runtime not in LIBRARIES
+        or not release(str(strings[1]))
+    ):
         raise IntegrityError(
             f"The manifest does not say what {record.path} was built with and for.", _REPLACE
         )
@@ -254,7 +258,7 @@ def _no_library(engine: _Engine, machine: Machine, device: int) -> CcnDeployErro
 def _other_release(engine: _Engine, machine: Machine, device: int) -> CcnDeployError | None:
     distribution = engine.library.distribution
     here = machine.packages[distribution]
-    built, have = _release(engine.version), _release(here)
+    built, have = release(engine.version), release(here)
     if built == have:
         return None
     install = f"pip install '{distribution}=={engine.version}'"
@@ -341,12 +345,6 @@ def no_gpu(machine: Machine, device: int, what: str, extra: str) -> CcnDeployErr
 
 def _called(gpu: Gpu) -> str:
     return f"GPU {gpu.index} ({gpu.name})"
-
-
-def _release(version: str | None) -> tuple[int, ...]:
-    """Return the numbers a version begins with; ``1.7.1.post1`` is ``(1, 7, 1)``."""
-    found = re.match(r"\d{1,9}(\.\d{1,9})*", version or "", re.ASCII)
-    return tuple(int(part) for part in found.group().split(".")) if found else ()
 
 
 def _precisions(bundle: Bundle) -> list[str]:
