@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import ccn_deploy
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.errors import CcnDeployError, EngineUnfitError, ExitCode, MissingExtraError
 from ccn_deploy.machine import Machine, release, this_machine
@@ -106,7 +105,6 @@ class Diagnosis:
         """Return all of it as plain JSON values."""
         document = {
             "schema": SCHEMA,
-            "version": ccn_deploy.__version__,
             "healthy": self.healthy,
             "machine": self.machine.document(),
             "requirements": [{**asdict(r), "met": r.met} for r in self.requirements],

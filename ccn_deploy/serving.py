@@ -24,7 +24,8 @@ from ccn_deploy.errors import (
 from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import Runtime, RuntimeOptions, RuntimeSpec, open_runtime
 from ccn_deploy.runtimes.base import Array
-from ccn_deploy.runtimes.fit import ENGINE, LIBRARIES, Fit, fits
+from ccn_deploy.runtimes.fit import ENGINE, Fit, fits
+from ccn_deploy.runtimes.trt import LIBRARIES
 
 AUTO = "auto"
 """The runtime to ask for to get the best one that works on this machine."""

@@ -81,7 +81,7 @@ def try_runtime(runtime: str, *, patience: float = PATIENCE) -> Trial:
     program = f"import sys; sys.path[:] = {sys.path!r}; from ccn_deploy.trial import main; main()"
     with tempfile.TemporaryDirectory(prefix="ccn-deploy-trial-") as directory:
         report = Path(directory) / "report"
-        ended = ""
+        ended = "it did not say how it ended"
         try:
             process = subprocess.run(
                 [sys.executable, "-c", program, runtime, str(report)],

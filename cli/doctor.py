@@ -28,6 +28,7 @@ def doctor(
     Exits with 0 if at least one works (and runs the bundle, if one is given) and nothing that is
     installed is broken; else with 3.
     """
+    from ccn_deploy import __version__
     from ccn_deploy.bundle import open_bundle
     from ccn_deploy.cli import console
     from ccn_deploy.diagnosis import diagnose
@@ -36,20 +37,15 @@ def doctor(
     with console.err.status("Trying every runtime that is installed ..."):
         diagnosis = diagnose(opened)
     if as_json:
-        console.print_json(diagnosis.document())
+        console.print_json({**diagnosis.document(), "version": __version__})
     else:
-        _print(diagnosis)
+        _print(diagnosis, __version__)
     raise typer.Exit(diagnosis.exit_code)
 
 
-def _print(diagnosis: Diagnosis) -> None:
-    import ccn_deploy
-
+def _print(diagnosis: Diagnosis, version: str) -> None:
     machine = diagnosis.machine
-    _line(
-        f"ccn-deploy {ccn_deploy.__version__}, Python {machine.python}, "
-        f"{machine.system} {machine.architecture}"
-    )
+    _line(f"ccn-deploy {version}, Python {machine.python}, {machine.system} {machine.architecture}")
     _print_gpus(machine)
     _line("\n[bold]Runtimes[/]")
     for trial in diagnosis.trials:

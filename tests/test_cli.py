@@ -55,7 +55,15 @@ def test_help_is_quick() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["train"], ["export"], ["verify-parity"], ["verify-robustness"], ["quickstart"]],
+    [
+        [],
+        ["train"],
+        ["export"],
+        ["verify-parity"],
+        ["verify-robustness"],
+        ["doctor"],
+        ["quickstart"],
+    ],
 )
 def test_help_loads_no_heavy_library(arguments: list[str]) -> None:
     code = (
