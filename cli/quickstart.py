@@ -363,13 +363,15 @@ def _table(outcomes: list[Outcome]) -> Table:
     table.add_row("none", *(_percent(share.value) for share in clean))
     for at, bounded in enumerate(results[0].bounded):
         sides = [s for r in results for s in (r.bounded[at].reference, r.bounded[at].runtime)]
-        name = f"{bounded.name.upper()} {bounded.epsilon:g}"
+        name = f"{bounded.title} {bounded.epsilon:g}"
         table.add_row(name, *(_percent(share.value) for share in sides))
-    for at, _ in enumerate(results[0].minimal):
+    for at, minimal in enumerate(results[0].minimal):
         both = [s for r in results for s in (r.minimal[at].reference, r.minimal[at].runtime)]
         for d in both[0].accuracy_at:
-            table.add_row(f"DeepFool {d:g}", *(_percent(s.accuracy_at[d].value) for s in both))
-        table.add_row("DeepFool mean rho", *(_number(side.rho_adv) for side in both))
+            table.add_row(
+                f"{minimal.title} {d:g}", *(_percent(s.accuracy_at[d].value) for s in both)
+            )
+        table.add_row(f"{minimal.title} mean rho", *(_number(side.rho_adv) for side in both))
     return table
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ccn_deploy.attacks import AttackSpec, suite
+from ccn_deploy.attacks import ATTACKS, AttackSpec, suite
 from ccn_deploy.attacks.perform import perform
 from ccn_deploy.attacks.surrogate import foolbox_model, twin_model
 from ccn_deploy.bundle import Bundle
@@ -73,8 +73,9 @@ def test_native_is_used_where_the_graph_is_there_and_the_twin_elsewhere(
 
 
 def test_native_without_a_graph_is_refused_before_anything_is_measured(ccn_bundle: Bundle) -> None:
-    with pytest.raises(RuntimeUnavailableError, match="no gradients of its own"):
-        collect(without_gradient(ccn_bundle), request(2, gradient="native"))
+    for spec in suite(ATTACKS, [0.1]):
+        with pytest.raises(RuntimeUnavailableError, match="no gradients of its own"):
+            collect(without_gradient(ccn_bundle), request(2, spec, gradient="native"))
     with pytest.raises(UsageError, match="native"):
         collect(ccn_bundle, request(2, gradient="nativ"))
     assert not ccn_bundle.evidence.exists()

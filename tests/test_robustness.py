@@ -292,7 +292,10 @@ def test_a_killed_evaluation_continues_to_the_same_evidence(ccn_bundle: Bundle) 
 
 def verdicts(measurement: Measurement) -> list[object]:
     document = judge(measurement).document()
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in document["attacks"]]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "effort")}
+        for row in document["attacks"]
+    ]
 
 
 def test_cached_evidence_is_judged_without_torch(ccn_bundle: Bundle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ samples_strategy = st.builds(
     linf=sizes,
     l2=sizes,
     rho=sizes,
+    queries=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)),
 )
 
 
@@ -70,6 +72,8 @@ def test_samples_come_back(batches: list[list[Sample]], tmp_path_factory) -> Non
     assert evidence.status.tolist() == [s.status for s in everything]
     for column, at in ((evidence.clean_runtime, 0), (evidence.clean_reference, 1)):
         assert column.tolist() == [-1 if s.clean[at] is None else s.clean[at] for s in everything]
+    for column, at in ((evidence.forward, 0), (evidence.backward, 1)):
+        assert column.tolist() == [s.queries[at] for s in everything]
     for name in ("linf", "l2", "rho"):
         expected = [np.nan if getattr(s, name) is None else getattr(s, name) for s in everything]
         np.testing.assert_array_equal(getattr(evidence, name), expected)
@@ -131,6 +135,13 @@ def test_evidence_of_something_else_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "e.jsonl", some(1))
     with pytest.raises(IntegrityError, match="header"):
         read_evidence(path, {**HEADER, "batch": 3})
+
+
+def test_evidence_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl"
+    path.write_text(json.dumps({**HEADER, "schema": "ccn-deploy/robustness-evidence/1"}) + "\n")
+    with pytest.raises(IntegrityError, match=r"robustness-evidence/1.*this version reads"):
+        read_evidence(path)
 
 
 def test_a_writer_that_died_before_writing_leaves_no_file(tmp_path: Path) -> None:

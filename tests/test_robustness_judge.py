@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from ccn_deploy.attacks import AttackSpec
+from ccn_deploy.attacks import ATTACKS, AttackSpec, suite
 from ccn_deploy.robustness import Evidence, Measurement, Pair, RobustnessResult, Sample, judge
 from ccn_deploy.verdict import Verdict
 
@@ -58,7 +59,7 @@ def test_shares_flips_and_intervals_of_one_attack() -> None:
     assert (row.gate.lost, row.gate.gained) == (2, 1)
     assert row.gate.drop == pytest.approx(1 / 6)
     assert row.already_wrong == 1
-    assert row.seconds == 3.0
+    assert row.effort.seconds == 3.0
     exact = stats.binomtest(2, 6).proportion_ci(0.95, "exact")
     assert row.runtime.ci95 == pytest.approx((exact.low, exact.high))
     assert result.clean.runtime.value == pytest.approx(5 / 6)
@@ -106,7 +107,7 @@ def test_a_drop_that_is_shown_fails_the_whole() -> None:
     weak, strong = bounded("h" * 400, "h" * 400), bounded("h" * 400, "f" * 20 + "h" * 380, "fgsm")
     result = judge(measured(weak, strong), 0.01)
     assert result.verdict is Verdict.FAIL
-    assert [name for name, gate in result.gates.items() if gate.reason] == ["fgsm at epsilon 0.1"]
+    assert [name for name, gate in result.gates.items() if gate.reason] == ["FGSM at epsilon 0.1"]
 
 
 def test_a_runtime_that_is_more_robust_passes() -> None:
@@ -160,6 +161,33 @@ def test_deepfool_bookkeeping_is_equations_8_and_9() -> None:
     # Right, and not found at all or only beyond d; rho = d counts as fooled within d.
     counts = {d: share.count for d, share in side.accuracy_at.items()}
     assert counts == {0.1: 4, 0.2: 3, 0.3: 2, 0.4: 2, 0.5: 2}
+
+
+def test_the_smallest_distance_and_the_success_are_of_what_was_found() -> None:
+    found = [replace(sample(at, "fooled", 0.1), l2=l2) for at, l2 in enumerate((1.0, 2.0, 6.0))]
+    lost = [replace(sample(3, "held"), l2=99.0), replace(sample(4, "invalid"), l2=None)]
+    made = Evidence.of([*found, *lost])
+    (row,) = judge(measured(Pair(AttackSpec("cw", "l2"), made, made))).minimal
+    document = row.document()
+    assert (document["attack"], document["title"]) == ("cw", "C&W")
+    for side in ("reference", "runtime"):
+        assert document[side]["l2_mean"] == pytest.approx(3.0)
+        assert document[side]["l2_median"] == pytest.approx(2.0)
+        assert document[side]["success"] == pytest.approx(3 / 5)
+        exact = stats.binomtest(3, 5).proportion_ci(0.95, "exact")
+        assert document[side]["success_ci95"] == pytest.approx((exact.low, exact.high))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_row_is_named_by_its_own_attack(name: str) -> None:
+    title = {"fgsm": "FGSM", "pgd": "PGD", "deepfool": "DeepFool",
+             "deepfool-fast": "DeepFool fast", "cw": "C&W"}[name]  # fmt: skip
+    spec = suite([name], [0.1])[0]
+    result = judge(measured(Pair(spec, evidence("hf"), evidence("hf"))))
+    assert {row["title"] for row in result.document()["attacks"]} == {title}
+    strengths = {gate.split(" at ")[0] for gate in result.gates}
+    assert strengths == {"no attack", title}
+    assert list(result.efforts) == [title]
 
 
 def test_unclipped_deepfool_is_shown_and_not_judged() -> None:
@@ -228,6 +256,30 @@ def test_numbers_that_flatter_are_named() -> None:
     assert warned(judge(measured(bounded("h", "h"), runtime="torch")), "reference itself")
     rising = judge(measured(bounded("ff", "ff", epsilon=0.1), bounded("hh", "hh", epsilon=0.2)))
     assert warned(rising, "not finding what is there")
+
+
+def test_effort_is_a_mean_over_the_images_that_were_attacked() -> None:
+    asked = [(1, 1), (3, 2), (0, 0), (8, 9)]
+    words = ["fooled", "held", "already-wrong", "held"]
+    made = Evidence.of(
+        [
+            replace(sample(at, s), queries=q)
+            for at, (s, q) in enumerate(zip(words, asked, strict=True))
+        ],
+        seconds=2.0,
+    )
+    other = Evidence.of([replace(sample(at, "held"), queries=(1, 1)) for at in range(4)])
+    pairs = [Pair(AttackSpec("pgd", "linf", e), other, made) for e in (0.1, 0.2)]
+    result = judge(measured(*pairs))
+    for row in result.document()["attacks"]:
+        assert row["effort"]["runtime"] == {
+            "attacked": 3, "forward_mean": 4.0, "backward_mean": 4.0, "seconds": 2.0
+        }  # fmt: skip
+        assert row["effort"]["reference"]["forward_mean"] == 1.0
+    both = result.efforts["PGD"]
+    assert (both.runtime.attacked, both.runtime.forward, both.runtime.seconds) == (6, 24, 4.0)
+    nothing = judge(measured(bounded("w", "w"))).document()["attacks"][0]["effort"]["runtime"]
+    assert nothing["attacked"] == 0 and nothing["forward_mean"] is None
 
 
 def test_exact_numbers_of_a_row_are_finite() -> None:

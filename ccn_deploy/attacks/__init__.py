@@ -11,6 +11,7 @@ from ccn_deploy.attacks.spec import (
     AttackSpec,
     parse_epsilons,
     suite,
+    title_of,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "AttackSpec",
     "parse_epsilons",
     "suite",
+    "title_of",
 ]

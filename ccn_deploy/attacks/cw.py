@@ -145,7 +145,7 @@ class L2CarliniWagner(MinimizationAttack):
         w = start.clone()
         for _ in range(self.steps):
             x = space.leave(w)
-            here = forward(model, x)
+            here = forward(model, x, active)
             succeeded = goal.reached(here.logits, active, self.confidence)
             won[active] |= succeeded
             best.take(active[succeeded], x[succeeded])

@@ -111,7 +111,7 @@ class L2DeepFool(MinimizationAttack):
             if not len(active):
                 break
             if step:
-                here = forward(model, result[active])
+                here = forward(model, result[active], active)
             # Only now: what is done needs no gradient.
             rows = (here.logits.argmax(dim=-1) == labels[active]).nonzero()[:, 0]
             if not len(rows):

@@ -8,12 +8,13 @@ other Foolbox model over torch answers by autograd.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from eagerpy.astensor import astensor, astensor_
 from foolbox.models.base import Model
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ccn_deploy.errors import RuntimeUnavailableError
@@ -54,12 +55,22 @@ def tensor_of(inputs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     return x.raw, lambda result: restore(astensor(result))
 
 
-def forward(model: Model, images: Tensor) -> Pass:
+def forward(model: Model, images: Tensor, places: Tensor | None = None) -> Pass:
     """Begin a pass at ``images`` [N, C, H, W]: the model's own way if it has one, else autograd.
+
+    Every forward and backward pass of our attacks begins here.
+
+    Args:
+        model: A Foolbox model over torch.
+        images: Iterates of images that are still attacked.
+        places: Whose iterates they are, int64 [N] in the batch that the attack was given; the
+            whole batch if None. Only a :class:`Counted` model asks.
 
     Raises:
         RuntimeUnavailableError: The model gives no gradients.
     """
+    if isinstance(model, Counted):
+        return model.counted_pass(images, places)
     own: Callable[[Tensor], Pass] | None = getattr(model, "forward_pass", None)
     return _AutogradPass(model, images) if own is None else own(images)
 
@@ -142,17 +153,36 @@ def _no_gradients(what: str) -> RuntimeUnavailableError:
     )
 
 
-@dataclass
 class Queries:
-    """What an attack asked of a model.
+    """What an attack asked of a model for each image of its batch.
 
-    Attributes:
-        forward: Images whose logits were computed.
-        backward: Input gradients of one image each.
+    A forward query is an image whose logits were asked for; a backward query is one input gradient
+    of one image, so that K cotangents are K of them. How the model serves them is its own affair:
+    a gradient graph that computes the forward again does not count it.
+
+    Args:
+        images: Size N of the batch.
+        device: Where the attack computes.
     """
 
-    forward: int = 0
-    backward: int = 0
+    def __init__(self, images: int, device: Any = "cpu") -> None:
+        self._forward = torch.zeros(images, dtype=torch.int64, device=device)
+        self._backward = torch.zeros_like(self._forward)
+
+    def add(self, places: Tensor, *, forward: int = 0, backward: int = 0) -> None:
+        """Count queries for each of the images at ``places``, int64 [n] without repetition."""
+        self._forward[places] += forward
+        self._backward[places] += backward
+
+    @property
+    def forward(self) -> NDArray[np.int64]:
+        """Forward queries of each image, int64 [N]."""
+        return self._forward.cpu().numpy()
+
+    @property
+    def backward(self) -> NDArray[np.int64]:
+        """Backward queries of each image, int64 [N]."""
+        return self._backward.cpu().numpy()
 
 
 class Counted(Model):
@@ -160,15 +190,16 @@ class Counted(Model):
 
     Args:
         model: A Foolbox model over torch.
+        images: Size of the batch that is attacked.
 
     Attributes:
         queries: The count so far.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, images: int) -> None:
         self._model = model
         self.device = model.device
-        self.queries = Queries()
+        self.queries = Queries(images, model.device)
 
     @property
     def bounds(self) -> Any:
@@ -176,27 +207,30 @@ class Counted(Model):
         return self._model.bounds
 
     def __call__(self, inputs: Any) -> Any:
-        """Return the model's logits."""
-        self.queries.forward += len(inputs)
-        return self._model(inputs)
+        """Refuse: who is asked about is not said, so nothing could be counted."""
+        raise TypeError("only attacks that ask through ccn_deploy.attacks.passes can be counted")
 
-    def forward_pass(self, images: Tensor) -> Pass:
-        """Begin a pass of the model, counted."""
-        return _CountedPass(forward(self._model, images), len(images), self.queries)
+    def counted_pass(self, images: Tensor, places: Tensor | None) -> Pass:
+        """Begin a pass of the model; see :func:`forward`."""
+        if places is None:
+            places = torch.arange(len(images), device=images.device)
+        return _CountedPass(forward(self._model, images), places, self.queries)
 
 
 class _CountedPass:
-    def __init__(self, inner: Pass, images: int, queries: Queries) -> None:
+    def __init__(self, inner: Pass, places: Tensor, queries: Queries) -> None:
         self._inner = inner
+        self._places = places
         self._queries = queries
-        self._images = images
+        self._asked = False
 
     @property
     def logits(self) -> Tensor:
-        self._queries.forward += self._images
-        self._images = 0  # asking again costs nothing
+        if not self._asked:  # asking again costs nothing
+            self._queries.add(self._places, forward=1)
+            self._asked = True
         return self._inner.logits
 
     def gradients(self, rows: Tensor, cotangents: Tensor) -> Tensor:
-        self._queries.backward += cotangents.shape[0] * cotangents.shape[1]
+        self._queries.add(self._places[rows], backward=cotangents.shape[1])
         return self._inner.gradients(rows, cotangents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,19 +51,28 @@ def perform(
     y = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(model.device)
     strength = {} if spec.epsilon is None else {"epsilon": spec.epsilon}
     # Not through __call__, which would ask the model once more whether it was fooled.
-    found = _attack(spec, seeds).run(model, x, y, **strength)
+    found = attack_of(spec, seeds).run(model, x, y, **strength)
     result: Array = found.detach().cpu().numpy()
     return result
 
 
-def _attack(spec: AttackSpec, seeds: Array) -> FixedEpsilonAttack | MinimizationAttack:
-    settings: dict[str, Any] = dict(spec.parameters)
-    if spec.name == "fgsm":
-        return LinfFGSM(**settings)
-    if spec.name == "pgd":
-        return LinfPGD(seeds=seeds, **settings)
-    if spec.name in {"deepfool", "deepfool-fast"}:
-        return L2DeepFool(clip=spec.clip, **settings)
-    if spec.name == "cw":
-        return L2CarliniWagner(**settings)
-    raise ValueError(f"no implementation of attack {spec.name!r}")
+Attack = FixedEpsilonAttack | MinimizationAttack
+
+
+def attack_of(spec: AttackSpec, seeds: Array) -> Attack:
+    """Return the Foolbox attack that a specification describes."""
+    return _MAKERS[spec.name](spec, dict(spec.parameters), seeds)
+
+
+def _deepfool(spec: AttackSpec, settings: dict[str, Any], _: Array) -> Attack:
+    return L2DeepFool(clip=spec.clip, **settings)
+
+
+_MAKERS: Mapping[str, Callable[[AttackSpec, dict[str, Any], Array], Attack]] = {
+    "fgsm": lambda _, settings, seeds: LinfFGSM(**settings),
+    "pgd": lambda _, settings, seeds: LinfPGD(seeds=seeds, **settings),
+    "deepfool": _deepfool,
+    "deepfool-fast": _deepfool,
+    "cw": lambda _, settings, seeds: L2CarliniWagner(**settings),
+}
+"""One for every name in :data:`ccn_deploy.attacks.spec.ATTACKS`."""

@@ -88,7 +88,7 @@ class LinfPGD(FixedEpsilonAttack):
                 noise = _noise([generators[at] for at in active.tolist()], origin, epsilon)
                 result[active] = (origin[active] + noise).clamp(*model.bounds)
             for _ in range(self.steps):
-                here = forward(model, result[active])
+                here = forward(model, result[active], active)
                 holding = (here.logits.argmax(dim=-1) == labels[active]).nonzero()[:, 0]
                 if not len(holding):
                     return result
@@ -99,7 +99,7 @@ class LinfPGD(FixedEpsilonAttack):
                 result[active] = moved.clamp(*model.bounds)
                 active = active[moved.flatten(1).isfinite().all(dim=1)]
             if self.restarts > 1:  # before a restart takes their place
-                logits = forward(model, result[active]).logits
+                logits = forward(model, result[active], active).logits
                 active = active[logits.argmax(dim=-1) == labels[active]]
         return result
 

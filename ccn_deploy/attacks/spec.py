@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -32,6 +32,16 @@ class AttackSpec:
     epsilon: float | None = None
     clip: bool = True
     parameters: Mapping[str, Setting] = field(default_factory=dict, hash=False)
+
+    @property
+    def title(self) -> str:
+        """What tables call it, without its strength; the name of an attack that is not ours."""
+        return title_of(self.name)
+
+    @property
+    def cost(self) -> float:
+        """Roughly how many gradients an image takes, to tell the time left."""
+        return ATTACKS[self.name].cost(self.parameters) if self.name in ATTACKS else 1.0
 
     @property
     def label(self) -> str:
@@ -65,6 +75,7 @@ class AttackKind:
         norm: In which its perturbation is small.
         bounded: Whether it takes an epsilon; the others look for the smallest perturbation.
         parameters: Default settings.
+        cost: From its settings to roughly how many gradients an image takes.
         clips: Whether to run it inside the box [0, 1], outside of it, or both.
     """
 
@@ -73,19 +84,21 @@ class AttackKind:
     norm: Norm
     bounded: bool
     parameters: Mapping[str, Setting]
+    cost: Callable[[Mapping[str, Setting]], float]
     clips: tuple[bool, ...] = (True,)
 
 
 ATTACKS: dict[str, AttackKind] = {
     kind.name: kind
     for kind in (
-        AttackKind("fgsm", "FGSM", "linf", True, {}),
+        AttackKind("fgsm", "FGSM", "linf", True, {}, cost=lambda _: 1.0),
         AttackKind(
             "pgd",
             "PGD",
             "linf",
             True,
             {"steps": 40, "rel_stepsize": 1 / 30, "random_start": True, "restarts": 1},
+            cost=lambda p: float(p["steps"] * p.get("restarts", 1)),
         ),
         AttackKind(
             "deepfool",
@@ -93,6 +106,7 @@ ATTACKS: dict[str, AttackKind] = {
             "l2",
             False,
             {"steps": 50, "candidates": 10, "overshoot": 0.02},
+            cost=lambda p: 5.0 * p["candidates"],
             clips=(True, False),
         ),
         AttackKind(
@@ -101,6 +115,7 @@ ATTACKS: dict[str, AttackKind] = {
             "l2",
             False,
             {"steps": 50, "candidates": 10, "overshoot": 0.02, "slack": 2.0},
+            cost=lambda p: 2.0 * p["candidates"],
             clips=(True, False),
         ),
         AttackKind(
@@ -116,6 +131,7 @@ ATTACKS: dict[str, AttackKind] = {
                 "follow": False,
                 "initial_const": 1.0,
             },
+            cost=lambda p: 0.4 * p["steps"] * p["binary_search_steps"],
         ),
     )
 }
@@ -123,6 +139,11 @@ ATTACKS: dict[str, AttackKind] = {
 DEFAULT_ATTACKS = ("fgsm", "pgd", "deepfool")
 DEFAULT_EPSILONS = (0.1, 0.2, 0.3, 0.4)
 """The paper's strengths for MNIST (table 1), in pixel values of [0, 1]."""
+
+
+def title_of(name: str) -> str:
+    """Return what tables call an attack; its name if it is not one of :data:`ATTACKS`."""
+    return ATTACKS[name].title if name in ATTACKS else name
 
 
 def suite(

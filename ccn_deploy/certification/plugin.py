@@ -65,7 +65,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--ccn-attack",
         metavar="NAME",
         action="append",
-        help="fgsm, pgd or deepfool; may be given several times (default likewise).",
+        help="fgsm, pgd, deepfool, deepfool-fast or cw; may be given several times (default "
+        "likewise).",
     )
     group.addoption(
         "--ccn-epsilons",

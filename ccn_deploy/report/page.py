@@ -8,7 +8,6 @@ from typing import Any
 
 from ccn_deploy.architectures import ARCHITECTURES
 from ccn_deploy.attacks.source import GRADIENTS
-from ccn_deploy.attacks.spec import ATTACKS
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.defenses import DEFENSES
 from ccn_deploy.report.examples import Attacked, Example, data_uri
@@ -151,6 +150,7 @@ def page_of(
     minimal = [row for row in document["attacks"] if row["epsilon"] is None]
     tables = [_bounded_table(document, bounded)] if bounded else []
     tables += [_minimal_table(row) for row in minimal]
+    tables.append(_effort_table(document["attacks"]))
     return Page(
         verdict=Mark.of(document["verdict"]),
         reason=reason(document),
@@ -204,7 +204,7 @@ def _title(row: Json) -> str:
     """Return what a row is about, for people."""
     if "attack" not in row:
         return "Without an attack"
-    name = ATTACKS[row["attack"]].title if row["attack"] in ATTACKS else row["attack"]
+    name = row["title"]
     if row["epsilon"] is not None:
         return f"{name}, ε = {row['epsilon']:g}"
     return str(name) if row["clip"] else f"{name}, not clipped to [0, 1]"
@@ -339,7 +339,23 @@ def _minimal_table(row: Json) -> Table:
         )
         for d in sides[0]["accuracy_at"]
     ]
-    for name, key in (("Mean ρ (ρ_adv)", "rho_adv_mean"), ("Median ρ", "rho_adv_median")):
+    lines.append(
+        Row(
+            "Found (success)",
+            [
+                *(
+                    Cell(_percent(side["success"]), _interval(side["success_ci95"]))
+                    for side in sides
+                ),
+                Cell(""),
+            ],
+        )
+    )
+    for name, key in (
+        ("Mean ρ (ρ_adv)", "rho_adv_mean"),
+        ("Median ρ", "rho_adv_median"),
+        ("Mean L2 distance", "l2_mean"),
+    ):
         lines.append(Row(name, [*(Cell(_number(side[key])) for side in sides), Cell("")]))
     for name, key in (("Already wrong", "already_wrong"), ("Nothing found", "failed")):
         lines.append(Row(name, [*(Cell(str(side[key])) for side in sides), Cell("")]))
@@ -353,8 +369,34 @@ def _minimal_table(row: Json) -> Table:
         columns=["", "Reference", "Runtime", "Drop at most", "Verdict"],
         rows=lines,
         about=f"ρ is the {_norm(row['norm'])} of the perturbation over that of the image. An image "
-        "counts as right at d if it was right before and needs more than ρ = d to be fooled.",
+        "counts as right at d if it was right before and needs more than ρ = d to be fooled. Means "
+        "are over the images for which something was found.",
     )
+
+
+def _effort_table(rows: Sequence[Json]) -> Table:
+    """Return what every attack asked of the two, and how long it took."""
+    every = [one for row in rows for one in (row, row.get("unclipped")) if one]
+    return Table(
+        title="What the attacks took",
+        columns=["Attack", *(f"{what}, {side}" for what in ("Forward", "Backward", "Seconds")
+                             for side in ("reference", "runtime")), ""],
+        rows=[
+            Row(
+                _title(row),
+                [
+                    *(
+                        Cell("none" if side[key] is None else f"{side[key]:.1f}")
+                        for key in ("forward_mean", "backward_mean", "seconds")
+                        for side in (row["effort"]["reference"], row["effort"]["runtime"])
+                    ),
+                ],
+            )
+            for row in every
+        ],
+        about="Logits and input gradients that an attack asked for, a mean over the images that it "
+        "attacked; and the time of all of them, in which every answer is checked too.",
+    )  # fmt: skip
 
 
 def _parity_table(parity: Json) -> Table:

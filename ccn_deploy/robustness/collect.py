@@ -145,7 +145,7 @@ def collect(
     ]
     jobs = [_Job(trial, _header(bundle, request, trial)) for trial in trials]
     n = request.n
-    total, done = float(sum(_cost(job.trial.spec) * n for job in jobs)), 0.0
+    total, done = float(sum(job.trial.spec.cost * n for job in jobs)), 0.0
     found: dict[tuple[str, Target], Evidence] = {}
     with Laboratory(bundle, request.options) as laboratory:
         for job in jobs:
@@ -156,10 +156,10 @@ def collect(
             if len(evidence) < n:
                 for count in _extend(laboratory, request, job):
                     if progress is not None:
-                        progress(what, done + _cost(spec) * count, total)
+                        progress(what, done + spec.cost * count, total)
                 evidence = read_evidence(path, job.header, n)
             found[spec.label, target] = evidence
-            done += _cost(spec) * n
+            done += spec.cost * n
         compared = _agreement(laboratory, request)
     dataset = request.dataset
     return Measurement(
@@ -305,16 +305,3 @@ def _version(*distributions: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
-
-
-def _cost(spec: AttackSpec) -> float:
-    """Return roughly how many gradients an image takes, to tell the time left."""
-    if spec.name == "pgd":
-        return float(spec.parameters["steps"]) * float(spec.parameters["restarts"])
-    if spec.name == "deepfool":
-        return 5.0 * float(spec.parameters["candidates"])
-    if spec.name == "deepfool-fast":
-        return 2.0 * float(spec.parameters["candidates"])
-    if spec.name == "cw":
-        return 0.4 * float(spec.parameters["steps"]) * float(spec.parameters["binary_search_steps"])
-    return 1.0

@@ -51,8 +51,8 @@ def doubts(measurement: Measurement, clean: BoundedRow, bounded: Sequence[Bounde
         for weak, strong in itertools.pairwise(rows):
             if strong.runtime.value > weak.runtime.value + FLATTERY / 10:
                 found.append(
-                    f"{name} at epsilon {strong.epsilon:g} leaves more images right than at "
-                    f"{weak.epsilon:g}: the attack is not finding what is there."
+                    f"{strong.title} at epsilon {strong.epsilon:g} leaves more images right than "
+                    f"at {weak.epsilon:g}: the attack is not finding what is there."
                 )
     strengths = {row.name for row in bounded}
     if strengths and "pgd" not in strengths:

@@ -2,7 +2,7 @@
 
 A file of JSON lines, one attack on one target::
 
-    {"schema": "ccn-deploy/robustness-evidence/1", "attack": {...}, "target": {...}, ...}
+    {"schema": "ccn-deploy/robustness-evidence/2", "attack": {...}, "target": {...}, ...}
     {"index": 17, "label": 3, "clean": {"runtime": 3, "reference": 3}, "status": "fooled", ...}
     ...
     {"sealed": 100, "seconds": 4.2, "sha256": "..."}
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from ccn_deploy.errors import IntegrityError, StorageError
 from ccn_deploy.storage import canonical_json, sha256
 
-SCHEMA = "ccn-deploy/robustness-evidence/1"
+SCHEMA = "ccn-deploy/robustness-evidence/2"
 
 Status = Literal["already-wrong", "fooled", "held", "invalid"]
 """What became of an image: wrong before the attack; label lost; label kept; or the attack
@@ -61,6 +61,8 @@ class Sample:
         l2: Euclidean norm of the perturbation, or None.
         rho: ``l2`` over the norm of the clean image (paper, equation 9); None where no
             adversarial image was found, which stands for infinity.
+        queries: How often the attack asked for this image's logits, and for an input gradient of
+            it. What only decides the status, before and after the attack, is not counted.
         image: The attacked image as uint8 [C, H, W], kept for a few.
     """
 
@@ -72,6 +74,7 @@ class Sample:
     linf: float | None = None
     l2: float | None = None
     rho: float | None = None
+    queries: tuple[int, int] = (0, 0)
     image: NDArray[np.uint8] | None = None
 
     def to_document(self) -> dict[str, Any]:
@@ -85,6 +88,7 @@ class Sample:
             "linf": self.linf,
             "l2": self.l2,
             "rho": self.rho,
+            "queries": {"forward": self.queries[0], "backward": self.queries[1]},
         }
         if self.image is not None:
             document["image"] = {
@@ -98,6 +102,7 @@ class Sample:
         """Read a JSON line; raises KeyError, TypeError or ValueError if it is none of ours."""
         image = document.get("image")
         clean, adversarial = document["clean"], document["adversarial"]
+        queries = document["queries"]
         return cls(
             index=document["index"],
             label=document["label"],
@@ -107,6 +112,7 @@ class Sample:
             linf=document["linf"],
             l2=document["l2"],
             rho=document["rho"],
+            queries=(queries["forward"], queries["backward"]),
             image=None
             if image is None
             else np.frombuffer(base64.b64decode(image["uint8"]), np.uint8).reshape(image["shape"]),
@@ -130,6 +136,8 @@ class Evidence:
         linf: NaN where there is no perturbation; ``l2`` likewise.
         l2: Of the perturbation.
         rho: ``l2`` over the norm of the clean image; NaN where nothing was found.
+        forward: Queries of the attack for logits.
+        backward: Queries of the attack for an input gradient.
         images: The first attacked images, by position; uint8 [C, H, W].
         seconds: What computing them took.
         path: The file, if there is one.
@@ -146,6 +154,8 @@ class Evidence:
     linf: Floats
     l2: Floats
     rho: Floats
+    forward: Integers
+    backward: Integers
     images: Mapping[int, NDArray[np.uint8]] = field(default_factory=dict)
     seconds: float = 0.0
     path: Path | None = None
@@ -164,15 +174,18 @@ class Evidence:
         """Put samples into columns."""
 
         def labels(values: list[int | None]) -> Integers:
-            return np.array([NO_LABEL if v is None else v for v in values], dtype=np.int64)
+            return integers([NO_LABEL if v is None else v for v in values])
+
+        def integers(values: list[int]) -> Integers:
+            return np.array(values, dtype=np.int64)
 
         def floats(values: list[float | None]) -> Floats:
             return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
 
         return cls(
             header=header or {},
-            index=labels([s.index for s in samples]),
-            label=labels([s.label for s in samples]),
+            index=integers([s.index for s in samples]),
+            label=integers([s.label for s in samples]),
             clean_runtime=labels([s.clean[0] for s in samples]),
             clean_reference=labels([s.clean[1] for s in samples]),
             adversarial_runtime=labels([s.adversarial[0] for s in samples]),
@@ -181,6 +194,8 @@ class Evidence:
             linf=floats([s.linf for s in samples]),
             l2=floats([s.l2 for s in samples]),
             rho=floats([s.rho for s in samples]),
+            forward=integers([s.queries[0] for s in samples]),
+            backward=integers([s.queries[1] for s in samples]),
             images={at: s.image for at, s in enumerate(samples) if s.image is not None},
             seconds=seconds,
             path=path,
@@ -322,7 +337,7 @@ def _verified(data: bytes, path: Path, expected: Mapping[str, Any] | None) -> _C
             if offset == 0:
                 header = document
                 if document["schema"] != SCHEMA:
-                    raise ValueError(f"its schema is {document['schema']!r}")
+                    raise _of_another_version(path, document["schema"])
             elif "sha256" in document:
                 count = len(content.samples) + len(pending)
                 if line + b"\n" != _seal(count, document["seconds"], digest):
@@ -371,6 +386,13 @@ def _changed(path: Path, error: Exception) -> IntegrityError:
     return IntegrityError(
         f"The evidence {path.name} was changed after it was written: {error}.",
         f"Delete {path} and measure again.",
+    )
+
+
+def _of_another_version(path: Path, schema: object) -> IntegrityError:
+    return IntegrityError(
+        f"The evidence {path.name} has schema {schema!r}; this version reads {SCHEMA!r}.",
+        f"Delete {path} and measure again, or read it with the version that wrote it.",
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from ccn_deploy.attacks import AttackSpec
 from ccn_deploy.robustness.collect import Measurement, Pair
 from ccn_deploy.robustness.doubts import doubts
+from ccn_deploy.robustness.effort import Effort, Efforts
 from ccn_deploy.robustness.evidence import Evidence
 from ccn_deploy.robustness.gate import Gate, Mask, Share
 from ccn_deploy.robustness.result import RobustnessResult
@@ -54,7 +55,7 @@ def _clean(pair: Pair, max_drop: float) -> BoundedRow:
         invalid=0,
         flips=int((reference != runtime).sum()),
         gate=Gate.between(reference, runtime, max_drop),
-        seconds=0.0,
+        effort=Efforts(),
     )
 
 
@@ -72,7 +73,7 @@ def _bounded(pair: Pair, max_drop: float) -> BoundedRow:
         invalid=invalid,
         flips=int((reference != runtime).sum()),
         gate=Gate.between(reference, runtime, max_drop, invalid + invalid_reference),
-        seconds=pair.reference.seconds + pair.runtime.seconds,
+        effort=_efforts(pair),
     )
 
 
@@ -93,8 +94,12 @@ def _minimal(pair: Pair, max_drop: float) -> MinimalRow:
             d: Gate.between(reference, runtime, max_drop, invalid + invalid_reference)
             for d, (reference, runtime) in robust.items()
         },
-        seconds=pair.reference.seconds + pair.runtime.seconds,
+        effort=_efforts(pair),
     )
+
+
+def _efforts(pair: Pair) -> Efforts:
+    return Efforts(Effort.of(pair.reference), Effort.of(pair.runtime))
 
 
 def _nested(rows: Sequence[tuple[AttackSpec, MinimalRow]]) -> tuple[MinimalRow, ...]:
@@ -116,7 +121,9 @@ def _side(evidence: Evidence) -> MinimalSide:
         already_wrong=int((~right).sum()),
         failed=int(failed.sum()),
         failed_correct=int((failed & right).sum()),
+        found=Share.of(found),
         rho=evidence.rho[found],
+        l2=evidence.l2[found],
         rho_correct=evidence.rho[found & right],
         accuracy_at={d: Share.of(_robust_at(evidence, d)) for d in DISTANCES},
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ccn_deploy.robustness.collect import Measurement
+from ccn_deploy.robustness.effort import Efforts
 from ccn_deploy.robustness.gate import Gate
 from ccn_deploy.robustness.laboratory import REFERENCE
 from ccn_deploy.robustness.rows import BoundedRow, MinimalRow
@@ -36,17 +37,31 @@ class RobustnessResult:
 
     @property
     def verdict(self) -> Verdict:
-        """All gates together: of the clean row, of every epsilon, and of DeepFool in the box."""
+        """All gates together: of the clean row, of every epsilon, and of every d in the box."""
         return Verdict.all_of(gate.verdict for gate in self.gates.values())
 
     @property
     def gates(self) -> dict[str, Gate]:
         """Every gate that is judged, by the name of its row."""
-        named = {row.title: row.gate for row in (self.clean, *self.bounded)}
+        named = {self.clean.title: self.clean.gate}
+        named |= {f"{row.title} at epsilon {row.epsilon:g}": row.gate for row in self.bounded}
         for row in self.minimal:
             if row.clip:
-                named |= {f"{row.name} at d = {d:g}": gate for d, gate in row.gates.items()}
+                named |= {f"{row.title} at d = {d:g}": gate for d, gate in row.gates.items()}
         return named
+
+    @property
+    def efforts(self) -> dict[str, Efforts]:
+        """What each attack took, all its strengths together, by its title."""
+        found = {
+            title: Efforts.sum(row.effort for row in self.bounded if row.title == title)
+            for title in dict.fromkeys(row.title for row in self.bounded)
+        }
+        for row in self.minimal:
+            for one in (row, row.unclipped):
+                if one is not None:
+                    found[one.title if one.clip else f"{one.title} leaving [0, 1]"] = one.effort
+        return found
 
     @property
     def reasons(self) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ccn_deploy.attacks.spec import title_of
+from ccn_deploy.robustness.effort import Efforts
 from ccn_deploy.robustness.gate import Gate, Share
 from ccn_deploy.verdict import Verdict
 
@@ -17,7 +19,7 @@ class BoundedRow:
     """One attack at one epsilon, or no attack at all.
 
     Attributes:
-        name: ``"clean"``, ``"fgsm"`` or ``"pgd"``.
+        name: ``"clean"``, or that of an attack with an epsilon.
         norm: In which epsilon is measured; None without an attack.
         epsilon: Strength; 0 without an attack.
         reference: Share of images that are right and stay right on the reference.
@@ -26,7 +28,7 @@ class BoundedRow:
         invalid: Attacks on the runtime that returned no legal image.
         flips: Images that one of the two gets right and the other does not.
         gate: The comparison.
-        seconds: What the two attacks took.
+        effort: What the two attacks took.
     """
 
     name: str
@@ -38,17 +40,18 @@ class BoundedRow:
     invalid: int
     flips: int
     gate: Gate
-    seconds: float
+    effort: Efforts
 
     @property
     def title(self) -> str:
-        """Name and strength."""
-        return self.name if self.norm is None else f"{self.name} at epsilon {self.epsilon:g}"
+        """The attack, for people; its strength is :attr:`epsilon`."""
+        return "no attack" if self.norm is None else title_of(self.name)
 
     def document(self) -> dict[str, Any]:
         """Return this as JSON."""
         return {
             "attack": self.name,
+            "title": self.title,
             "norm": self.norm,
             "epsilon": self.epsilon,
             "n": self.runtime.n,
@@ -58,7 +61,8 @@ class BoundedRow:
             "runtime": self.runtime.document("robust_accuracy"),
             "verdict_flips": self.flips,
             **self.gate.document(),
-            "seconds": round(self.seconds, 3),
+            "seconds": round(self.effort.seconds, 3),
+            "effort": self.effort.document(),
         }
 
 
@@ -70,7 +74,9 @@ class MinimalSide:
         already_wrong: Images wrong without an attack.
         failed: Images for which nothing was found; their rho stands for infinity.
         failed_correct: Those among them that are right without an attack.
+        found: Share of all images for which something was found: the attack's success.
         rho: Of the images where something was found.
+        l2: Likewise, the Euclidean norm of the perturbation.
         rho_correct: Those among them that are right without an attack.
         accuracy_at: By d: share that is right, and not fooled within ``rho <= d``.
     """
@@ -78,7 +84,9 @@ class MinimalSide:
     already_wrong: int
     failed: int
     failed_correct: int
+    found: Share
     rho: NDArray[np.float64]
+    l2: NDArray[np.float64]
     rho_correct: NDArray[np.float64]
     accuracy_at: dict[float, Share]
 
@@ -87,6 +95,11 @@ class MinimalSide:
         """Mean rho over the images where something was found (paper, equation 9)."""
         return _mean(self.rho)
 
+    @property
+    def l2_mean(self) -> float | None:
+        """Mean L2 distance of the images that were found (paper, tables 11 and 12)."""
+        return _mean(self.l2)
+
     def document(self) -> dict[str, Any]:
         """Return this as JSON."""
         return {
@@ -94,6 +107,10 @@ class MinimalSide:
             "failed": self.failed,
             "rho_adv_mean": _mean(self.rho),
             "rho_adv_median": _median(self.rho),
+            "l2_mean": _mean(self.l2),
+            "l2_median": _median(self.l2),
+            "success": self.found.value,
+            "success_ci95": list(self.found.ci95),
             "accuracy_at": {f"{d:g}": share.value for d, share in self.accuracy_at.items()},
             "accuracy_at_ci95": {
                 f"{d:g}": list(share.ci95) for d, share in self.accuracy_at.items()
@@ -111,7 +128,7 @@ class MinimalRow:
     """An attack that looks for the smallest perturbation.
 
     Attributes:
-        name: ``"deepfool"``.
+        name: Of an attack without an epsilon.
         norm: In which it is small.
         clip: Whether images stayed in [0, 1].
         n: Images.
@@ -120,7 +137,7 @@ class MinimalRow:
         invalid: Attacks on the runtime that returned no legal image.
         flips: Images on whose verdict the two differ at some d.
         gates: One comparison per d.
-        seconds: What the two attacks took.
+        effort: What the two attacks took.
         unclipped: The same attack without the box, for comparison with the paper; not judged.
     """
 
@@ -133,8 +150,13 @@ class MinimalRow:
     invalid: int
     flips: int
     gates: dict[float, Gate]
-    seconds: float
+    effort: Efforts
     unclipped: MinimalRow | None = None
+
+    @property
+    def title(self) -> str:
+        """The attack, for people."""
+        return title_of(self.name)
 
     @property
     def gate(self) -> Gate:
@@ -146,6 +168,7 @@ class MinimalRow:
         """Return this as JSON."""
         document = {
             "attack": self.name,
+            "title": self.title,
             "norm": self.norm,
             "epsilon": None,
             "clip": self.clip,
@@ -156,7 +179,8 @@ class MinimalRow:
             "reference": self.reference.document(),
             "runtime": self.runtime.document(),
             "verdict_flips": self.flips,
-            "seconds": round(self.seconds, 3),
+            "seconds": round(self.effort.seconds, 3),
+            "effort": self.effort.document(),
         }
         if self.clip:
             document |= self.gate.document()

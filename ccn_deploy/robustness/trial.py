@@ -65,6 +65,7 @@ def attack(
     """
     for package in ("torch", "foolbox"):
         require(package, "train", "to attack")
+    from ccn_deploy.attacks.passes import Counted
     from ccn_deploy.attacks.perform import perform
 
     spec = trial.spec
@@ -82,13 +83,18 @@ def attack(
     start = clean_reference if trial.gradient == "transfer" and not bounded else clean
     attacked = (clean == labels) if bounded else (clean >= 0) & (start >= 0)
     adversarial = np.full_like(images, np.nan)
+    model = laboratory.model(trial.target, spec.clip, trial.gradient)
+    counted = Counted(model, int(attacked.sum()))
     adversarial[attacked] = perform(
         spec,
-        laboratory.model(trial.target, spec.clip, trial.gradient),
+        counted,
         images[attacked],
         start[attacked],
         seeds=np.stack([np.full(len(indices), seed), indices], axis=1)[attacked],
     )
+
+    queries = np.zeros((len(images), 2), dtype=np.int64)
+    queries[attacked] = np.stack([counted.queries.forward, counted.queries.backward], axis=1)
 
     difference = np.abs(adversarial.astype(np.float64) - images).reshape(len(images), -1)
     linf = difference.max(axis=1)
@@ -123,6 +129,7 @@ def attack(
                 linf=float(linf[at]) if measured else None,
                 l2=float(l2[at]) if measured else None,
                 rho=float(l2[at] / max(size[at], 1e-12)) if changed else None,
+                queries=(int(queries[at, 0]), int(queries[at, 1])),
                 image=_pixels(adversarial[at]) if keep else None,
             )
         )

@@ -1,0 +1,167 @@
+"""What `ccn-deploy verify-robustness` shows on a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ccn_deploy.robustness import RobustnessResult
+    from ccn_deploy.robustness.effort import Efforts
+    from ccn_deploy.robustness.gate import Gate, Share
+    from ccn_deploy.robustness.rows import MinimalRow
+    from ccn_deploy.verdict import Verdict
+
+_COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+
+
+def show(result: RobustnessResult, report_path: Path | None) -> None:
+    """Print the table, what to know about it, the gate, and the verdict on the last line."""
+    from ccn_deploy.cli.console import out
+
+    out.print(_table(result))
+    out.print(f"Gradients on the runtime: {_gradients(result)}.", soft_wrap=True)
+    for row in result.minimal:
+        if row.clip:
+            out.print(f"{row.title} d: moved by at most d times the norm of the image.")
+        for one in (row, row.unclipped):
+            if one is not None:
+                out.print(_smallest(one), markup=False, soft_wrap=True)
+    out.print(_efforts(result.efforts))
+    for warning in result.warnings:
+        out.print(f"[yellow]note:[/] {warning}", soft_wrap=True)
+    for reason, names in _doubts(result).items():
+        more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+        shown = names[:2] if more else names
+        out.print(f"[yellow]{', '.join(shown)}{more}:[/] {reason}", soft_wrap=True)
+    if report_path is not None:
+        out.print(f"Report: {report_path}", markup=False, soft_wrap=True)
+    colour = _COLOURS[result.verdict.value]
+    out.print(
+        f"[bold {colour}]{result.verdict.value.upper()}[/]: every row passes if its drop is shown, "
+        f"at 95 %, to be at most {result.max_drop:g} (--max-drop), and fails if it is larger.",
+        soft_wrap=True,
+    )
+
+
+def _doubts(result: RobustnessResult) -> dict[str, list[str]]:
+    """Group the rows that did not pass by the reason."""
+    found: dict[str, list[str]] = {}
+    for name, gate in result.gates.items():
+        if gate.reason:
+            found.setdefault(gate.reason, []).append(name)
+    return found
+
+
+def _table(result: RobustnessResult) -> Table:
+    measurement = result.measurement
+    table = _empty(
+        f"Accuracy (%) under attack on {measurement.n:,} images of "
+        f"{measurement.dataset['name']}, with 95 % intervals"
+    )
+    target = f"{measurement.runtime}\n{measurement.precision}"
+    for name in ("attack", "reference\nPyTorch", target, "drop\n(at most)", "differ", "verdict"):
+        side = "left" if name in {"attack", "verdict"} else "right"
+        table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    for row in (result.clean, *result.bounded):
+        name = "none" if row.norm is None else f"{row.title} {row.epsilon:g}"
+        table.add_row(name, _share(row.reference), _share(row.runtime), *_judged(row.gate))
+    for minimal in result.minimal:
+        if not minimal.clip:
+            continue
+        for d, gate in minimal.gates.items():
+            table.add_row(
+                f"{minimal.title} {d:g}",
+                _share(minimal.reference.accuracy_at[d]),
+                _share(minimal.runtime.accuracy_at[d]),
+                *_judged(gate),
+            )
+    return table
+
+
+def _empty(title: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+    )
+
+
+def _gradients(result: RobustnessResult) -> str:
+    """Say where the gradients on the runtime came from, and how far to trust the choice."""
+    from ccn_deploy.attacks.source import GRADIENTS, source
+
+    name = source(result.measurement.gradient)
+    said = f"{name}, {GRADIENTS[name]}"
+    agreement = result.measurement.agreement
+    if agreement is None:
+        return said
+    clean, attacked = agreement.clean, agreement.adversarial
+    return (
+        f"{said}; native and twin agree on {clean.n} clean images (cosine {clean.cosine_mean:.4f}, "
+        f"least {clean.cosine_min:.4f}; signs {100 * clean.sign_mean:.1f} %) and on them attacked "
+        f"({attacked.cosine_mean:.4f}, {attacked.cosine_min:.4f}; {100 * attacked.sign_mean:.1f} %)"
+    )
+
+
+def _smallest(row: MinimalRow) -> str:
+    """Say in one line how far the images had to be moved, and how many could be."""
+    where = "" if row.clip else " leaving [0, 1], not judged"
+    runtime, reference = row.runtime, row.reference
+    return (
+        f"{row.title}{where}: mean rho_adv {_number(runtime.rho_adv)} (reference "
+        f"{_number(reference.rho_adv)}), mean L2 distance {_number(runtime.l2_mean)} "
+        f"({_number(reference.l2_mean)}), found for {100 * runtime.found.value:.1f} % "
+        f"({100 * reference.found.value:.1f} %) of {row.n:,}"
+    )
+
+
+def _efforts(efforts: dict[str, Efforts]) -> Table:
+    """Lay out what each attack asked of the two, and how long it took."""
+    table = _empty("Queries of an attacked image, and seconds in all")
+    table.add_column("attack", no_wrap=True)
+    for what in ("forward", "backward", "seconds"):
+        for side in ("reference", "runtime"):
+            table.add_column(f"{what}\n{side}", justify="right", no_wrap=True)
+    for title, both in efforts.items():
+        sides = both.reference, both.runtime
+        table.add_row(
+            title,
+            *(_mean(side.forward_mean) for side in sides),
+            *(_mean(side.backward_mean) for side in sides),
+            *(f"{side.seconds:.1f}" for side in sides),
+        )
+    return table
+
+
+def _share(share: Share) -> str:
+    low, high = share.ci95
+    return f"{100 * share.value:.1f} \\[{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _judged(gate: Gate) -> tuple[str, str, str]:
+    return (
+        f"{100 * gate.drop:.1f} ({100 * gate.upper95:.1f})",
+        str(gate.lost + gate.gained),
+        _coloured(gate.verdict),
+    )
+
+
+def _coloured(verdict: Verdict) -> str:
+    return f"[{_COLOURS[verdict.value]}]{verdict.value}[/]"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _mean(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
