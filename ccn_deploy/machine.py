@@ -6,6 +6,7 @@ driver; no CUDA context is made and no GPU memory is taken.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -47,6 +48,7 @@ NO_DRIVER = "no NVIDIA driver"
 _NO_DEVICE = "no NVIDIA GPU"
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 _KERNEL_MODULE = Path("/proc/driver/nvidia/version")
+_PROCESSORS = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,15 @@ def this_machine() -> Machine:
         no_gpu_reason=reason,
         gpus=gpus,
     )
+
+
+def processor() -> str:
+    """Return what the processor calls itself, or at least its architecture."""
+    with contextlib.suppress(OSError):
+        for line in _PROCESSORS.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def installed() -> dict[str, str]:

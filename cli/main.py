@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import typer
 
+from ccn_deploy.cli.bench import bench
 from ccn_deploy.cli.doctor import doctor
 from ccn_deploy.cli.export import export
 from ccn_deploy.cli.quickstart import quickstart
@@ -52,6 +53,7 @@ app.command("train")(train)
 app.command("export")(export)
 app.command("verify-parity")(verify_parity)
 app.command("verify-robustness")(verify_robustness)
+app.command("bench")(bench)
 app.command("doctor")(doctor)
 app.command("quickstart")(quickstart)
 

@@ -61,6 +61,7 @@ def test_help_is_quick() -> None:
         ["export"],
         ["verify-parity"],
         ["verify-robustness"],
+        ["bench"],
         ["doctor"],
         ["quickstart"],
     ],

@@ -1,0 +1,192 @@
+"""`ccn-deploy bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ccn_deploy.cli.options import JsonOption, ThreadsOption
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ccn_deploy.bench import BenchRequest, BenchResult
+    from ccn_deploy.bundle import Bundle
+
+PLOTS = (".png", ".svg", ".pdf")
+
+
+def bench(
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="BUNDLE...",
+            help="Directories written by `ccn-deploy export`. Several of one architecture are "
+            "compared: the first against each of the others.",
+        ),
+    ],
+    *,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--runtime",
+            help="Measure this one; repeatable.",
+            show_default="all that the bundle has files for and that work here",
+        ),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--precision", help="Measure this one; repeatable.", show_default="all in the bundle"
+        ),
+    ] = None,
+    batch: Annotated[
+        str, typer.Option("--batch", help="Images a call, with commas between.")
+    ] = "1,32",
+    threads: ThreadsOption = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.001, help="To measure each configuration.")
+    ] = 1.0,
+    calls: Annotated[
+        int | None,
+        typer.Option("--calls", min=1, help="To measure of each, instead of --seconds."),
+    ] = None,
+    warm_up: Annotated[int, typer.Option("--warm-up", min=0, help="Calls before.")] = 10,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help=f"Draw the result to this file ({', '.join(PLOTS)})."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure latency and throughput as a server sees them, by runtime, precision and batch."""
+    from ccn_deploy.bench import BenchRequest
+    from ccn_deploy.bundle import open_bundle
+    from ccn_deploy.cli import console
+    from ccn_deploy.errors import UsageError
+    from ccn_deploy.extras import require
+
+    if plot is not None:  # before minutes of measuring
+        if plot.suffix.lower() not in PLOTS:
+            raise UsageError(
+                f"--plot cannot write {plot.name}.", f"Name a file ending in {', '.join(PLOTS)}."
+            )
+        require("matplotlib", "train", "to draw a plot")
+    request = BenchRequest(
+        runtimes=tuple(runtime or ()),
+        precisions=tuple(precision or ()),
+        batches=_batches(batch),
+        threads=threads,
+        seconds=seconds,
+        calls=calls,
+        warm_up=warm_up,
+    )
+    result = _measure([open_bundle(path) for path in bundles], request)
+    if plot is not None:
+        from ccn_deploy.report.latency import draw
+        from ccn_deploy.storage import write_atomic
+
+        write_atomic(plot, draw(result, plot.suffix.lower()[1:]))
+    if as_json:
+        console.print_json(result.document())
+    else:
+        _print(result)
+    if plot is not None:
+        console.err.print(f"Plot: {plot}", markup=False, soft_wrap=True)
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    """Read ``1,32`` as (1, 32)."""
+    from ccn_deploy.errors import UsageError
+
+    sizes = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in sizes):
+        raise UsageError(f"--batch is {text!r}.", "Give sizes of at least 1, such as 1,32.")
+    return tuple(dict.fromkeys(map(int, sizes)))
+
+
+def _measure(bundles: list[Bundle], request: BenchRequest) -> BenchResult:
+    from ccn_deploy.bench import bench as measure
+    from ccn_deploy.cli.console import progress
+
+    with progress() as bar:
+        task = bar.add_task("")
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        return measure(bundles, request, progress=report)
+
+
+def _print(result: BenchResult) -> None:
+    """Print what was measured where, the table, and what was not measured and why."""
+    from rich.markup import escape
+
+    from ccn_deploy.cli.console import out
+
+    document = result.document()
+    machine, setting = document["machine"], document["setting"]
+    for name, network in document["networks"].items():
+        out.print(f"[bold]{escape(name)}[/]: {escape(network['bundle'])}", soft_wrap=True)
+    versions = ", ".join(f"{library} {version}" for library, version in result.versions.items())
+    threads = f"{setting['threads']} of " if setting["threads"] else ""
+    gpus = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
+    out.print(f"{machine['processor']}, {threads}{machine['cpus']} CPUs{gpus}; {versions}")
+    out.print(_latencies(result))
+    if len(result.bundles) > 1:
+        out.print(_ratios(result))
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, found in result.passed_over.items():
+        for passed in found:
+            target = f"{passed.runtime}-{passed.precision}"
+            reasons.setdefault((target, " ".join(passed.why.splitlines())), []).append(name)
+    for (target, why), names in reasons.items():
+        out.print(
+            f"Not measured: {target} ({', '.join(names)}). {why}", markup=False, soft_wrap=True
+        )
+
+
+def _latencies(result: BenchResult) -> Table:
+    from rich.markup import escape
+
+    table = _table("runtime", "network", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s")
+    for row in result.rows:
+        latency = row.latency
+        times = (latency.p50, latency.p90, latency.p99)
+        table.add_row(
+            f"{row.runtime}-{row.precision}",
+            escape(row.network),
+            str(latency.batch),
+            *("" if time is None else f"{1000 * time:.3g}" for time in times),
+            f"{latency.images_per_second:,.0f}",
+        )
+    return table
+
+
+def _ratios(result: BenchResult) -> Table:
+    from rich.markup import escape
+
+    first = next(iter(result.bundles))
+    table = _table(f"time of {first} by that of", "network", "batch", "ratio", "half of the rounds")
+    for row in result.rows:
+        if row.ratio is not None:
+            table.add_row(
+                f"{row.runtime}-{row.precision}",
+                escape(row.network),
+                str(row.latency.batch),
+                f"[bold]{row.ratio.median:.2f}[/]",
+                f"{row.ratio.low:.2f} to {row.ratio.high:.2f}",
+            )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for at, column in enumerate(columns):
+        table.add_column(escape(column), justify="left" if at < 2 else "right", no_wrap=True)
+    return table
