@@ -202,7 +202,7 @@ class TestCommand:
         )
 
     def test_a_plot_names_what_it_shows(self, pair: tuple[Bundle, Bundle], tmp_path: Path) -> None:
-        request = ("bench", *(b.path for b in pair), *QUICK, "--plot")
+        request = ("bench", *(b.path for b in pair), *QUICK, "--batch", "1", "--plot")
         assert ccn_deploy(*request, tmp_path / "p.png").returncode == ExitCode.PASS
         assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
         assert ccn_deploy(*request, tmp_path / "p.svg").returncode == ExitCode.PASS
