@@ -126,18 +126,19 @@ def _smallest(row: MinimalRow) -> str:
 
 def _efforts(efforts: dict[str, Efforts]) -> Table:
     """Lay out what each attack asked of the two, and how long it took."""
-    table = _empty("Queries of an attacked image, and seconds in all")
+    from rich.markup import escape
+
+    table = _empty("Queries of an attacked image, and seconds in all: reference | runtime")
     table.add_column("attack", no_wrap=True)
     for what in ("forward", "backward", "seconds"):
-        for side in ("reference", "runtime"):
-            table.add_column(f"{what}\n{side}", justify="right", no_wrap=True)
+        table.add_column(what, justify="right", no_wrap=True)
     for title, both in efforts.items():
         sides = both.reference, both.runtime
         table.add_row(
-            title,
-            *(_mean(side.forward_mean) for side in sides),
-            *(_mean(side.backward_mean) for side in sides),
-            *(f"{side.seconds:.1f}" for side in sides),
+            escape(title),
+            " | ".join(_mean(side.forward_mean) for side in sides),
+            " | ".join(_mean(side.backward_mean) for side in sides),
+            " | ".join(f"{side.seconds:.1f}" for side in sides),
         )
     return table
 

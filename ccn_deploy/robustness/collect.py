@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +17,7 @@ from ccn_deploy.errors import UsageError, unknown
 from ccn_deploy.evaluation import check_fits
 from ccn_deploy.robustness import agreement
 from ccn_deploy.robustness.agreement import GradientAgreement
+from ccn_deploy.robustness.circumstances import circumstances, differentiable
 from ccn_deploy.robustness.evidence import (
     SCHEMA,
     Evidence,
@@ -137,13 +136,7 @@ def collect(
         RuntimeUnavailableError: The runtime cannot be had here.
         MissingExtraError: Something is to be measured and torch or Foolbox is not installed.
     """
-    _check(bundle, request)
-    gradient = _gradient(bundle, request)
-    sources: dict[Target, Gradient] = {REFERENCE: "native", request.target: gradient}
-    trials = [
-        Trial(spec, target, own) for spec in request.attacks for target, own in sources.items()
-    ]
-    jobs = [_Job(trial, _header(bundle, request, trial)) for trial in trials]
+    gradient, jobs = _plan(bundle, request)
     n = request.n
     total, done = float(sum(job.trial.spec.cost * n for job in jobs)), 0.0
     found: dict[tuple[str, Target], Evidence] = {}
@@ -177,12 +170,34 @@ def collect(
     )
 
 
+def check(bundle: Bundle, request: RobustnessRequest) -> None:
+    """Raise what :func:`collect` would, as far as it can be told before anything is measured.
+
+    Raises:
+        UsageError: A data set that does not fit the bundle, or no samples.
+        RuntimeUnavailableError: The bundle has no such precision, or not with these gradients.
+        EnvironmentUnfitError: The target is on a GPU, and there is none that fits.
+    """
+    _plan(bundle, request)
+
+
 @dataclass(frozen=True)
 class _Job:
     """One attack on one target, with everything that its evidence depends on."""
 
     trial: Trial
     header: dict[str, Any]
+
+
+def _plan(bundle: Bundle, request: RobustnessRequest) -> tuple[Gradient, list[_Job]]:
+    """Return whose gradients the attacks on the runtime use, and everything there is to do."""
+    _check(bundle, request)
+    gradient = _gradient(bundle, request)
+    sources: dict[Target, Gradient] = {REFERENCE: "native", request.target: gradient}
+    trials = [
+        Trial(spec, target, own) for spec in request.attacks for target, own in sources.items()
+    ]
+    return gradient, [_Job(trial, _header(bundle, request, trial)) for trial in trials]
 
 
 def _extend(laboratory: Laboratory, request: RobustnessRequest, job: _Job) -> Iterator[int]:
@@ -228,27 +243,20 @@ def _gradient(bundle: Bundle, request: RobustnessRequest) -> Gradient:
     """
     if request.target == REFERENCE:
         return "native"  # its twin is itself
-    native = _differentiable(bundle, request.target)
+    native = differentiable(bundle, request.target)
     if request.gradient == "native" and not native:
         raise no_gradients("-".join(request.target))
     return request.gradient or ("native" if native else "twin")
 
 
-def _differentiable(bundle: Bundle, target: Target) -> bool:
-    """Whether a runtime of this bundle has gradients of its own, without opening it."""
-    runtime, precision = target
-    graphs = {(record.role, record.precision) for record in bundle.manifest.files}
-    return runtime.startswith("torch") or ("gradient", precision) in graphs
-
-
 def _agreement(laboratory: Laboratory, request: RobustnessRequest) -> GradientAgreement | None:
     """Return how well native and twin gradients agree, measured if it is not kept yet."""
     bundle, target, dataset = laboratory.bundle, request.target, request.dataset
-    if target == REFERENCE or not _differentiable(bundle, target):
+    if target == REFERENCE or not differentiable(bundle, target):
         return None
     indices = dataset.order(request.seed)[: min(request.n, agreement.SAMPLES)]
     setting = {
-        **_circumstances(bundle, request, Trial(agreement.PROBE, target, "native")),
+        **_circumstances(bundle, request, target, "native"),
         "samples": len(indices),
         "probe": agreement.PROBE.document(),
     }
@@ -266,42 +274,15 @@ def _header(bundle: Bundle, request: RobustnessRequest, trial: Trial) -> dict[st
     return {
         "schema": SCHEMA,
         "attack": trial.spec.document(),
-        **_circumstances(bundle, request, trial),
+        **_circumstances(bundle, request, trial.target, trial.gradient),
         "batch": request.batch,
     }
 
 
-def _circumstances(bundle: Bundle, request: RobustnessRequest, trial: Trial) -> dict[str, Any]:
-    """Return what any measurement of a target depends on but for the attack."""
-    runtime, precision = trial.target
-    torch_only = runtime.startswith("torch")
-    native_graph = trial.gradient == "native" and not torch_only
-    dataset = request.dataset
-    return {
-        "target": {"runtime": runtime, "precision": precision},
-        "gradient": trial.gradient,
-        "bundle": {
-            "weights": bundle.file("weights").sha256,
-            "graph": None if torch_only else bundle.forward(runtime, precision).sha256,
-            "gradient": bundle.file("gradient", precision).sha256 if native_graph else None,
-        },
-        "dataset": {"name": dataset.name, "split": dataset.split, "digest": dataset.digest},
-        "selection": {"rule": "permutation", "seed": request.seed},
-        "seed": request.seed,
-        "versions": {
-            "torch": _version("torch"),
-            "foolbox": _version("foolbox"),
-            **({} if torch_only else {"onnxruntime": _version("onnxruntime", "onnxruntime-gpu")}),
-        },
-        "machine": platform.machine(),
-    }
-
-
-def _version(*distributions: str) -> str | None:
-    """Return the version of the first of these that is installed, without importing it."""
-    for name in distributions:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+def _circumstances(
+    bundle: Bundle, request: RobustnessRequest, target: Target, gradient: Gradient
+) -> dict[str, Any]:
+    device = request.options.device
+    return circumstances(
+        bundle, target, gradient, request.dataset, seed=request.seed, device=device
+    )
