@@ -31,6 +31,9 @@ from tests.networks import as_run, difficult_images, random_network
 HERE = ["onnxruntime-cpu", "torch"]
 """Runtimes that every machine has."""
 
+ENGINES = ["tensorrt", "tensorrt-rtx"]
+"""Runtimes that run what this bundle does not have; see test_tensorrt."""
+
 SHAPE = (1, 28, 28)
 
 
@@ -307,7 +310,7 @@ def test_unknown_names_and_precisions_are_refused(bundle: Bundle) -> None:
         open_runtime(bundle, "onnxruntime-cpu", "fp64")
 
 
-@pytest.mark.parametrize("name", sorted(set(RUNTIMES) - set(HERE)))
+@pytest.mark.parametrize("name", sorted(set(RUNTIMES) - {*HERE, *ENGINES}))
 def test_a_device_that_is_not_there_is_an_error_and_never_the_cpu(
     bundle: Bundle, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,8 @@ RUNTIMES: Mapping[str, str] = MappingProxyType(
     {
         "onnxruntime-cpu": "ONNX Runtime on the CPU",
         "onnxruntime-cuda": "ONNX Runtime on an NVIDIA GPU",
+        "tensorrt": "a TensorRT engine on an NVIDIA GPU",
+        "tensorrt-rtx": "a TensorRT-RTX engine on an NVIDIA RTX GPU",
         "torch": "the PyTorch network on the CPU; in fp64 the reference",
         "torch-cuda": "the PyTorch network on an NVIDIA GPU",
     }
@@ -37,7 +39,8 @@ def open_runtime(
     Args:
         bundle: An open bundle, or the path of one.
         name: A name in :data:`RUNTIMES`.
-        precision: Of the deployed graph; the torch runtimes take ``"fp32"`` and ``"fp64"``.
+        precision: Of the deployed graph or engine; the torch runtimes take ``"fp32"`` and
+            ``"fp64"``.
         options: Threads, memory, device and batch limit; defaults if not given.
 
     Raises:
@@ -46,6 +49,7 @@ def open_runtime(
         NotABundleError: No bundle at the path.
         IntegrityError: A file of the bundle is not what its manifest says.
         RuntimeUnavailableError: The device or precision cannot be had here.
+        EngineUnfitError: The bundle's engines are for another GPU, system or library release.
         MissingExtraError: The library is not installed.
     """
     if name not in RUNTIMES:
@@ -55,7 +59,8 @@ def open_runtime(
     if options.memory_limit is not None and name != "onnxruntime-cuda":
         raise UsageError(
             f"The runtime {name} takes no memory limit.",
-            "Leave it out; on the CPU, arena=False and a smaller max_batch lower the memory.",
+            "Leave it out; on the CPU, arena=False and a smaller max_batch lower the memory, and "
+            "an engine takes what the largest batch of its export (--batch) needs.",
         )
     if name.startswith("torch"):
         from ccn_deploy.extras import require
@@ -69,6 +74,10 @@ def open_runtime(
             f"The runtime {name} does not compute in {precision}.",
             "Use --runtime torch for float64, or --precision fp32.",
         )
+    if name.startswith("tensorrt"):
+        from ccn_deploy.runtimes.tensorrt import TensorRtRuntime
+
+        return TensorRtRuntime(opened, name=name, precision=precision, options=options)
     from ccn_deploy.runtimes.onnx_runtime import OnnxRuntime
 
     return OnnxRuntime(opened, name=name, precision=precision, options=options)

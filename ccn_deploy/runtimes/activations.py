@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from ccn_deploy.bundle import Bundle, open_bundle
-from ccn_deploy.errors import unknown
+from ccn_deploy.errors import RuntimeUnavailableError, unknown
 from ccn_deploy.extras import require
 from ccn_deploy.runtimes import RUNTIMES
 from ccn_deploy.runtimes.base import Array, RuntimeOptions, check_images
@@ -38,6 +38,7 @@ def open_activations(
 
     Raises:
         CcnDeployError: As :func:`ccn_deploy.runtimes.open_runtime` does.
+        RuntimeUnavailableError: An engine was asked for; its layers are fused.
         MissingExtraError: The package onnx or torch is not installed.
     """
     if name not in RUNTIMES:
@@ -50,6 +51,11 @@ def open_activations(
 
         runtime = TorchRuntime(opened, name=name, precision=precision, options=options)
         return runtime.activations
+    if name.startswith("tensorrt"):
+        raise RuntimeUnavailableError(
+            f"The runtime {name} shows no single layers: an engine has fused them.",
+            "Look at them with --runtime onnxruntime-cpu, which runs the graph it was built from.",
+        )
     return _in_onnx_runtime(opened, name, precision, options)
 
 

@@ -31,6 +31,8 @@ class RuntimeOptions:
         device: Index of the GPU.
         max_batch: Larger batches are split into pieces of this size; the runtime's own choice if
             None.
+        cuda_graphs: Whether a batch size that comes again is replayed from a CUDA graph, which
+            saves the time of launching kernels one by one; TensorRT only.
         check_range: Whether images outside [0, 1] are an error. Only an attack that is meant to
             leave the box turns this off. NaN and infinity are always refused.
 
@@ -43,6 +45,7 @@ class RuntimeOptions:
     arena: bool = True
     device: int = 0
     max_batch: int | None = None
+    cuda_graphs: bool = True
     check_range: bool = True
 
     def __post_init__(self) -> None:
@@ -59,15 +62,17 @@ class RuntimeSpec:
 
     Attributes:
         name: As asked for, for example ``"onnxruntime-cpu"``.
-        precision: ``"fp32"``, ``"fp64"``, later ``"fp16"``, ``"bf16"``, ``"int8"``.
+        precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``, ``"fp8"``; the reference also
+            ``"fp64"``.
         input_shape: (channels, height, width) of one image.
         classes: Number of logits.
         max_batch: The largest batch that runs in one piece; larger ones are split.
         device: What computes, for example ``"cpu"`` or ``"cuda:0"``.
-        versions: Libraries that shape the numbers, by name.
+        versions: Libraries that shape the numbers, by name; on a GPU that compiles or chooses
+            kernels, its name and driver too.
         thread_safe: Whether several threads may call at once.
-        graph: Path in the bundle of the graph that :meth:`Runtime.logits` executes; empty if it
-            executes none.
+        graph: Path in the bundle of the graph or engine that :meth:`Runtime.logits` executes;
+            empty if it executes none.
     """
 
     name: str
@@ -178,6 +183,30 @@ def check_images(images: Array, spec: RuntimeSpec, *, check_range: bool = True) 
         "outside [0, 1].",
         "Divide 8-bit pixels by 255; the mean is subtracted inside the model.",
     )
+
+
+def check_cotangents(cotangents: Array, images: int, spec: RuntimeSpec) -> None:
+    """Refuse anything but finite float32 [N, K, classes].
+
+    Raises:
+        InputError: Says what is wrong.
+    """
+    if not isinstance(cotangents, np.ndarray) or cotangents.dtype != np.float32:
+        kind = cotangents.dtype if isinstance(cotangents, np.ndarray) else type(cotangents).__name__
+        raise InputError(
+            f"Cotangents must be a NumPy array of float32, got {kind}.",
+            "Convert with: cotangents.astype('float32').",
+        )
+    if cotangents.ndim != 3 or cotangents.shape[::2] != (images, spec.classes):
+        raise InputError(
+            f"Cotangents must have shape [{images}, K, {spec.classes}], got "
+            f"{list(cotangents.shape)}.",
+            "Give K rows of one weight a logit for each image.",
+        )
+    if not np.isfinite(cotangents).all():
+        raise InputError(
+            "Cotangents have NaN or infinite values.", "Check the loss that they are slopes of."
+        )
 
 
 def in_batches(images: Array, max_batch: int, run: Callable[[Array], Array], classes: int) -> Array:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from ccn_deploy.bundle import Bundle, FileRecord
-from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError, UsageError
+from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError, UsageError
 from ccn_deploy.extras import require
 from ccn_deploy.runtimes.base import (
     LARGEST_BATCH,
     Array,
     RuntimeOptions,
     RuntimeSpec,
+    check_cotangents,
     check_images,
     in_batches,
 )
@@ -200,30 +201,6 @@ class OnnxRuntime:
         return RuntimeUnavailableError(
             f"{self._spec.name} failed on {images} images: {one_line(error)}",
             "If memory ran out, choose a smaller max_batch or a larger memory_limit.",
-        )
-
-
-def check_cotangents(cotangents: Array, images: int, spec: RuntimeSpec) -> None:
-    """Refuse anything but finite float32 [N, K, classes].
-
-    Raises:
-        InputError: Says what is wrong.
-    """
-    if not isinstance(cotangents, np.ndarray) or cotangents.dtype != np.float32:
-        kind = cotangents.dtype if isinstance(cotangents, np.ndarray) else type(cotangents).__name__
-        raise InputError(
-            f"Cotangents must be a NumPy array of float32, got {kind}.",
-            "Convert with: cotangents.astype('float32').",
-        )
-    if cotangents.ndim != 3 or cotangents.shape[::2] != (images, spec.classes):
-        raise InputError(
-            f"Cotangents must have shape [{images}, K, {spec.classes}], got "
-            f"{list(cotangents.shape)}.",
-            "Give K rows of one weight a logit for each image.",
-        )
-    if not np.isfinite(cotangents).all():
-        raise InputError(
-            "Cotangents have NaN or infinite values.", "Check the loss that they are slopes of."
         )
 
 
