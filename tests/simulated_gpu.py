@@ -54,6 +54,7 @@ class Gpu:
         self.executables: dict[int, list[Callable[[], None]]] = {}
         self.contexts = 0
         self.engines = 0
+        self.seen = np.zeros(0, np.float32)
         self.launches = 0
         self.enqueued = 0
         self.calls = 0
@@ -309,6 +310,7 @@ class Context:
             gpu.fault("a graph replayed after its context changed")
         images = gpu.floats(self._addresses["images"], shapes["images"])
         flat = images.reshape(len(images), -1)
+        gpu.seen = images.copy()
         gpu.floats(self._addresses["logits"], outputs["logits"])[...] = flat @ gpu.weight
         if "gradients" in outputs:
             c = gpu.floats(self._addresses["cotangents"], shapes["cotangents"])

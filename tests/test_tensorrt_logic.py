@@ -146,17 +146,27 @@ def test_gradients_are_split_and_padded_in_both_directions(world: World, cuda_gr
     world.clean()
 
 
+def test_a_batch_below_the_profile_is_filled_up_with_zeros(world: World) -> None:
+    with open_runtime(world.bundle("tensorrt", "5 8 8"), "tensorrt") as runtime:
+        for count in (8, 2, 5, 3):
+            x = images(count, seed=count)
+            runtime.logits(x)
+            assert np.array_equal(world.gpu.seen[:count], x)
+            assert world.gpu.seen.shape == (max(count, 5), *IMAGE)
+            assert not world.gpu.seen[count:].any()
+
+
 def test_a_size_is_captured_when_it_comes_the_second_time(world: World) -> None:
     with open_runtime(world.bundle(), "tensorrt") as runtime:
         steps = []
         for _ in range(4):
             runtime.logits(images(5))
             steps.append((world.gpu.enqueued, world.gpu.launches))
-        # run; run, then run and capture; replay; replay
-        assert steps == [(1, 0), (4, 0), (4, 1), (4, 2)]
+        # run; run, capture and replay; replay; replay
+        assert steps == [(1, 0), (3, 1), (3, 2), (3, 3)]
         runtime.logits(images(2))
         runtime.logits(images(5))  # the graph's own context has not moved
-        assert (world.gpu.enqueued, world.gpu.launches) == (5, 3)
+        assert (world.gpu.enqueued, world.gpu.launches) == (4, 4)
     world.clean()
 
 
@@ -190,7 +200,8 @@ def test_max_batch_makes_smaller_pieces(world: World) -> None:
         assert runtime.spec.max_batch == 3
         x = images(8)
         assert runtime.logits(x) == pytest.approx(truth(world, x), abs=1e-5)
-        assert world.gpu.enqueued == 3 + 2  # 3, 3 (captured with a run of its own), 2
+        assert world.gpu.enqueued == 4  # 3; 3, to run and to capture; 2
+        assert world.gpu.launches == 1
     world.clean()
 
 
