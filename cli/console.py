@@ -27,9 +27,10 @@ err = Console(stderr=True, highlight=False)
 
 def print_error(error: CcnDeployError) -> None:
     """Print what happened, why, and what to do next, in one or two lines."""
-    err.print(f"[bold red]error:[/] {_escape(error.what)}", soft_wrap=True)
-    if error.hint:
-        err.print(_escape(error.hint), soft_wrap=True)
+    what, hint = ("\n".join(map(plain, text.splitlines())) for text in (error.what, error.hint))
+    err.print(f"[bold red]error:[/] {what}", soft_wrap=True)
+    if hint:
+        err.print(hint, soft_wrap=True)
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -50,7 +51,13 @@ def progress() -> Progress:
     )
 
 
-def _escape(text: str) -> str:
+def plain(text: str) -> str:
+    """Return text as it is to be read: no markup, and nothing that steers a terminal."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+
+
+def line(text: str) -> None:
+    """Print one line of results that is not wrapped, so that what is in it can be copied."""
+    out.print(text, soft_wrap=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ccn_deploy.cli.console import line, plain
 from ccn_deploy.cli.options import JsonOption
 
 if TYPE_CHECKING:
@@ -45,55 +46,55 @@ def doctor(
 
 def _print(diagnosis: Diagnosis, version: str) -> None:
     machine = diagnosis.machine
-    _line(f"ccn-deploy {version}, Python {machine.python}, {machine.system} {machine.architecture}")
+    line(f"ccn-deploy {version}, Python {machine.python}, {machine.system} {machine.architecture}")
     _print_gpus(machine)
-    _line("\n[bold]Runtimes[/]")
+    line("\n[bold]Runtimes[/]")
     for trial in diagnosis.trials:
-        did = _escape(", ".join(trial.did))
-        why = _escape(trial.problem)
+        did = plain(", ".join(trial.did))
+        why = plain(trial.problem)
         state = f"[{_STATES[trial.state]}]{trial.state:<8}[/]"
-        _line(f"{state}{trial.runtime:<18}{'. '.join(filter(None, (did, why)))}")
+        line(f"{state}{trial.runtime:<18}{'. '.join(filter(None, (did, why)))}")
         _print_fix(trial.fix, 26)
-    _line("\n[bold]Packages[/]")
+    line("\n[bold]Packages[/]")
     _print_packages(diagnosis.requirements)
     if diagnosis.uses is not None:
-        _line("\n[bold]Bundle[/]")
+        line("\n[bold]Bundle[/]")
         for use in diagnosis.uses:
             state = "[green]runs    [/]" if not use.problem else "[yellow]not here[/]"
             name = f"{use.fit.runtime}-{use.fit.precision}"
-            path = _escape(use.fit.record.path)
-            _line(f"{state} {name:<24}{_escape(use.problem) or path}")
+            path = plain(use.fit.record.path)
+            line(f"{state} {name:<24}{plain(use.problem) or path}")
             _print_fix(use.fix, 33)
     for problem in diagnosis.problems:
-        _line(f"\n[bold red]broken[/] {_escape(problem.what)}")
+        line(f"\n[bold red]broken[/] {plain(problem.what)}")
         _print_fix(problem.fix, 7)
-    _line("\n" + _verdict(diagnosis))
+    line("\n" + _verdict(diagnosis))
 
 
 def _print_gpus(machine: Machine) -> None:
     for gpu in machine.gpus:
-        _line(
-            f"GPU {gpu.index}: {_escape(gpu.name)}, compute capability {gpu.compute_capability}, "
+        line(
+            f"GPU {gpu.index}: {plain(gpu.name)}, compute capability {gpu.compute_capability}, "
             f"{gpu.memory / 2**30:.0f} GiB"
         )
     if machine.driver is not None:
-        _line(f"NVIDIA driver {machine.driver}")
+        line(f"NVIDIA driver {machine.driver}")
     if not machine.gpus:
-        _line(f"No GPU: {_escape(machine.no_gpu_reason)}")
+        line(f"No GPU: {plain(machine.no_gpu_reason)}")
 
 
 def _print_packages(requirements: tuple[Requirement, ...]) -> None:
     """Print a line for each extra: its packages, and what is wrong with them."""
     for extra in dict.fromkeys(r.extra for r in requirements):
         group = [r for r in requirements if r.extra == extra]
-        name = _escape((f"[{extra}]" if extra else "always").ljust(10))
+        name = plain((f"[{extra}]" if extra else "always").ljust(10))
         words = []
         for r in group:
             have = r.installed or "not installed"
             words.append(
                 f"{r.name} {have}" if r.met else f"[yellow]{r.name} {have}[/] (needs {r.needed})"
             )
-        _line(f"{name}{', '.join(words)}")
+        line(f"{name}{', '.join(words)}")
 
 
 def _verdict(diagnosis: Diagnosis) -> str:
@@ -110,17 +111,4 @@ def _verdict(diagnosis: Diagnosis) -> str:
 
 def _print_fix(fix: str, indent: int) -> None:
     if fix:
-        _line(" " * indent + _escape(fix))
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _line(text: str) -> None:
-    """Print one line that is not wrapped, so that a command in it can be copied."""
-    from ccn_deploy.cli.console import out
-
-    out.print(text, soft_wrap=True)
+        line(" " * indent + plain(fix))

@@ -11,6 +11,7 @@ import typer
 from ccn_deploy.cli.bench import bench
 from ccn_deploy.cli.doctor import doctor
 from ccn_deploy.cli.export import export
+from ccn_deploy.cli.inspect import inspect
 from ccn_deploy.cli.quickstart import quickstart
 from ccn_deploy.cli.train import train
 from ccn_deploy.cli.verify_parity import verify_parity
@@ -54,6 +55,7 @@ app.command("export")(export)
 app.command("verify-parity")(verify_parity)
 app.command("verify-robustness")(verify_robustness)
 app.command("bench")(bench)
+app.command("inspect")(inspect)
 app.command("doctor")(doctor)
 app.command("quickstart")(quickstart)
 

@@ -71,10 +71,10 @@ def fits(bundle: Bundle, machine: Machine, *, device: int = 0) -> tuple[Fit, ...
         device: Index of the GPU.
     """
     return tuple(
-        Fit(runtime, precision, record, _problem(bundle, record, runtime, machine, device))
+        Fit(runtime, precision, record, obstacle(bundle, record, runtime, machine, device=device))
         for runtime in PREFERENCE
         for precision in _precisions(bundle)
-        for record in _files(bundle, runtime, precision)
+        for record in files_for(bundle, runtime, precision)
     )
 
 
@@ -353,8 +353,14 @@ def _precisions(bundle: Bundle) -> list[str]:
     return sorted(here, key=lambda name: (order.get(name, len(order)), name))
 
 
-def _files(bundle: Bundle, runtime: str, precision: str) -> tuple[FileRecord, ...]:
-    """Return what a runtime may execute in a precision: engines, or the graph it takes."""
+def files_for(bundle: Bundle, runtime: str, precision: str) -> tuple[FileRecord, ...]:
+    """Return what a runtime may execute in a precision: engines, or the graph that it takes.
+
+    Args:
+        bundle: An open bundle.
+        runtime: A name in :data:`PREFERENCE`.
+        precision: Of the files.
+    """
     if runtime in LIBRARIES:
         return engines(bundle, runtime, precision)
     files = bundle.manifest.files
@@ -362,9 +368,18 @@ def _files(bundle: Bundle, runtime: str, precision: str) -> tuple[FileRecord, ..
     return own or tuple(r for r in files if (r.role, r.precision) == ("forward", precision))
 
 
-def _problem(
-    bundle: Bundle, record: FileRecord, runtime: str, machine: Machine, device: int
+def obstacle(
+    bundle: Bundle, record: FileRecord, runtime: str, machine: Machine, *, device: int = 0
 ) -> CcnDeployError | None:
+    """Return why a runtime cannot run a file of a bundle here, or None if nothing is known.
+
+    Args:
+        bundle: An open bundle.
+        record: A graph or engine in it.
+        runtime: A name in :data:`PREFERENCE` that takes such a file.
+        machine: What it shall run on.
+        device: Index of the GPU.
+    """
     if runtime not in LIBRARIES:
         return onnxruntime_problem(runtime, record.precision, machine, device=device)
     refusal = _refusal(record, bundle.head(record, HEAD), machine, device)
