@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ccn_deploy.cli.text import plain
 from ccn_deploy.errors import CcnDeployError
 
 out = Console(highlight=False)
@@ -49,15 +50,3 @@ def progress() -> Progress:
         TimeRemainingColumn(),
         console=err,
     )
-
-
-def plain(text: str) -> str:
-    """Return text as it is to be read: no markup, and nothing that steers a terminal."""
-    from rich.markup import escape
-
-    return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
-
-
-def line(text: str) -> None:
-    """Print one line of results that is not wrapped, so that what is in it can be copied."""
-    out.print(text, soft_wrap=True)

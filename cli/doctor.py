@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ccn_deploy.cli.console import line, plain
 from ccn_deploy.cli.options import JsonOption
+from ccn_deploy.cli.text import line, plain
 
 if TYPE_CHECKING:
     from ccn_deploy.diagnosis import Diagnosis, Requirement

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ccn_deploy.cli.console import line, plain
 from ccn_deploy.cli.options import BundleArgument, JsonOption
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ccn_deploy.cli.text import line, plain
 
 _INDENT = 13
 
@@ -33,8 +30,6 @@ def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
 
 
 def _print(document: dict[str, Any]) -> None:
-    from ccn_deploy.cli.console import out
-
     line(
         f"[bold]{plain(document['bundle'])}[/]: {plain(document['defense'])} on "
         f"{plain(document['architecture'])}"
@@ -46,8 +41,8 @@ def _print(document: dict[str, Any]) -> None:
     _field("classes", f"{len(names)}: {shown}", 0)
     _field("training", _training(document["training"]), 0)
     _field("digest", document["digest"], 0)
-    out.print()
-    out.print(_files(document["files"]))
+    line("")
+    _print_files(document["files"])
     told: set[str] = set()
     for file in document["files"]:
         _print_file(file, told)
@@ -57,16 +52,16 @@ def _print(document: dict[str, Any]) -> None:
         line(f"  {plain(file['path'])}  {file['bytes']:,} bytes")
 
 
-def _files(files: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name in ("file", "role", "precision", "bytes", "sha256"):
-        table.add_column(name, no_wrap=True, justify="right" if name == "bytes" else "left")
+def _print_files(files: list[dict[str, Any]]) -> None:
+    """Print a table whose columns are as wide as what is in them, whatever the terminal."""
+    rows = [("file", "role", "precision", "bytes", "sha256")]
     for file in files:
         path, role, precision = (plain(file[key]) for key in ("path", "role", "precision"))
-        table.add_row(path, role, precision, f"{file['bytes']:,}", plain(file["sha256"][:16]))
-    return table
+        rows.append((path, role, precision, f"{file['bytes']:,}", file["sha256"][:16]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [f"{cell:{'>' if at == 3 else '<'}{widths[at]}}" for at, cell in enumerate(row)]
+        line("  ".join(cells).rstrip())
 
 
 def _print_file(file: dict[str, Any], told: set[str]) -> None:
