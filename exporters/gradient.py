@@ -195,9 +195,14 @@ def _relu(at: Site, layer: nn.ReLU, g: Gradient) -> Gradient:
 
 
 def _bounded_relu(at: Site, layer: BoundedReLU, g: Gradient) -> Gradient:
-    """Pass where nothing was clipped, 0 and 1 themselves included, as in PyTorch."""
-    same = at.node("Equal", [at.placed.x, at.placed.y], "on")
-    return at.scaled(g, at.floats(same, "mask"), "mask")
+    """Pass where nothing is clipped, 0 and 1 themselves included, as in PyTorch.
+
+    Not where input and output are equal: a runtime may round the one and not the other.
+    """
+    above = at.node("GreaterOrEqual", [at.placed.x, at.forward("low")], "above")
+    below = at.node("LessOrEqual", [at.placed.x, at.forward("high")], "below")
+    passing = at.node("And", [above, below], "on")
+    return at.scaled(g, at.floats(passing, "mask"), "mask")
 
 
 def _flatten(at: Site, layer: nn.Flatten, g: Gradient) -> Gradient:

@@ -58,6 +58,8 @@ class _Caster:
         self._constants = {c.name: c for c in graph.graph.initializer}
         self._floats = {e.name for e in ends if e.type.tensor_type.elem_type == TensorProto.FLOAT}
         self._wide_nodes = _wide_nodes(graph)
+        low_nodes = [node for node in graph.graph.node if node.name not in self._wide_nodes]
+        self._low_constants = {tensor for node in low_nodes for tensor in node.input}
         self._rounded_after = {norm.layer for norm in find_norms(graph)}
         self._low: set[str] = set()
         self._nodes: list[onnx.NodeProto] = []
@@ -114,15 +116,14 @@ class _Caster:
 
     def _constant(self, name: str, low: bool) -> str:
         """Return the name of a constant in the format of a node, and keep it."""
-        constant = self._constants[name]
-        made: TensorProto = constant
-        if constant.data_type == TensorProto.FLOAT:
+        made = self._constants[name]
+        if made.data_type == TensorProto.FLOAT:
+            value = numpy_helper.to_array(made)
             if low:
-                made = encoded(name, numpy_helper.to_array(constant), self._to)
-            elif name.endswith(".weight"):  # of the backward pass
-                value = rounded(numpy_helper.to_array(constant), self._to)
-                made = numpy_helper.from_array(value, f"{name}.fp32")
-        assert self._made.setdefault(made.name, made) == made, made.name
+                made = encoded(name, value, self._to)
+            elif name in self._low_constants or name.endswith(".grad.weight"):  # backward pass
+                made = numpy_helper.from_array(rounded(value, self._to), f"{name}.fp32")
+        self._made[made.name] = made
         return str(made.name)
 
 

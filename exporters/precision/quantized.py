@@ -23,27 +23,32 @@ from ccn_deploy.exporters.precision.sites import Site, quantized_sites
 def to_grid(graph: onnx.ModelProto, to: Format, ranges: Mapping[str, float]) -> onnx.ModelProto:
     """Return a copy of a forward graph with quantised operands.
 
-    The result of a product is never quantised: in a compact layer it is divided by the norm of
-    its patch first, and patches of small norm would be lost in one scale for all.
+    A compact layer takes its norm, in float32, of the very numbers that its product multiplies:
+    what rounding or clipping does to their length is divided out again. The product itself is not
+    quantised before it is divided, since patches of small norm would be lost in one scale for all.
 
     Args:
         graph: float32.
         to: The grid's format.
         ranges: Largest absolute value to represent of each tensor that is quantised.
     """
-    sites = {site.node: site for site in quantized_sites(graph)}
-    weights = {site.weight for site in sites.values()}
+    sites = {site.x: site for site in quantized_sites(graph)}
+    weights = {site.weight: site for site in sites.values()}
     constants = {c.name: c for c in graph.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     made = [c for c in graph.graph.initializer if c.name not in weights]
+    renamed: dict[str, str] = {}
     for node in graph.graph.node:
+        for tensor in node.input:
+            if tensor in sites and tensor not in renamed:
+                renamed[tensor] = _activation(nodes, made, sites[tensor], to, ranges[tensor])
+            if tensor in weights:
+                weight = numpy_helper.to_array(constants[tensor])
+                renamed[tensor] = _weight(nodes, made, weights[tensor], to, weight)
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
-        if node.name in sites:
-            site = sites[node.name]
-            weight = numpy_helper.to_array(constants[site.weight])
-            copy.input[0] = _activation(nodes, made, site, to, ranges[site.x])
-            copy.input[1] = _weight(nodes, made, site, to, weight)
+        del copy.input[:]
+        copy.input.extend(renamed.get(tensor, tensor) for tensor in node.input)
         nodes.append(copy)
     body = graph.graph
     return helper.make_model(
