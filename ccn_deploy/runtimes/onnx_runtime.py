@@ -46,6 +46,10 @@ at once were 4 to 32 % slower, and take eight times the memory."""
 Shapes = Mapping[str, Sequence[int | str]]
 """Of a graph's inputs or outputs by name, without the batch."""
 
+_WRONG = ("ReluQuantRewrite", "ClipQuantRewrite")
+"""Optimisations that are not made: they drop a ReLU before a QuantizeLinear whose zero point is 0,
+which is right for unsigned integers and wrong for fp8 (seen in 1.32)."""
+
 _FATAL = 4
 """ONNX Runtime's log level; everything else comes back as an exception with the same words."""
 
@@ -217,7 +221,8 @@ def make_session(
         options: See :class:`~ccn_deploy.runtimes.base.RuntimeOptions`.
 
     Raises:
-        RuntimeUnavailableError: No such provider or device here.
+        RuntimeUnavailableError: No such provider or device here, or it lacks a kernel that the
+            graph needs.
         IntegrityError: The bytes are no ONNX model.
     """
     provider = PROVIDERS[name]
@@ -237,8 +242,18 @@ def make_session(
         session_options.intra_op_num_threads = options.threads
     try:
         session = ort.InferenceSession(
-            graph, session_options, providers=[(provider, settings)], enable_fallback=0
+            graph,
+            session_options,
+            providers=[(provider, settings)],
+            enable_fallback=0,
+            disabled_optimizers=_WRONG,
         )
+    except ort.capi.onnxruntime_pybind11_state.NotImplemented as error:
+        raise RuntimeUnavailableError(
+            f"{name} cannot compute {path}: {one_line(error)}",
+            "ONNX Runtime has no kernel for this precision there (bf16 on the CPU, for example). "
+            "Choose another --precision, or a TensorRT runtime.",
+        ) from error
     except _failures(ort) as error:
         if name == "onnxruntime-cuda":
             raise _no_cuda(ort, one_line(error)) from error

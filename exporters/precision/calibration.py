@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Calibration:
 
 
 def ranges(graph: onnx.ModelProto, calibration: Calibration) -> dict[str, float]:
-    """Return the largest absolute value to represent of each tensor that is quantised.
+    """Return, for each layer that is quantised, the largest absolute input to represent.
 
     Args:
         graph: Forward, float32.
@@ -58,7 +58,7 @@ def ranges(graph: onnx.ModelProto, calibration: Calibration) -> dict[str, float]
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
-        LoweringError: A tensor is zero on every image, or not finite.
+        LoweringError: A layer's input is zero on every image, or not finite.
     """
     library = require("onnxruntime.quantization.calibrate", "cpu", "to calibrate")
     method, options = {
@@ -66,10 +66,10 @@ def ranges(graph: onnx.ModelProto, calibration: Calibration) -> dict[str, float]
         "entropy": (library.CalibrationMethod.Entropy, {}),
         "percentile": (library.CalibrationMethod.Percentile, {"percentile": PERCENTILE}),
     }[calibration.method]
-    tensors = dict.fromkeys(site.x for site in quantized_sites(graph))
+    tensors = {site.layer: site.x for site in quantized_sites(graph)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
-        path.write_bytes(_watched(graph, tensors).SerializeToString())
+        path.write_bytes(_watched(graph, tensors.values()).SerializeToString())
         calibrator = library.create_calibrator(
             path,
             op_types_to_calibrate=["Identity"],
@@ -82,19 +82,19 @@ def ranges(graph: onnx.ModelProto, calibration: Calibration) -> dict[str, float]
                 calibrator.collect_data(_Reader(batch))
             found = calibrator.compute_data()
     limits = {}
-    for tensor in tensors:
+    for layer, tensor in tensors.items():
         low, high = (float(np.asarray(end).item()) for end in found[tensor].range_value)
         limit = max(-low, high)
         if not 0 < limit < np.inf:
             raise LoweringError(
-                f"The tensor {tensor!r} has no range to quantise on these images: {limit}.",
+                f"The input of layer {layer!r} has no range to quantise on these images: {limit}.",
                 "Calibrate on real images of the training set.",
             )
-        limits[tensor] = limit
+        limits[layer] = limit
     return limits
 
 
-def _watched(graph: onnx.ModelProto, tensors: Mapping[str, None]) -> onnx.ModelProto:
+def _watched(graph: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
     """Return a copy in which only the tensors of interest meet the op that is calibrated."""
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)

@@ -30,7 +30,7 @@ def to_grid(graph: onnx.ModelProto, to: Format, ranges: Mapping[str, float]) -> 
     Args:
         graph: float32.
         to: The grid's format.
-        ranges: Largest absolute value to represent of each tensor that is quantised.
+        ranges: Largest absolute input to represent of each layer that is quantised.
     """
     sites = {site.x: site for site in quantized_sites(graph)}
     weights = {site.weight: site for site in sites.values()}
@@ -41,7 +41,8 @@ def to_grid(graph: onnx.ModelProto, to: Format, ranges: Mapping[str, float]) -> 
     for node in graph.graph.node:
         for tensor in node.input:
             if tensor in sites and tensor not in renamed:
-                renamed[tensor] = _activation(nodes, made, sites[tensor], to, ranges[tensor])
+                site = sites[tensor]
+                renamed[tensor] = _activation(nodes, made, site, to, ranges[site.layer])
             if tensor in weights:
                 weight = numpy_helper.to_array(constants[tensor])
                 renamed[tensor] = _weight(nodes, made, weights[tensor], to, weight)
