@@ -90,7 +90,7 @@ def test_margins_are_zero_at_ties() -> None:
 
 def test_layers_are_compared_on_their_own_scale() -> None:
     expected = np.full((2, 3, 4, 4), 0.5)
-    got = compare_values(expected + 0.001, expected, unit=0.01)
+    got = compare_values(expected + 0.001, expected, scale=scale_of(expected), unit=0.01)
     assert got.relative == pytest.approx(0.002)
     assert got.units == pytest.approx(0.1)
 

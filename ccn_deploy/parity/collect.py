@@ -14,13 +14,13 @@ import numpy as np
 import ccn_deploy
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data import Dataset, Images
-from ccn_deploy.errors import UsageError
+from ccn_deploy.errors import IntegrityError, UsageError
 from ccn_deploy.evaluation import check_fits
 from ccn_deploy.extras import require
 from ccn_deploy.parity.comparison import compare_logits, compare_values, scale_of
 from ccn_deploy.parity.evidence import KINDS, InputRow, LayerRow, ParityEvidence, setting_key
 from ccn_deploy.parity.invariance import Claim, measure_invariance
-from ccn_deploy.parity.policy import policy_for
+from ccn_deploy.parity.policy import Arithmetic, policy_for
 from ccn_deploy.runtimes import Runtime, RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.activations import open_activations
 from ccn_deploy.runtimes.base import Array
@@ -121,7 +121,13 @@ def collect(
 
 
 def measure_inputs(
-    run: Callable[[Images], Array], probe: Probe, reference: Array, *, unit: float, samples: int
+    run: Callable[[Images], Array],
+    probe: Probe,
+    reference: Array,
+    *,
+    unit: float,
+    samples: int,
+    scale: float | None = None,
 ) -> list[InputRow]:
     """Compare a runtime with the reference on one kind of input, at three batch sizes.
 
@@ -131,8 +137,9 @@ def measure_inputs(
         reference: float64 logits of ``probe.images``.
         unit: What rounding explains on them.
         samples: Size of the large batch.
+        scale: Logit scale; that of ``reference`` if not given.
     """
-    scale = scale_of(reference)
+    scale = scale_of(reference) if scale is None else scale
     rows = []
     for batch, n in _batches(samples):
         chosen = probe.take(n)
@@ -180,6 +187,7 @@ class _Measurement:
                     logits[probe.kind],
                     unit=_last(units[probe.kind]),
                     samples=samples,
+                    scale=self._scale(logits[probe.kind], logits["clean"]),
                 )
         step("batch invariance")
         claims = self._invariance(probes, logits, units)
@@ -193,8 +201,36 @@ class _Measurement:
         from ccn_deploy.parity.rounding import rounding_units
 
         images = torch.from_numpy(probe.images[: self.setting["unit_images"]]).double()
-        arithmetic = policy_for(self.request.precision).arithmetic
-        return rounding_units(exact, images, arithmetic, draws=DRAWS, seed=self.request.seed)
+        return rounding_units(
+            exact,
+            images,
+            self._arithmetic,
+            draws=DRAWS,
+            seed=self.request.seed,
+            ranges=self._ranges() if self._arithmetic.grid else None,
+        )
+
+    @property
+    def _arithmetic(self) -> Arithmetic:
+        return policy_for(self.request.precision).arithmetic
+
+    def _ranges(self) -> dict[str, float]:
+        """Return the calibrated ranges, which stand in the manifest apart from the graph."""
+        record = self.bundle.file("forward", self.request.precision)
+        try:
+            return dict(record.details["calibration"]["ranges"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(
+                f"The manifest does not say which ranges {record.path} was calibrated to.",
+                f"Export again with --precision {self.request.precision}.",
+            ) from error
+
+    def _scale(self, values: Array, clean: Array) -> float:
+        """Return the scale to measure errors by.
+
+        The steps of a grid are made for clean images, and no finer where everything is small.
+        """
+        return max(map(scale_of, (values, clean))) if self._arithmetic.grid else scale_of(values)
 
     def _invariance(
         self,
@@ -219,14 +255,17 @@ class _Measurement:
         deployed = open_activations(self.bundle, name, precision, self.options)
         reference = open_activations(self.bundle, "torch", "fp64", self.options)
         rows: dict[str, list[LayerRow]] = {}
+        clean: dict[str, Array] = {}
         for probe in probes:
             step(f"{probe.kind}: layer by layer")
             images = probe.images[probe.take(ODD_BATCH)]
             found, expected = deployed(images), reference(images)
+            clean = clean or expected
             for layer, values in expected.items():
                 if layer in found:
                     unit = units[probe.kind][layer]
-                    deviation = compare_values(found[layer], values, unit=unit)
+                    scale = self._scale(values, clean[layer])
+                    deviation = compare_values(found[layer], values, scale=scale, unit=unit)
                     rows.setdefault(layer, []).append(LayerRow(layer, probe.kind, deviation))
         return tuple(row for layer in rows.values() for row in layer)
 

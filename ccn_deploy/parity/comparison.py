@@ -136,12 +136,10 @@ def compare_logits(
     )
 
 
-def compare_values(found: Array, expected: Array, *, unit: float) -> Deviation:
-    """Compare a layer's outputs [N, ...], which have no labels; the scale is their own."""
+def compare_values(found: Array, expected: Array, *, scale: float, unit: float) -> Deviation:
+    """Compare a layer's outputs [N, ...], which have no labels."""
     largest, p99, nonfinite = _errors(found, expected)
-    return Deviation(
-        len(found), largest, p99, 0, (), nonfinite, scale=scale_of(expected), unit=unit
-    )
+    return Deviation(len(found), largest, p99, 0, (), nonfinite, scale=scale, unit=unit)
 
 
 def scale_of(reference: Array) -> float:

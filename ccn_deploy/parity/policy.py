@@ -19,11 +19,14 @@ class Arithmetic:
         store: Of weights and of what a layer hands to the next.
         accumulate: Of the sums inside a linear map.
         norm: Of the norm branch of compact layers.
+        grid: ``"int8"`` or ``"fp8"`` where operands of products are put on a grid by a scale;
+            empty where none are.
     """
 
     store: float
     accumulate: float
     norm: float
+    grid: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Policy:
         precision: For example ``"fp32"``.
         arithmetic: What the rounding model assumes.
         max_relative: Bound on the largest absolute error over the logit scale, which is the
-            largest absolute reference logit of the same kind of input.
+            largest absolute reference logit of the same kind of input, and on a grid no less than
+            that of clean images.
         max_units: Bound on the largest absolute error over the largest that the rounding model
             produced on the same kind of input.
     """
@@ -58,6 +62,8 @@ class Policy:
 
 
 _U32 = 2.0**-24
+_U16 = 2.0**-11
+_UB16 = 2.0**-8
 
 POLICIES: dict[str, Policy] = {
     policy.precision: policy
@@ -67,6 +73,30 @@ POLICIES: dict[str, Policy] = {
             arithmetic=Arithmetic(store=_U32, accumulate=_U32, norm=_U32),
             max_relative=1e-4,
             max_units=8.0,
+        ),
+        Policy(
+            precision="fp16",
+            arithmetic=Arithmetic(store=_U16, accumulate=_U16, norm=_U32),
+            max_relative=2e-2,
+            max_units=2.0,
+        ),
+        Policy(
+            precision="bf16",
+            arithmetic=Arithmetic(store=_UB16, accumulate=_U32, norm=_U32),
+            max_relative=5e-2,
+            max_units=3.0,
+        ),
+        Policy(
+            precision="int8",
+            arithmetic=Arithmetic(store=_U32, accumulate=_U32, norm=_U32, grid="int8"),
+            max_relative=0.1,
+            max_units=3.0,
+        ),
+        Policy(
+            precision="fp8",
+            arithmetic=Arithmetic(store=_U32, accumulate=_U32, norm=_U32, grid="fp8"),
+            max_relative=0.2,
+            max_units=3.0,
         ),
     )
 }

@@ -8,8 +8,8 @@ accounted for. ``docs/parity.md`` derives the model and shows how it was calibra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -23,6 +23,15 @@ from ccn_deploy.parity.policy import Arithmetic
 _EXACT = (nn.ReLU, BoundedReLU, nn.MaxPool2d, nn.Flatten, nn.Dropout)
 """Layers that choose among their inputs and round nothing."""
 
+_GRIDS: dict[str, tuple[float, torch.dtype | None]] = {
+    "int8": (127.0, None),
+    "fp8": (448.0, torch.float8_e4m3fn),
+}
+"""Largest number of each grid, and its dtype if its steps are not equal."""
+
+_STRETCH = 0.05
+"""How much finer or coarser than the deployed grid the others are."""
+
 _DOUBLES = 2**23
 """Numbers that one wide tensor of one pass may hold: 64 MiB in float64."""
 
@@ -34,6 +43,7 @@ def rounding_units(
     *,
     draws: int = 8,
     seed: int = 0,
+    ranges: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Return, for each layer, the largest absolute deviation that rounding produced.
 
@@ -43,6 +53,7 @@ def rounding_units(
         arithmetic: What is modelled.
         draws: Repetitions per image.
         seed: Of the errors.
+        ranges: For each layer that is quantised, the largest absolute input to represent.
 
     Returns:
         Layer name -> max over images, draws and elements of ``|noisy - exact|``, in the order of
@@ -53,7 +64,8 @@ def rounding_units(
     size = _chunk(model, draws)
     for start in range(0, len(images), size):
         chunk = images[start : start + size]
-        for name, exact, noisy in noisy_forward(model, chunk, arithmetic, draws, generator):
+        steps = noisy_forward(model, chunk, arithmetic, draws, generator, ranges=ranges)
+        for name, exact, noisy in steps:
             units[name] = max(units[name], float((noisy - exact).abs().max()))
     return units
 
@@ -65,16 +77,18 @@ def noisy_forward(
     arithmetic: Arithmetic,
     draws: int,
     generator: torch.Generator,
+    *,
+    ranges: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Run the network exactly and with rounding errors, side by side.
 
     Yields:
         (layer name, exact output [N, ...], noisy outputs [draws, N, ...]), layer by layer.
     """
-    model_of = _RoundingModel(arithmetic, generator)
+    model_of = _RoundingModel(arithmetic, generator, ranges or {})
     exact, noisy = images, images.expand(draws, *images.shape)
     for name, layer in model.named_layers():
-        exact, noisy = model_of.step(layer, exact, noisy)
+        exact, noisy = model_of.step(name, layer, exact, noisy)
         yield name, exact, noisy
 
 
@@ -104,26 +118,40 @@ class _RoundingModel:
 
     arithmetic: Arithmetic
     generator: torch.Generator
+    ranges: Mapping[str, float] = field(default_factory=dict)
 
-    def step(self, layer: nn.Module, exact: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
+    def step(
+        self, name: str, layer: nn.Module, exact: Tensor, noisy: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Map (exact [N, ...], noisy [K, N, ...]) through ``layer``."""
         if isinstance(layer, SubtractMean):
             return layer(exact), self._rounded(layer(noisy), self.arithmetic.store)
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            return layer(exact), self._weighted(layer, exact, noisy)
+            return layer(exact), self._weighted(name, layer, exact, noisy)
         if isinstance(layer, _EXACT):
             return layer(exact), _each(layer, noisy)
         raise TypeError(f"the rounding model knows no layer of type {type(layer).__name__}")
 
-    def _weighted(self, layer: nn.Conv2d | nn.Linear, exact: Tensor, noisy: Tensor) -> Tensor:
+    def _weighted(
+        self, name: str, layer: nn.Conv2d | nn.Linear, exact: Tensor, noisy: Tensor
+    ) -> Tensor:
         """Return the noisy outputs of a linear map, compact or not."""
         store, accumulate = self.arithmetic.store, self.arithmetic.accumulate
         terms = layer.weight[0].numel()
-        total, squares = _linear(layer, exact), _linear(layer, exact.square(), squared=True)
+        total, squares = (
+            _linear(layer, exact),
+            _linear(layer, exact.square(), layer.weight.square()),
+        )
         # A weight (with alpha folded in) is rounded once, and so is each product.
         operands = (store**2 + accumulate**2) / 3 * squares
         std = (sum_error_std(total, squares, terms, accumulate).square() + operands).sqrt()
-        folded = _each(partial(_linear, layer), noisy)
+        if name in self.ranges:
+            noisy = self._on_grid(noisy, torch.tensor(self.ranges[name], dtype=noisy.dtype))
+            weights = self._weights_on_grid(layer, len(noisy))
+            pairs = zip(noisy, weights, strict=True)
+            folded = torch.stack([_linear(layer, x, weight) for x, weight in pairs])
+        else:
+            folded = _each(partial(_linear, layer), noisy)
         product = folded + std * self._normal(folded)
         if isinstance(layer, CompactConv2d | CompactLinear):
             product = product * layer.alpha / self._divisor(layer, exact, noisy)
@@ -145,6 +173,31 @@ class _RoundingModel:
         norm = self._rounded(guarded_sqrt(summed + std * self._normal(summed)), unit)
         return self._rounded(norm + layer.delta, unit)
 
+    def _on_grid(self, values: Tensor, limit: Tensor) -> Tensor:
+        """Put each draw [K, ...] on a grid of its own; the first on the very one that is deployed.
+
+        Others are up to :data:`_STRETCH` finer or coarser, with the same limits: errors of the
+        same kind that fall otherwise. No grid is shifted, since every one holds 0 exactly, which
+        is what most activations are.
+        """
+        shape = (len(values), *[1] * (values.dim() - 1))
+        stretch = torch.empty(shape, dtype=values.dtype)
+        stretch.uniform_(1 - _STRETCH, 1 + _STRETCH, generator=self.generator)
+        stretch[0] = 1.0
+        largest, dtype = _GRIDS[self.arithmetic.grid]
+        scale = limit * stretch / largest
+        steps = values.clamp(min=-limit, max=limit) / scale
+        if dtype is None:
+            return steps.round() * scale
+        return steps.clamp(-largest, largest).to(dtype).to(values.dtype) * scale
+
+    def _weights_on_grid(self, layer: nn.Conv2d | nn.Linear, draws: int) -> Tensor:
+        """Return weights [K, C_out, ...] of which each channel is on a grid of its own."""
+        # Every channel has its largest weight as its limit, whatever alpha is folded in.
+        weight = layer.weight
+        limit = weight.abs().flatten(1).amax(1).view(-1, *[1] * (weight.dim() - 1))
+        return self._on_grid(weight.expand(draws, *weight.shape), limit.clamp(min=1e-30))
+
     def _rounded(self, values: Tensor, unit: float) -> Tensor:
         """Give each value a relative error uniform in [-unit, unit]."""
         uniform = torch.empty_like(values).uniform_(-1.0, 1.0, generator=self.generator)
@@ -154,9 +207,9 @@ class _RoundingModel:
         return torch.empty_like(like).normal_(generator=self.generator)
 
 
-def _linear(layer: nn.Conv2d | nn.Linear, x: Tensor, *, squared: bool = False) -> Tensor:
+def _linear(layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return the weighted sums of ``x`` without bias, norm or alpha."""
-    weight = layer.weight.square() if squared else layer.weight
+    weight = layer.weight if weight is None else weight
     if isinstance(layer, nn.Conv2d):
         return F.conv2d(x, weight, None, layer.stride, layer.padding)
     return F.linear(x, weight)

@@ -1,0 +1,59 @@
+"""Bundles with a graph in another precision, beside the float32 one they come with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+from ccn_deploy.bundle import Bundle, NewFile, write_bundle
+from ccn_deploy.data import load_dataset
+from ccn_deploy.exporters.graph import to_bytes
+from ccn_deploy.exporters.precision import Calibration, convert
+
+SAMPLES = 128
+
+
+def digits(method: str = "min-max") -> Calibration:
+    """Return a calibration on training images of mnist5k."""
+    data = load_dataset("mnist5k", "train")
+    chosen = data.order(0)[:SAMPLES]
+    return Calibration(data.images(chosen), method, {"dataset": data.name, "samples": SAMPLES})
+
+
+def forward_graph(bundle: Bundle, precision: str = "fp32") -> onnx.ModelProto:
+    return onnx.load_model_from_string(bundle.read(bundle.file("forward", precision)))
+
+
+def with_precision(
+    bundle: Bundle, output: Path, precision: str, calibration: Calibration | None = None
+) -> Bundle:
+    """Write a copy of a bundle with one more forward graph."""
+    converted = convert(forward_graph(bundle), precision, calibration)
+    details = {"layers": converted.layers}
+    if converted.calibration is not None:
+        details["calibration"] = converted.calibration
+    path = f"graphs/forward-{precision}.onnx"
+    graph = NewFile(path, to_bytes(converted.graph), "forward", precision, {}, details)
+    manifest = bundle.manifest
+    return write_bundle(
+        output,
+        architecture=manifest.architecture,
+        defense=manifest.defense,
+        input_shape=manifest.input_shape,
+        class_names=manifest.class_names,
+        training=manifest.training,
+        files=[*(_copied(bundle, record.path) for record in manifest.files), graph],
+    )
+
+
+def _copied(bundle: Bundle, path: str) -> NewFile:
+    (record,) = (record for record in bundle.manifest.files if record.path == path)
+    return NewFile(
+        path,
+        bundle.read(record),
+        record.role,
+        record.precision,
+        record.made_by,
+        record.details,
+    )
