@@ -200,16 +200,21 @@ def _engine(runtime: str) -> Iterator[str]:
         if machine.gpu_broken:
             raise without
         raise _NoGpuError("builds" if builds else "absent", without)
+    yield _run(runtime, engine_file(runtime, trt.__version__, plan, machine))
+
+
+def engine_file(runtime: str, version: str, plan: bytes, machine: Machine) -> NewFile:
+    """Describe an engine of :func:`build` that is for the first GPU of a machine."""
     details = {
         "library": runtime,
-        "version": trt.__version__,
+        "version": version,
         "magic": LIBRARIES[runtime].magic.decode(),
         "system": machine.system,
         "machine": machine.architecture,
         "compute_capabilities": [machine.gpus[0].compute_capability],
         "profiles": [{"images": {"min": [1, *SHAPE], "opt": [2, *SHAPE], "max": [2, *SHAPE]}}],
     }
-    yield _run(runtime, NewFile("plan.engine", plan, f"engine:{runtime}", "fp32", {}, details))
+    return NewFile("plan.engine", plan, f"engine:{runtime}", "fp32", {}, details)
 
 
 def build(trt: Any, *, for_this_gpu: bool) -> bytes:

@@ -27,9 +27,10 @@ from ccn_deploy import trial
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.diagnosis import TRIED, Diagnosis, Requirement, read_requirements, satisfies
 from ccn_deploy.errors import ExitCode
-from ccn_deploy.machine import release, this_machine
+from ccn_deploy.machine import Gpu, release, this_machine
 from ccn_deploy.runtimes import RUNTIMES
-from ccn_deploy.trial import Trial, build, try_runtime
+from ccn_deploy.runtimes.fit import check_engine
+from ccn_deploy.trial import Trial, build, engine_file, try_runtime
 
 ROOT = Path(__file__).parent.parent
 STATES = {"works", "builds", "absent", "broken"}
@@ -331,7 +332,10 @@ class TestTheNetwork:
 
     def test_builds(self) -> None:
         trt = pytest.importorskip("tensorrt_rtx")
-        assert build(trt, for_this_gpu=False)[:4] == b"vtrt"
+        plan = build(trt, for_this_gpu=False)
+        with_gpu = replace(this_machine(), gpus=(Gpu(0, "NVIDIA L4", "8.9", 24 << 30),))
+        file = engine_file("tensorrt-rtx", trt.__version__, plan, with_gpu)
+        check_engine(file.record(), plan[:4], with_gpu)
 
 
 VERSION = st.lists(st.integers(0, 30), min_size=1, max_size=4).map(lambda n: ".".join(map(str, n)))

@@ -261,7 +261,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     key=st.sampled_from([*ENGINE, *INT8, "else"]),
     value=JSON
