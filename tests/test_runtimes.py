@@ -275,12 +275,13 @@ def test_exactly_the_finite_floats_from_0_to_1_are_accepted(x: np.ndarray) -> No
     finite = all(np.isfinite(v) for v in x.flat)
     inside = all(0.0 <= v <= 1.0 for v in x.flat)
     for check_range, wanted in ((True, inside), (False, finite)):
-        try:
-            check_images(x, SPEC, check_range=check_range)
-            accepted = True
-        except InputError:
-            accepted = False
-        assert accepted == wanted
+        for layout in (x, np.asfortranarray(x)):
+            try:
+                check_images(layout, SPEC, check_range=check_range)
+                accepted = True
+            except InputError:
+                accepted = False
+            assert accepted == wanted
 
 
 @pytest.mark.parametrize("name", HERE)
