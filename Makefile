@@ -4,6 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+GPU_VENV ?= .venv-gpu
+GPU_INSTALLED := $(GPU_VENV)/.installed
+# Where there is no GPU its tests are skipped, and nothing is installed for them.
+GPU_READY := $(if $(shell command -v nvidia-smi),$(GPU_INSTALLED),$(INSTALLED))
 QUICKSTART ?=
 
 .DEFAULT_GOAL := help
@@ -26,8 +30,17 @@ quickstart: $(INSTALLED) ## Train, lower, prove and attack, on real digits (abou
 test: $(INSTALLED) ## Run the tests
 	$(BIN)/python -m pytest
 
-test-gpu: $(INSTALLED) ## Run the tests that need an NVIDIA GPU
-	$(BIN)/python -m pytest -m gpu
+test-gpu: $(GPU_READY) ## Run the tests that need an NVIDIA GPU
+	$(dir $(GPU_READY))bin/ccn-deploy doctor || true
+	$(dir $(GPU_READY))bin/python -m pytest -m gpu -rA
+
+# Apart from $(VENV): onnxruntime and onnxruntime-gpu cannot both be installed. TensorRT comes from
+# NVIDIA's own index; without a way there, its tests are skipped and say so.
+$(GPU_INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[rtx,train,test]' 'onnxruntime-gpu[cuda,cudnn]'
+	$(GPU_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]' || echo 'TensorRT could not be installed; its tests will be skipped.'
+	@touch $@
 
 soak: $(INSTALLED) ## Ask one loaded bundle from eight threads for a minute
 	$(BIN)/python -m pytest -m soak -s
@@ -46,4 +59,4 @@ bench: $(INSTALLED) ## Measure speed as ratios in one run
 	$(BIN)/python -m benchmarks
 
 clean: ## Remove the environment and what the quickstart wrote
-	rm -rf $(VENV) quickstart
+	rm -rf $(VENV) $(GPU_VENV) quickstart

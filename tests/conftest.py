@@ -9,9 +9,28 @@ from pathlib import Path
 import pytest
 
 from ccn_deploy.bundle import Bundle, open_bundle
+from ccn_deploy.machine import this_machine
 
 EPOCHS = 3
 """Enough for about 95 % on mnist5k, which is enough to be attacked."""
+
+
+def pytest_report_header() -> list[str]:
+    """Say which GPUs the tests of this run may use."""
+    machine = this_machine()
+    return [
+        f"GPU {gpu.index}: {gpu.name}, compute capability {gpu.compute_capability}, driver "
+        f"{machine.driver}"
+        for gpu in machine.gpus
+    ] or [f"GPU: none ({machine.no_gpu_reason})"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, and say why there is none."""
+    reason = this_machine().no_gpu_reason
+    for item in items:
+        if reason and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU: {reason}"))
 
 
 @pytest.fixture(scope="session", autouse=True)
