@@ -129,7 +129,17 @@ class Model:
             CcnDeployError: As :meth:`predict` does.
             GateError: A logit is not finite: there is no largest one, and no label is made up.
         """
-        logits = self.predict(images)
+        return self.labels(self.predict(images))
+
+    def labels(self, logits: Array) -> Array:
+        """Return the label of each row of logits, int64 [N], as :meth:`classify` does.
+
+        Args:
+            logits: [N, classes], from :meth:`predict`.
+
+        Raises:
+            GateError: A logit is not finite.
+        """
         if not np.isfinite(logits).all():
             bad = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
             raise GateError(
@@ -145,9 +155,11 @@ class Model:
         return [self._class_names[label] for label in labels]
 
     def warm_up(self, batches: Sequence[int] | None = None) -> None:
-        """Run once at each batch size, so that the first request is as fast as the next.
+        """Run each batch size, so that the first request is as fast as the next.
 
-        Memory is taken and, on a GPU, kernels are loaded at the first call of a size.
+        At the first call of a size memory is taken and, on a GPU, kernels are loaded; at the second
+        TensorRT captures a CUDA graph. So every size runs twice. What calls in several threads at
+        once need beyond that is taken when they first come.
 
         Args:
             batches: Sizes to run; 1 and :attr:`max_batch` if not given.
@@ -161,7 +173,9 @@ class Model:
             if size < 1:
                 raise UsageError(f"A batch of {size} cannot be run.", "Give sizes of at least 1.")
         for size in sizes:
-            self.predict(np.zeros((size, *self._spec.input_shape), np.float32))
+            images = np.zeros((size, *self._spec.input_shape), np.float32)
+            self.predict(images)
+            self.predict(images)
 
     def close(self) -> None:
         """Release the runtime and its memory. Calling twice is harmless."""
