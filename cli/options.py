@@ -13,7 +13,8 @@ BundleArgument = Annotated[
 RuntimeOption = Annotated[
     str,
     typer.Option(
-        "--runtime", help="What runs the model: onnxruntime-cpu, onnxruntime-cuda, torch."
+        "--runtime",
+        help="What runs the model: onnxruntime-cpu, onnxruntime-cuda, tensorrt, tensorrt-rtx, torch.",
     ),
 ]
 PrecisionOption = Annotated[

@@ -141,7 +141,7 @@ class TestBundleErrors:
         assert_clear_error(
             ccn_deploy(command, ccn_bundle.path, "--runtime", "onnxruntime-cuda"),
             ExitCode.ENVIRONMENT,
-            "gpu",
+            "NVIDIA GPU",
         )
 
     def test_unknown_precision(self, command: str, ccn_bundle: Bundle) -> None:

@@ -20,12 +20,14 @@ import pytest
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import EngineUnfitError, IntegrityError
+from ccn_deploy.exporters.engines import BuiltEngine
 from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.cuda import CudaError, Device
 from ccn_deploy.runtimes.fit import choose_engine
 from ccn_deploy.runtimes.tensorrt import kernels_file
 from ccn_deploy.runtimes.trt import LIBRARIES, load_library
+from tests.engines import engine_file, with_files
 
 pytestmark = pytest.mark.gpu
 
@@ -254,14 +256,10 @@ def test_another_gpu_and_another_release_are_refused(bundle: Bundle, library: st
 def test_a_plan_that_is_none_is_refused_with_the_log(
     bundle: Bundle, library: str, tmp_path: Path
 ) -> None:
-    from tests.engines import engine_file, with_files
-
     record = choose_engine(bundle, library, "fp32", this_machine())
-    plan = bundle.read(record)
-    said = dict(record.details)
-    spoilt = with_files(
-        bundle, tmp_path / "b", engine_file(plan[: len(plan) // 2], precision="spoilt", **said)
-    )
+    built = BuiltEngine(bundle.read(record), dict(record.details))
+    half = built.plan[: len(built.plan) // 2]
+    spoilt = with_files(bundle, tmp_path / "b", engine_file(built, half, precision="spoilt"))
     with pytest.raises((EngineUnfitError, IntegrityError)) as refused:
         open_runtime(spoilt, library, "spoilt")
     print(refused.value)
@@ -300,17 +298,18 @@ from ccn_deploy.bundle import open_bundle
 from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import open_runtime
 from ccn_deploy.runtimes.trt import capture, load_library, logger
+from ccn_deploy.exporters.engines import Batches
 from tests.engines import build_rtx, engine_file, with_files
 
 bundle = open_bundle(sys.argv[1])
-graph = bundle.read(bundle.file("forward", "fp32"))
-plan = build_rtx(graph, {"images": tuple((n, 1, 28, 28) for n in (1, 4, 8))})
+built = build_rtx(bundle, Batches(1, 4, 8))
 trt = load_library("tensorrt-rtx", "to probe")
 with capture() as log:
-    print("validity of the default engine:", trt.Runtime(logger(trt)).get_engine_validity(plan))
+    validity = trt.Runtime(logger(trt)).get_engine_validity(built.plan)
+print("validity of the default engine:", validity)
 print("log:", log.at_least("WARNING"))
 here = this_machine().gpus[0].compute_capability
-forced = with_files(bundle, Path(sys.argv[2]), engine_file(plan, compute_capabilities=[here]))
+forced = with_files(bundle, Path(sys.argv[2]), engine_file(built, compute_capabilities=[here]))
 try:
     with open_runtime(forced, "tensorrt-rtx") as runtime:
         x = np.random.default_rng(0).random((4, 1, 28, 28), dtype=np.float32)

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ccn_deploy.bundle import Bundle, NewFile, open_bundle
+from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.errors import (
     EngineUnfitError,
     ExitCode,
@@ -26,6 +26,7 @@ from ccn_deploy.errors import (
     UsageError,
 )
 from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters.engines import Batches, BuiltEngine
 from ccn_deploy.machine import Gpu, Machine, this_machine
 from ccn_deploy.runtimes import RuntimeOptions, engine, open_runtime
 from ccn_deploy.runtimes import cuda as cuda_module
@@ -61,14 +62,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def plan(plain: Bundle) -> bytes:
-    batches = tuple((n, *SHAPE) for n in (1, 4, 8))
-    return build_rtx(plain.read(plain.file("forward", "fp32")), {"images": batches})  # type: ignore[dict-item]
+def built(plain: Bundle) -> BuiltEngine:
+    return build_rtx(plain, Batches(1, 4, 8))
 
 
 @pytest.fixture(scope="module")
-def bundle(plain: Bundle, plan: bytes, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return with_files(plain, tmp_path_factory.mktemp("engine") / "b", engine_file(plan))
+def bundle(plain: Bundle, built: BuiltEngine, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return with_files(plain, tmp_path_factory.mktemp("engine") / "b", engine_file(built))
 
 
 # Refusals: real engines, and a bundle that says what they are
@@ -87,10 +87,10 @@ def test_without_a_driver_it_says_so(bundle: Bundle, capfd: pytest.CaptureFixtur
 @no_gpu_here
 @pytest.mark.parametrize("damage", ["none", "after the magic"])
 def test_nothing_of_an_engine_is_read_before_the_machine_is_known_to_fit(
-    plain: Bundle, plan: bytes, tmp_path: Path, damage: str
+    plain: Bundle, built: BuiltEngine, tmp_path: Path, damage: str
 ) -> None:
-    data = plan if damage == "none" else plan[:4] + b"\xff" * 4096
-    with_files(plain, tmp_path / "b", engine_file(data))
+    data = built.plan if damage == "none" else built.plan[:4] + b"\xff" * 4096
+    with_files(plain, tmp_path / "b", engine_file(built, data))
     program = """
 import sys
 from ccn_deploy.errors import EngineUnfitError
@@ -122,10 +122,10 @@ for module in ("tensorrt_rtx", "tensorrt", "torch", "onnxruntime", "onnx"):
     ],
 )  # fmt: skip
 def test_a_real_engine_of_elsewhere_is_refused(
-    plain: Bundle, plan: bytes, tmp_path: Path, changed: dict[str, object], machine: Machine,
+    plain: Bundle, built: BuiltEngine, tmp_path: Path, changed: dict[str, object], machine: Machine,
     words: str,
 ) -> None:  # fmt: skip
-    foreign = with_files(plain, tmp_path / "b", engine_file(plan, **changed))
+    foreign = with_files(plain, tmp_path / "b", engine_file(built, **changed))
     with pytest.raises(EngineUnfitError, match=words):
         choose_engine(foreign, RTX, "fp32", machine)
 
@@ -134,15 +134,17 @@ def test_the_manifest_of_a_real_engine_fits_its_machine(bundle: Bundle) -> None:
     assert choose_engine(bundle, RTX, "fp32", WITH_L4).role == "engine:tensorrt-rtx"
 
 
-def test_bytes_of_another_library_are_damage(plain: Bundle, plan: bytes, tmp_path: Path) -> None:
-    other = with_files(plain, tmp_path / "b", engine_file(b"ftrt" + plan[4:]))
+def test_bytes_of_another_library_are_damage(
+    plain: Bundle, built: BuiltEngine, tmp_path: Path
+) -> None:
+    other = with_files(plain, tmp_path / "b", engine_file(built, b"ftrt" + built.plan[4:]))
     with pytest.raises(IntegrityError, match="tensorrt") as refused:
         open_runtime(other, RTX)
     assert refused.value.exit_code == ExitCode.INTEGRITY
 
 
-def test_a_changed_byte_is_damage(plain: Bundle, plan: bytes, tmp_path: Path) -> None:
-    damaged = with_files(plain, tmp_path / "b", engine_file(plan))
+def test_a_changed_byte_is_damage(plain: Bundle, built: BuiltEngine, tmp_path: Path) -> None:
+    damaged = with_files(plain, tmp_path / "b", engine_file(built))
     record = damaged.file("engine:tensorrt-rtx", "fp32")
     file = damaged.path / record.path
     data = bytearray(file.read_bytes())
@@ -170,7 +172,7 @@ def test_options_and_views_that_an_engine_does_not_have(bundle: Bundle) -> None:
 
 
 @no_gpu_here
-def test_a_machine_whose_gpu_vanished_is_a_cuda_error(bundle: Bundle, plan: bytes) -> None:
+def test_a_machine_whose_gpu_vanished_is_a_cuda_error(bundle: Bundle, built: BuiltEngine) -> None:
     """As if the check had passed: the first CUDA call fails, before the plan is deserialized."""
     record = bundle.file("engine:tensorrt-rtx", "fp32")
     with pytest.raises(CudaError, match="cudaSetDevice") as refused:
@@ -567,7 +569,7 @@ def test_every_name_of_the_library_in_the_source_exists(module: str) -> None:
     assert trt.DataType.FLOAT.name == "FLOAT"
 
 
-def test_the_library_without_a_driver_refuses_by_none_and_a_log(plan: bytes) -> None:
+def test_the_library_without_a_driver_refuses_by_none_and_a_log(built: BuiltEngine) -> None:
     """What the runtime relies on: no exception, no crash, and the reason in the log."""
     if this_machine().gpus:
         pytest.skip("this machine has a GPU")
@@ -575,7 +577,7 @@ def test_the_library_without_a_driver_refuses_by_none_and_a_log(plan: bytes) -> 
 
     trt = load_library(RTX, "for a test")
     with capture() as log:
-        assert trt.Runtime(logger(trt)).deserialize_cuda_engine(plan) is None
+        assert trt.Runtime(logger(trt)).deserialize_cuda_engine(built.plan) is None
     assert "CUDA driver" in engine._lines(log)
 
 
@@ -583,8 +585,3 @@ def test_a_bundle_with_engines_opens_and_runs_elsewhere(bundle: Bundle) -> None:
     """The engine is no hindrance to the runtimes that this machine has."""
     with open_runtime(open_bundle(bundle.path)) as runtime:
         assert runtime.logits(np.zeros((1, *SHAPE), np.float32)).shape == (1, 10)
-
-
-def test_an_engine_file_helper_is_what_a_manifest_needs(plan: bytes) -> None:
-    assert isinstance(engine_file(plan), NewFile)
-    assert plan[:4] == b"vtrt"
