@@ -14,7 +14,8 @@ RuntimeOption = Annotated[
     str,
     typer.Option(
         "--runtime",
-        help="What runs the model: onnxruntime-cpu, onnxruntime-cuda, tensorrt, tensorrt-rtx, torch.",
+        help="What runs the model: onnxruntime-cpu, onnxruntime-cuda, tensorrt, tensorrt-rtx, "
+        "torch.",
     ),
 ]
 PrecisionOption = Annotated[
