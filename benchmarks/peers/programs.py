@@ -1,0 +1,228 @@
+"""Who runs an attack, and how: every program gets the same options in its own words.
+
+A program only crafts; whether an image fools its victim is asked by us, outside of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import foolbox
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers.libraries import PACKAGES, library
+from benchmarks.subjects import ONE_THREAD
+from ccn_deploy.attacks import ATTACKS, AttackSpec
+from ccn_deploy.attacks.perform import perform
+from ccn_deploy.attacks.surrogate import foolbox_model, twin_model
+from ccn_deploy.bundle import Bundle
+from ccn_deploy.runtimes import open_runtime
+from ccn_deploy.runtimes.torch_runtime import load_twin
+
+EPSILON = 0.2
+PGD_STEPS, PGD_STEP = 40, 1 / 30
+DEEPFOOL_STEPS, CANDIDATES, OVERSHOOT = 50, 10, 0.02
+CW = {"steps": 1000, "rounds": 6, "stepsize": 0.05, "const": 1.0}
+
+Craft = Callable[[Tensor, Tensor], Tensor]
+"""From images [N, C, H, W] and the labels to leave [N] to the attack's last word."""
+
+Victim = Callable[[Tensor], Tensor]
+"""From images to logits."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One library's way to run one attack.
+
+    Attributes:
+        name: What the table calls it.
+        craft: The attack; None if the library is not installed.
+        victim: What it attacks, and is scored on.
+        rounds: How often it may run at most.
+        images: How many of the images it gets, because it is slow; all if None.
+        note: What is not as in the other programs.
+    """
+
+    name: str
+    craft: Craft | None
+    victim: Victim
+    rounds: int = 7
+    images: int | None = None
+    note: str = ""
+
+
+class Network:
+    """One bundle's network in every form that is attacked.
+
+    Args:
+        bundle: An open bundle with a gradient graph.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self.tuned = load_twin(bundle)
+        self.plain = load_twin(bundle).to(memory_format=torch.contiguous_format)
+        self.plain.requires_grad_(True)
+        self._runtime = open_runtime(bundle, options=ONE_THREAD)
+        self.native = foolbox_model(self._runtime, None, gradient="native")
+
+    def deployed(self, images: Tensor) -> Tensor:
+        """Return the logits of the deployed runtime."""
+        return torch.from_numpy(self._runtime.logits(images.numpy()))
+
+    @cached_property
+    def art(self) -> Any:
+        """The network as ART's classifier."""
+        classification = library("art.estimators.classification")
+        assert classification is not None
+        return classification.PyTorchClassifier(
+            model=self.tuned,
+            loss=nn.CrossEntropyLoss(),
+            input_shape=self._bundle.manifest.input_shape,
+            nb_classes=len(self._bundle.manifest.class_names),
+            clip_values=(0.0, 1.0),
+            device_type="cpu",
+        )
+
+
+def fgsm(network: Network) -> Iterator[Program]:
+    """One step of 0.2."""
+    attack = foolbox.attacks.LinfFastGradientAttack()
+    yield from _foolbox(network, attack, epsilon=EPSILON)
+    yield from _ours(network, _spec("fgsm", EPSILON))
+    yield _art(network, "FastGradientMethod", eps=EPSILON)
+    yield _torchattacks(network, "FGSM", eps=EPSILON)
+
+
+def pgd(network: Network) -> Iterator[Program]:
+    """40 steps within 0.2 from a random start."""
+    attack = foolbox.attacks.LinfPGD(steps=PGD_STEPS, rel_stepsize=PGD_STEP)
+    yield from _foolbox(network, attack, rounds=2, epsilon=EPSILON)
+    yield from _ours(network, _spec("pgd", EPSILON), rounds=2)
+    step = PGD_STEP * EPSILON
+    settings = {"eps": EPSILON, "eps_step": step, "max_iter": PGD_STEPS, "num_random_init": 1}
+    yield _art(network, "ProjectedGradientDescent", **settings, verbose=False)
+    yield _torchattacks(network, "PGD", eps=EPSILON, alpha=step, steps=PGD_STEPS)
+    yield _adv_lib(
+        network,
+        "pgd_linf",
+        **{"ε": EPSILON, "steps": PGD_STEPS, "relative_step_size": PGD_STEP},
+    )
+
+
+def deepfool(network: Network) -> Iterator[Program]:
+    """L2 on logits, 10 candidates, 50 steps, overshoot 0.02."""
+    attack = foolbox.attacks.L2DeepFoolAttack(
+        steps=DEEPFOOL_STEPS, candidates=CANDIDATES, overshoot=OVERSHOOT, loss="logits"
+    )
+    yield from _foolbox(network, attack, rounds=2)
+    yield from _ours(network, _spec("deepfool"), rounds=2)
+    yield from _ours(network, _spec("deepfool-fast"), name="ours, skipping", rounds=2)
+    yield _adv_lib(network, "df", steps=DEEPFOOL_STEPS, overshoot=OVERSHOOT, rounds=2)
+    settings = {"max_iter": DEEPFOOL_STEPS, "epsilon": OVERSHOOT, "nb_grads": CANDIDATES}
+    yield _art(network, "DeepFool", **settings, verbose=False, images=32)
+    yield _torchattacks(network, "DeepFool", steps=DEEPFOOL_STEPS, overshoot=OVERSHOOT, images=32)
+
+
+def cw(network: Network) -> Iterator[Program]:
+    """L2, the paper's setting: 1000 iterations, 6 steps of the search over c, kappa 0."""
+    attack = foolbox.attacks.L2CarliniWagnerAttack(
+        steps=CW["steps"],
+        binary_search_steps=CW["rounds"],
+        stepsize=CW["stepsize"],
+        initial_const=CW["const"],
+    )
+    yield from _foolbox(network, attack, rounds=1)
+    yield from _ours(network, _spec("cw"), rounds=1)
+    yield _adv_lib(
+        network,
+        "carlini_wagner_l2",
+        max_iterations=CW["steps"],
+        binary_search_steps=CW["rounds"],
+        learning_rate=CW["stepsize"],
+        initial_const=CW["const"],
+    )
+    settings = {"max_iter": CW["steps"], "binary_search_steps": CW["rounds"]}
+    settings |= {"learning_rate": CW["stepsize"], "initial_const": CW["const"]}
+    yield _art(network, "CarliniL2Method", **settings, verbose=False, images=1)
+    yield _torchattacks(
+        network,
+        "CW",
+        **{"steps": CW["steps"], "lr": CW["stepsize"], "c": CW["const"]},
+        note="no search over c",
+    )
+
+
+def _foolbox(
+    network: Network, attack: Any, rounds: int = 7, **strength: float
+) -> Iterator[Program]:
+    def craft(module: nn.Module) -> Craft:
+        model = foolbox.PyTorchModel(module, bounds=(0, 1), device="cpu")
+        return lambda x, y: attack.run(model, x, foolbox.Misclassification(y), **strength)
+
+    yield Program("Foolbox", craft(network.plain), network.plain, rounds)
+    # Once where it is slow: what it is compared with runs before and after.
+    few = rounds if rounds > 2 else 1
+    yield Program("Foolbox, tuned", craft(network.tuned), network.tuned, few)
+
+
+def _ours(
+    network: Network, spec: AttackSpec, name: str = "ours", rounds: int = 7
+) -> Iterator[Program]:
+    def craft(model: Any) -> Craft:
+        def run(x: Tensor, y: Tensor) -> Tensor:
+            seeds = np.arange(len(x))[:, None]
+            return torch.from_numpy(perform(spec, model, x.numpy(), y.numpy(), seeds=seeds))
+
+        return run
+
+    yield Program(f"{name}, ONNX Runtime", craft(network.native), network.deployed, rounds)
+    yield Program(f"{name}, PyTorch", craft(twin_model(network.tuned)), network.tuned, rounds)
+
+
+def _spec(name: str, epsilon: float | None = None) -> AttackSpec:
+    kind = ATTACKS[name]
+    return AttackSpec(name, kind.norm, epsilon, True, kind.parameters)
+
+
+def _art(network: Network, attack: str, images: int | None = None, **settings: Any) -> Program:
+    evasion = library("art.attacks.evasion")
+
+    def craft(x: Tensor, y: Tensor) -> Tensor:
+        made = getattr(evasion, attack)(network.art, batch_size=len(x), **settings)
+        return torch.from_numpy(made.generate(x.numpy(), y.numpy()))
+
+    return _optional("art", evasion, craft, network, images=images)
+
+
+def _torchattacks(
+    network: Network, attack: str, images: int | None = None, note: str = "", **settings: Any
+) -> Program:
+    torchattacks = library("torchattacks")
+
+    def craft(x: Tensor, y: Tensor) -> Tensor:
+        return getattr(torchattacks, attack)(network.tuned, **settings)(x, y).detach()
+
+    return _optional("torchattacks", torchattacks, craft, network, images=images, note=note)
+
+
+def _adv_lib(network: Network, attack: str, rounds: int = 1, **settings: Any) -> Program:
+    attacks = library("adv_lib")
+
+    def craft(x: Tensor, y: Tensor) -> Tensor:
+        return getattr(attacks, attack)(network.tuned, x, y, **settings).detach()
+
+    return _optional("adv_lib", attacks, craft, network, rounds=rounds)
+
+
+def _optional(
+    module: str, found: Any, craft: Craft, network: Network, rounds: int = 1, **details: Any
+) -> Program:
+    use = None if found is None else craft
+    return Program(PACKAGES[module], use, network.tuned, rounds, **details)
