@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -91,12 +92,15 @@ def _rows(
 
 def _measure(everyone: list[Program], x: Tensor, y: Tensor, rounds: int) -> dict[str, Times]:
     """Run all programs that are installed in turn."""
-    present = {p.name: p for p in everyone if p.craft is not None}
-    works = {
-        name: lambda p=p, n=_share(p, x): p.craft(x[:n].clone(), y[:n].clone())
-        for name, p in present.items()
-    }
-    return in_turn(works, {name: min(rounds, p.rounds) for name, p in present.items()})
+    present = [program for program in everyone if program.craft is not None]
+    works = {program.name: partial(_craft, program, x, y) for program in present}
+    return in_turn(works, {program.name: min(rounds, program.rounds) for program in present})
+
+
+def _craft(program: Program, x: Tensor, y: Tensor) -> Tensor:
+    assert program.craft is not None
+    n = _share(program, x)
+    return program.craft(x[:n].clone(), y[:n].clone())
 
 
 def _ratio(program: Times, images: int, base: Times, base_images: int) -> float:

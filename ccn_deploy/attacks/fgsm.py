@@ -13,7 +13,6 @@ from foolbox.criteria import Misclassification
 from foolbox.distances import linf
 from foolbox.models.base import Model
 
-from ccn_deploy.attacks.loss import ascent
 from ccn_deploy.attacks.passes import forward, tensor_of
 
 
@@ -46,5 +45,6 @@ class LinfFGSM(FixedEpsilonAttack):
             raise ValueError(f"FGSM here is untargeted and cannot serve {criterion!r}")
         images, restore_type = tensor_of(inputs)
         everything = torch.arange(len(images), device=images.device)
-        direction = ascent(forward(model, images), criterion.labels.raw, everything)
+        labels = criterion.labels.raw
+        direction = forward(model, images, labels=labels).ascent(everything, labels).sign()
         return restore_type((images + epsilon * direction).clamp(*model.bounds))

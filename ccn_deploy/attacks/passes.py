@@ -17,12 +17,13 @@ from foolbox.models.base import Model
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ccn_deploy.attacks.loss import slope
 from ccn_deploy.errors import RuntimeUnavailableError
-from ccn_deploy.runtimes.base import Runtime
+from ccn_deploy.runtimes.base import Climbs, Runtime
 
 
 class Pass(Protocol):
-    """One forward pass at images [N, C, H, W]."""
+    """One forward pass at images [N, C, H, W], begun by :func:`forward`."""
 
     @property
     def logits(self) -> Tensor:
@@ -41,6 +42,15 @@ class Pass(Protocol):
         """
         ...
 
+    def ascent(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Return where the cross-entropy rises: its input gradients [n, C, H, W].
+
+        Args:
+            rows: As for :meth:`gradients`.
+            labels: Theirs, int64 [n].
+        """
+        ...
+
 
 def tensor_of(inputs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Return what an attack was given as a tensor, and what gives a tensor back in the same form.
@@ -55,7 +65,13 @@ def tensor_of(inputs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     return x.raw, lambda result: restore(astensor(result))
 
 
-def forward(model: Model, images: Tensor, places: Tensor | None = None) -> Pass:
+def forward(
+    model: Model,
+    images: Tensor,
+    places: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+) -> Pass:
     """Begin a pass at ``images`` [N, C, H, W]: the model's own way if it has one, else autograd.
 
     Every forward and backward pass of our attacks begins here.
@@ -65,14 +81,16 @@ def forward(model: Model, images: Tensor, places: Tensor | None = None) -> Pass:
         images: Iterates of images that are still attacked.
         places: Whose iterates they are, int64 [N] in the batch that the attack was given; the
             whole batch if None. Only a :class:`Counted` model asks.
+        labels: Of the images, int64 [N], if :meth:`Pass.ascent` will be asked for most of them: a
+            runtime may then compute it with the logits.
 
     Raises:
         RuntimeUnavailableError: The model gives no gradients.
     """
     if isinstance(model, Counted):
-        return model.counted_pass(images, places)
-    own: Callable[[Tensor], Pass] | None = getattr(model, "forward_pass", None)
-    return _AutogradPass(model, images) if own is None else own(images)
+        return model.counted_pass(images, places, labels)
+    own: Callable[[Tensor, Tensor | None], Pass] | None = getattr(model, "forward_pass", None)
+    return _AutogradPass(model, images) if own is None else own(images, labels)
 
 
 class _AutogradPass:
@@ -107,30 +125,64 @@ class _AutogradPass:
             found.append(gradient[rows])
         return torch.stack(found, dim=1)
 
+    def ascent(self, rows: Tensor, labels: Tensor) -> Tensor:
+        return self.gradients(rows, slope(self.logits[rows], labels)[:, None])[:, 0]
+
 
 class NativePass:
     """By the runtime itself, in its own arithmetic: no autograd and no twin.
 
     Logits come from the forward graph, which costs a fraction of the gradient graph: an image
-    that is done by then needs no gradient.
+    that is done by then needs no gradient. A runtime that climbs the cross-entropy by itself gives
+    logits and ascent at once, if the ascent is announced.
 
     Args:
         runtime: A differentiable runtime.
         images: float [N, C, H, W].
+        labels: int64 [N], which announce that their cross-entropy is climbed; or None.
     """
 
-    def __init__(self, runtime: Runtime, images: Tensor) -> None:
+    def __init__(self, runtime: Runtime, images: Tensor, labels: Tensor | None = None) -> None:
         self._runtime = runtime
         self._images = images.detach()
+        self._labels = labels if isinstance(runtime, Climbs) else None
         self._logits: Tensor | None = None
+        self._ascent: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:
-        """Logits of all images, by the forward graph, when they are first asked for."""
+        """Logits of all images, when they are first asked for."""
         if self._logits is None:
-            logits = self._runtime.logits(self._images.contiguous().cpu().numpy())
-            self._logits = torch.from_numpy(logits).to(self._images)
+            if self._labels is None:
+                self._logits = self._answer(self._images)
+            else:
+                self._logits, self._ascent = self._climb(self._labels)
         return self._logits
+
+    def _answer(self, images: Tensor) -> Tensor:
+        logits = self._runtime.logits(images.contiguous().cpu().numpy())
+        return torch.from_numpy(logits).to(images)
+
+    def _climb(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits [N, classes] and the gradients of the cross-entropy [N, C, H, W]."""
+        assert isinstance(self._runtime, Climbs)
+        images = self._images.contiguous().cpu().numpy()
+        found = self._runtime.cross_entropy(images, labels.cpu().numpy())
+        logits, ascent = (torch.from_numpy(array).to(self._images) for array in found)
+        ascent[~logits.isfinite().all(dim=1)] = torch.nan
+        # Whether an image fools the runtime is for its forward graph to say, which may round
+        # otherwise.
+        gone = logits.argmax(dim=-1) != labels
+        if gone.any():
+            logits[gone] = self._answer(self._images[gone])
+        return logits, ascent
+
+    def ascent(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Return what came with the logits, or ask."""
+        logits = self.logits[rows]
+        if self._ascent is not None:
+            return self._ascent[rows]
+        return self.gradients(rows, slope(logits, labels)[:, None])[:, 0]
 
     def gradients(self, rows: Tensor, cotangents: Tensor) -> Tensor:
         """Return all gradients in one call of the runtime."""
@@ -210,11 +262,13 @@ class Counted(Model):
         """Refuse: who is asked about is not said, so nothing could be counted."""
         raise TypeError("only attacks that ask through ccn_deploy.attacks.passes can be counted")
 
-    def counted_pass(self, images: Tensor, places: Tensor | None) -> Pass:
+    def counted_pass(
+        self, images: Tensor, places: Tensor | None, labels: Tensor | None = None
+    ) -> Pass:
         """Begin a pass of the model; see :func:`forward`."""
         if places is None:
             places = torch.arange(len(images), device=images.device)
-        return _CountedPass(forward(self._model, images), places, self.queries)
+        return _CountedPass(forward(self._model, images, labels=labels), places, self.queries)
 
 
 class _CountedPass:
@@ -226,11 +280,19 @@ class _CountedPass:
 
     @property
     def logits(self) -> Tensor:
+        self._count_forward()
+        return self._inner.logits
+
+    def _count_forward(self) -> None:
         if not self._asked:  # asking again costs nothing
             self._queries.add(self._places, forward=1)
             self._asked = True
-        return self._inner.logits
 
     def gradients(self, rows: Tensor, cotangents: Tensor) -> Tensor:
         self._queries.add(self._places[rows], backward=cotangents.shape[1])
         return self._inner.gradients(rows, cotangents)
+
+    def ascent(self, rows: Tensor, labels: Tensor) -> Tensor:
+        self._count_forward()  # the slope is made of the logits
+        self._queries.add(self._places[rows], backward=1)
+        return self._inner.ascent(rows, labels)

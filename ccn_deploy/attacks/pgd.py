@@ -16,7 +16,6 @@ from foolbox.models.base import Model
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ccn_deploy.attacks.loss import ascent
 from ccn_deploy.attacks.passes import forward, tensor_of
 
 
@@ -88,12 +87,12 @@ class LinfPGD(FixedEpsilonAttack):
                 noise = _noise([generators[at] for at in active.tolist()], origin, epsilon)
                 result[active] = (origin[active] + noise).clamp(*model.bounds)
             for _ in range(self.steps):
-                here = forward(model, result[active], active)
+                here = forward(model, result[active], active, labels=labels[active])
                 holding = (here.logits.argmax(dim=-1) == labels[active]).nonzero()[:, 0]
                 if not len(holding):
                     return result
-                direction = ascent(here, labels[active], holding)
                 active = active[holding]
+                direction = here.ascent(holding, labels[active]).sign()
                 moved = result[active] + self.rel_stepsize * epsilon * direction
                 moved = origin[active] + (moved - origin[active]).clamp(-epsilon, epsilon)
                 result[active] = moved.clamp(*model.bounds)

@@ -104,9 +104,9 @@ class NativeModel(PyTorchModel):
         super().__init__(module, bounds=BOUNDS, device=torch.device("cpu"))
         self.runtime = runtime
 
-    def forward_pass(self, images: Tensor) -> NativePass:
+    def forward_pass(self, images: Tensor, labels: Tensor | None = None) -> NativePass:
         """Begin a pass on the runtime."""
-        return NativePass(self.runtime, images)
+        return NativePass(self.runtime, images, labels)
 
 
 def foolbox_model(

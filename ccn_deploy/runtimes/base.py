@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,6 +149,20 @@ class Runtime(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+
+@runtime_checkable
+class Climbs(Protocol):
+    """A runtime that finds the slope of the cross-entropy by itself, with one forward pass."""
+
+    def cross_entropy(self, images: Array, labels: Array) -> tuple[Array, Array]:
+        """Return logits [N, classes] and the input gradient of each cross-entropy [N, C, H, W].
+
+        Args:
+            images: float32 [N, C, H, W].
+            labels: int64 [N].
+        """
+        ...
 
 
 def check_images(images: Array, spec: RuntimeSpec, *, check_range: bool = True) -> None:

@@ -6,14 +6,15 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
 import numpy as np
 
 from ccn_deploy.bundle import Bundle, FileRecord
-from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError, UsageError
+from ccn_deploy.data.dataset import check_labels
+from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError, UsageError
 from ccn_deploy.extras import require
 from ccn_deploy.runtimes.base import (
     LARGEST_BATCH,
@@ -24,6 +25,7 @@ from ccn_deploy.runtimes.base import (
     check_images,
     in_batches,
 )
+from ccn_deploy.runtimes.climbing import LABELS, climbing
 
 PROVIDERS = {
     "onnxruntime-cpu": "CPUExecutionProvider",
@@ -57,7 +59,8 @@ _FATAL = 4
 class OnnxRuntime:
     """The forward graph of a bundle in an ONNX Runtime session of its own.
 
-    The gradient graph, if the bundle has one, gets a second session when it is first asked for.
+    The gradient graph, if the bundle has one, gets a session when it is first asked for, and
+    another if it is to climb the cross-entropy.
     Several threads may call at once. Images are handed over without a copy if they are
     C-contiguous.
 
@@ -81,9 +84,9 @@ class OnnxRuntime:
         self._options = options
         self._spec = make_spec(self._ort, bundle, name, precision, options)
         self._failures = _failures(self._ort)
-        self._gradient_session: Any = None
+        self._gradient_sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
-        images = {INPUT: list(self._spec.input_shape)}
+        images = {INPUT: self._spec.input_shape}
         graph = bundle.forward(name, precision)
         self._session: Any = self._open(graph, images, {OUTPUTS[0]: [self._spec.classes]})
 
@@ -136,20 +139,46 @@ class OnnxRuntime:
             RuntimeUnavailableError: The bundle has no gradient graph, or ONNX Runtime failed.
             IntegrityError: The graph is not the one of the manifest, or no gradient graph.
         """
-        if not self.differentiable:
-            raise RuntimeUnavailableError(
-                f"The runtime {self._spec.name} has no input gradients: the bundle has no gradient "
-                f"graph in {self._spec.precision}.",
-                "Export the run again without --no-gradient, or take gradients from the runtime "
-                "'torch', the twin of the deployed network.",
-            )
         session = self._with_gradient()
         check_images(images, self._spec, check_range=self._options.check_range)
         check_cotangents(cotangents, len(images), self._spec)
-        candidates = cotangents.shape[1]
+        if not cotangents.shape[1]:
+            return self.logits(images), np.empty((len(images), 0, *self._spec.input_shape), "f4")
+        return self._backward(session, images, COTANGENTS, cotangents, cotangents.shape[1])
+
+    def cross_entropy(self, images: Array, labels: Array) -> tuple[Array, Array]:
+        """Return logits [N, classes] and the slope of each cross-entropy [N, C, H, W], in float32.
+
+        It is :meth:`vjp` along softmax(logits) less the label's one, and saves the forward pass
+        that would have to find those logits first.
+
+        Args:
+            images: float32 [N, C, H, W] as for :meth:`logits`.
+            labels: int64 [N].
+
+        Raises:
+            InputError: Images as for :meth:`logits`, or labels that are no classes.
+            UsageError: The runtime is closed.
+            RuntimeUnavailableError: The bundle has no gradient graph, or ONNX Runtime failed.
+            IntegrityError: The graph is not the one of the manifest, or no gradient graph.
+            MissingExtraError: onnx is not installed.
+        """
+        session = self._climbing()
+        check_images(images, self._spec, check_range=self._options.check_range)
+        labels = check_labels(labels, self._spec.classes)
+        if len(labels) != len(images):
+            raise InputError(
+                f"{len(images)} images and {len(labels)} labels do not belong together.",
+                "Give one label per image, in the same order.",
+            )
+        logits, gradients = self._backward(session, images, LABELS, labels, 1)
+        return logits, gradients[:, 0]
+
+    def _backward(
+        self, session: Any, images: Array, name: str, given: Array, candidates: int
+    ) -> tuple[Array, Array]:
+        """Run a gradient graph in pieces that fit the caches."""
         gradients = np.empty((len(images), candidates, *self._spec.input_shape), np.float32)
-        if not candidates:
-            return self.logits(images), gradients
         logits = np.empty((len(images), self._spec.classes), np.float32)
         size = self._options.max_batch or LARGEST_BATCH
         if self._spec.device == "cpu":
@@ -158,7 +187,7 @@ class OnnxRuntime:
             for at in range(0, len(images), size):
                 piece = slice(at, at + size)
                 logits[piece], gradients[piece] = session.run(
-                    [OUTPUTS[0], GRADIENTS], {INPUT: images[piece], COTANGENTS: cotangents[piece]}
+                    [OUTPUTS[0], GRADIENTS], {INPUT: images[piece], name: given[piece]}
                 )
         except self._failures as error:
             raise self._failed(len(images), error) from error
@@ -167,7 +196,8 @@ class OnnxRuntime:
     def close(self) -> None:
         """Release the sessions and their memory once no call uses them; twice is harmless."""
         with self._lock:
-            self._session = self._gradient_session = None
+            self._session = None
+            self._gradient_sessions.clear()
 
     def __enter__(self) -> OnnxRuntime:
         return self
@@ -182,21 +212,55 @@ class OnnxRuntime:
 
     def _with_gradient(self) -> Any:
         """Return the session of the gradient graph, made when it is first asked for."""
+        inputs: Shapes = {
+            INPUT: self._spec.input_shape,
+            COTANGENTS: ["candidates", self._spec.classes],
+        }
+        return self._backwards(COTANGENTS, inputs, lambda graph: graph)
+
+    def _climbing(self) -> Any:
+        """Return the session of the gradient graph that goes back along the cross-entropy."""
+        classes = self._spec.classes
+        inputs: Shapes = {INPUT: self._spec.input_shape, LABELS: []}
+        return self._backwards(
+            LABELS, inputs, lambda graph: climbing(graph, COTANGENTS, OUTPUTS[0], classes)
+        )
+
+    def _backwards(self, name: str, inputs: Shapes, rewrite: Callable[[bytes], bytes]) -> Any:
+        """Return the session of one form of the gradient graph.
+
+        Raises:
+            RuntimeUnavailableError: The bundle has none.
+        """
+        if not self.differentiable:
+            raise RuntimeUnavailableError(
+                f"The runtime {self._spec.name} has no input gradients: the bundle has no gradient "
+                f"graph in {self._spec.precision}.",
+                "Export the run again without --no-gradient, or take gradients from the runtime "
+                "'torch', the twin of the deployed network.",
+            )
         with self._lock:
             if self._session is None:
                 raise UsageError(f"This {self._spec.name} runtime is closed.", "Open it again.")
-            if self._gradient_session is None:
-                shape, classes = list(self._spec.input_shape), self._spec.classes
-                self._gradient_session = self._open(
+            if name not in self._gradient_sessions:
+                shape = self._spec.input_shape
+                self._gradient_sessions[name] = self._open(
                     self._bundle.file("gradient", self._spec.precision),
-                    {INPUT: shape, COTANGENTS: ["candidates", classes]},
-                    {OUTPUTS[0]: [classes], GRADIENTS: ["candidates", *shape]},
+                    inputs,
+                    {OUTPUTS[0]: [self._spec.classes], GRADIENTS: ["candidates", *shape]},
+                    rewrite,
                 )
-            return self._gradient_session
+            return self._gradient_sessions[name]
 
-    def _open(self, record: FileRecord, inputs: Shapes, outputs: Shapes) -> Any:
+    def _open(
+        self,
+        record: FileRecord,
+        inputs: Shapes,
+        outputs: Shapes,
+        rewrite: Callable[[bytes], bytes] = lambda graph: graph,
+    ) -> Any:
         """Make a session of one of the bundle's graphs; shapes are those after the batch."""
-        graph = self._bundle.read(record)
+        graph = rewrite(self._bundle.read(record))
         session = make_session(self._ort, graph, record.path, self._spec.name, self._options)
         _check_signature(session, inputs, outputs, record.path)
         return session
@@ -343,7 +407,10 @@ def _check_signature(session: Any, inputs: Shapes, outputs: Shapes, path: str) -
         return [(end.name, end.type, list(end.shape)[1:]) for end in ends]
 
     def wanted(shapes: Shapes) -> list[tuple[str, str, list[int | str]]]:
-        return [(name, "tensor(float)", list(shape)) for name, shape in shapes.items()]
+        return [
+            (name, "tensor(int64)" if name == LABELS else "tensor(float)", list(shape))
+            for name, shape in shapes.items()
+        ]
 
     have = found(session.get_inputs()), found(session.get_outputs())
     want = wanted(inputs), wanted(outputs)
