@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ccn_deploy.robustness import RobustnessResult
+    from ccn_deploy.robustness import PrecisionsResult, RobustnessResult
     from ccn_deploy.robustness.effort import Efforts
     from ccn_deploy.robustness.gate import Gate, Share
+    from ccn_deploy.robustness.precisions import Cell
     from ccn_deploy.robustness.rows import MinimalRow
     from ccn_deploy.verdict import Verdict
 
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
-def show(result: RobustnessResult, report_path: Path | None) -> None:
-    """Print the table, what to know about it, the gate, and the verdict on the last line."""
+def show(result: RobustnessResult | PrecisionsResult, report: Path | None) -> None:
+    """Print the tables, what to know about them, and the verdict on the last line.
+
+    Args:
+        result: Of one precision, or of several.
+        report: Where the page is, if there is one.
+    """
+    from ccn_deploy.cli.console import out
+    from ccn_deploy.robustness import PrecisionsResult
+
+    if isinstance(result, PrecisionsResult):
+        _show_precisions(result)
+        max_drop = next(iter(result.results.values())).max_drop
+    else:
+        _show_one(result)
+        max_drop = result.max_drop
+    if report is not None:
+        out.print(f"Report: {report}", markup=False, soft_wrap=True)
+    colour = _COLOURS[result.verdict.value]
+    out.print(
+        f"[bold {colour}]{result.verdict.value.upper()}[/]: every row passes if its drop is shown, "
+        f"at 95 %, to be at most {max_drop:g} (--max-drop), and fails if it is larger.",
+        soft_wrap=True,
+    )
+
+
+def _show_one(result: RobustnessResult) -> None:
     from ccn_deploy.cli.console import out
 
     out.print(_table(result))
@@ -29,21 +56,69 @@ def show(result: RobustnessResult, report_path: Path | None) -> None:
         for one in (row, row.unclipped):
             if one is not None:
                 out.print(_smallest(one), markup=False, soft_wrap=True)
+    out.print("Queries of an attacked image, and seconds in all (reference | runtime):")
     out.print(_efforts(result.efforts))
-    for warning in result.warnings:
+    _notes(result.warnings)
+    _reasons(result)
+
+
+def _show_precisions(result: PrecisionsResult) -> None:
+    from ccn_deploy.cli.console import out
+
+    out.print(_precisions(result))
+    for name, one in result.results.items():
+        out.print(f"{name}: gradients {_gradients(one)}.", soft_wrap=True)
+    for name, one in result.results.items():
+        for row in one.minimal:
+            if row.clip:
+                out.print(f"{name}, {_smallest(row)}", markup=False, soft_wrap=True)
+    _notes(result.warnings)
+    for name, one in result.results.items():
+        _notes(f"{name}: {warning}" for warning in one.warnings)
+        _reasons(one, f"{name}, ")
+
+
+def _notes(warnings: Iterable[str]) -> None:
+    from ccn_deploy.cli.console import out
+
+    for warning in warnings:
         out.print(f"[yellow]note:[/] {warning}", soft_wrap=True)
+
+
+def _reasons(result: RobustnessResult, before: str = "") -> None:
+    """Say why rows did not pass, those with the same reason together."""
+    from ccn_deploy.cli.console import out
+
     for reason, names in _doubts(result).items():
         more = f" and {len(names) - 2} more" if len(names) > 3 else ""
         shown = names[:2] if more else names
-        out.print(f"[yellow]{', '.join(shown)}{more}:[/] {reason}", soft_wrap=True)
-    if report_path is not None:
-        out.print(f"Report: {report_path}", markup=False, soft_wrap=True)
-    colour = _COLOURS[result.verdict.value]
-    out.print(
-        f"[bold {colour}]{result.verdict.value.upper()}[/]: every row passes if its drop is shown, "
-        f"at 95 %, to be at most {result.max_drop:g} (--max-drop), and fails if it is larger.",
-        soft_wrap=True,
+        out.print(f"[yellow]{before}{', '.join(shown)}{more}:[/] {reason}", soft_wrap=True)
+
+
+def _precisions(result: PrecisionsResult) -> Table:
+    """Lay attacks down and precisions across, with what each costs against the baseline."""
+    first = result.first
+    table = _empty(
+        f"Accuracy (%) under attack on {first.n:,} images of {first.dataset['name']}, "
+        f"{first.runtime}"
     )
+    table.add_column("attack", no_wrap=True)
+    for name in result.results:
+        less = "" if name == result.baseline else f"\ndrop to {result.baseline} (at most)"
+        table.add_column(f"{name}{less}", justify="right", no_wrap=True)
+    for row in result.rows:
+        title = "none" if row.strength is None else f"{row.title} {row.strength:g}"
+        table.add_row(title, *(_cell(cell) for cell in row.cells.values()))
+    verdicts = (_coloured(one.verdict) for one in result.results.values())
+    table.add_row("verdict", *verdicts)
+    return table
+
+
+def _cell(cell: Cell) -> str:
+    share = f"{100 * cell.share.value:.1f}"
+    if cell.cost is None:
+        return share
+    return f"{share}  {100 * cell.cost.drop:+.1f} ({100 * cell.cost.upper95:.1f})"
 
 
 def _doubts(result: RobustnessResult) -> dict[str, list[str]]:
@@ -81,7 +156,7 @@ def _table(result: RobustnessResult) -> Table:
     return table
 
 
-def _empty(title: str) -> Table:
+def _empty(title: str | None = None) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -128,7 +203,7 @@ def _efforts(efforts: dict[str, Efforts]) -> Table:
     """Lay out what each attack asked of the two, and how long it took."""
     from rich.markup import escape
 
-    table = _empty("Queries of an attacked image, and seconds in all: reference | runtime")
+    table = _empty()
     table.add_column("attack", no_wrap=True)
     for what in ("forward", "backward", "seconds"):
         table.add_column(what, justify="right", no_wrap=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +13,6 @@ from ccn_deploy.cli.options import (
     DataDirOption,
     DatasetOption,
     JsonOption,
-    PrecisionOption,
     RuntimeOption,
     SeedOption,
     ThreadsOption,
@@ -25,11 +23,8 @@ if TYPE_CHECKING:
 
     from rich.progress import TaskID
 
-    from ccn_deploy.attacks import AttackSpec
     from ccn_deploy.bundle import Bundle
-    from ccn_deploy.data import Dataset
-    from ccn_deploy.parity.judge import ParityResult
-    from ccn_deploy.robustness import Measurement, RobustnessResult
+    from ccn_deploy.robustness import Measurement, RobustnessRequest
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -41,7 +36,15 @@ def verify_robustness(
     bundle: BundleArgument,
     *,
     runtime: RuntimeOption = "onnxruntime-cpu",
-    precision: PrecisionOption = "fp32",
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--precision",
+            help="Precision of the deployed graph: fp32, fp16, bf16, int8, fp8; give it again to "
+            "see what each costs.",
+            show_default="fp32",
+        ),
+    ] = None,
     attack: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,32 +87,43 @@ def verify_robustness(
 ) -> None:
     """Attack what is deployed, image by image, and compare it with the PyTorch reference."""
     from ccn_deploy.attacks import DEFAULT_ATTACKS, parse_epsilons, suite
+    from ccn_deploy.attacks.source import source
     from ccn_deploy.bundle import open_bundle
     from ccn_deploy.cli import console, robustness_view
     from ccn_deploy.evaluation import evaluation_data
-    from ccn_deploy.robustness import judge
+    from ccn_deploy.report import examples_of
+    from ccn_deploy.report import write_report as report
+    from ccn_deploy.robustness import RobustnessRequest, check, compare, judge
+    from ccn_deploy.runtimes import RuntimeOptions
 
     attacks = suite(attack or DEFAULT_ATTACKS, parse_epsilons(epsilons))
     opened = open_bundle(bundle)
     images = evaluation_data(opened, dataset, data_dir)
-    try:
-        measurement = measure(
-            opened,
+    requests = [
+        RobustnessRequest(
             dataset=images,
             runtime=runtime,
-            precision=precision,
+            precision=name,
             attacks=attacks,
-            gradient=gradient,
+            gradient=source(gradient) if gradient else None,
             samples=samples,
             seed=seed,
-            threads=threads,
+            options=RuntimeOptions(threads=threads),
         )
+        for name in dict.fromkeys(precision or ["fp32"])
+    ]
+    for request in requests:  # all of them, before the first takes minutes
+        check(opened, request)
+    try:
+        results = [judge(measure(opened, request), max_drop) for request in requests]
     except KeyboardInterrupt:
         console.err.print("Interrupted. The same command goes on from the last whole batch.")
         raise typer.Exit(INTERRUPTED) from None
-    result = judge(measurement, max_drop)
-    command = shlex.join(["ccn-deploy", *sys.argv[1:]])
-    path = report(opened, result, command, dataset=images) if write_report else None
+    result = compare(results) if len(results) > 1 else results[0]
+    path = None
+    if write_report:
+        command = shlex.join(["ccn-deploy", *sys.argv[1:]])
+        path = report(opened, result, examples_of(results[0].measurement, images), command)
     if as_json:
         console.print_json(result.document())
     else:
@@ -117,61 +131,12 @@ def verify_robustness(
     raise typer.Exit(result.verdict.exit_code)
 
 
-def measure(
-    bundle: Bundle,
-    *,
-    dataset: Dataset,
-    runtime: str = "onnxruntime-cpu",
-    precision: str = "fp32",
-    attacks: tuple[AttackSpec, ...] | None = None,
-    gradient: str | None = None,
-    samples: int = SAMPLES,
-    seed: int = 0,
-    threads: int | None = None,
-) -> Measurement:
+def measure(bundle: Bundle, request: RobustnessRequest) -> Measurement:
     """Collect evidence with a bar on stderr; see :func:`ccn_deploy.robustness.collect`."""
-    from ccn_deploy.attacks import suite
-    from ccn_deploy.attacks.source import source
-    from ccn_deploy.robustness import RobustnessRequest, collect
-    from ccn_deploy.runtimes import RuntimeOptions
+    from ccn_deploy.robustness import collect
 
-    request = RobustnessRequest(
-        dataset=dataset,
-        runtime=runtime,
-        precision=precision,
-        attacks=attacks or suite(),
-        gradient=source(gradient) if gradient else None,
-        samples=samples,
-        seed=seed,
-        options=RuntimeOptions(threads=threads),
-    )
     with Display() as display:
         return collect(bundle, request, display)
-
-
-def report(
-    bundle: Bundle,
-    result: RobustnessResult,
-    command: str,
-    parity: ParityResult | None = None,
-    *,
-    dataset: Dataset,
-) -> Path:
-    """Write ``report.html`` into the bundle and return its path.
-
-    Args:
-        bundle: What was measured.
-        result: Its judgement.
-        command: What the user typed.
-        parity: The judgement of parity, if there is one.
-        dataset: What was attacked.
-    """
-    from ccn_deploy.report import examples_of, write_report
-
-    examples = examples_of(result.measurement, dataset)
-    return write_report(
-        bundle, result, examples, command, parity.document() if parity is not None else None
-    )
 
 
 class Display:

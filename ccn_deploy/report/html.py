@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,8 +12,9 @@ from ccn_deploy.bundle import Bundle
 from ccn_deploy.extras import require
 from ccn_deploy.report.examples import Example
 from ccn_deploy.report.figures import draw
-from ccn_deploy.report.page import Page, page_of
-from ccn_deploy.robustness import RobustnessResult
+from ccn_deploy.report.page import page_of
+from ccn_deploy.report.view import Page
+from ccn_deploy.robustness import PrecisionsResult, RobustnessResult
 from ccn_deploy.storage import write_atomic
 
 REPORT = "report.html"
@@ -21,7 +23,7 @@ _TEMPLATE, _STYLE = "report.html.j2", "report.css"
 
 def write_report(
     bundle: Bundle,
-    result: RobustnessResult,
+    result: RobustnessResult | PrecisionsResult,
     examples: Sequence[Example],
     command: str,
     parity: Mapping[str, Any] | None = None,
@@ -32,8 +34,9 @@ def write_report(
 
     Args:
         bundle: What was measured.
-        result: Its judgement.
-        examples: Images to show, from :func:`~ccn_deploy.report.examples.examples_of`.
+        result: Its judgement, or those of several precisions.
+        examples: Images to show, from :func:`~ccn_deploy.report.examples.examples_of`; of the
+            precision judged first.
         command: What the user typed.
         parity: A document of schema ``ccn-deploy/parity/1``, if parity was measured too.
 
@@ -57,9 +60,13 @@ def render(page: Page) -> str:
         keep_trailing_newline=True,
     )
     safe = require("markupsafe", "train", "to write a report").Markup
+    number = itertools.count(1)
     figures = [
-        {"title": curve.title, "svg": safe(draw(curve, f"figure-{number}"))}
-        for number, curve in enumerate(page.curves, start=1)
+        [
+            {"title": curve.title, "svg": safe(draw(curve, f"figure-{next(number)}"))}
+            for curve in target.curves
+        ]
+        for target in page.targets
     ]
     template = environment.from_string(_resource(_TEMPLATE))
     return str(template.render(page=page, figures=figures, css=safe(_resource(_STYLE))))

@@ -4,18 +4,22 @@
 needs SciPy for its intervals.
 """
 
-from ccn_deploy.robustness.collect import Measurement, Pair, RobustnessRequest, collect
+from ccn_deploy.robustness.collect import Measurement, Pair, RobustnessRequest, check, collect
 from ccn_deploy.robustness.evidence import Evidence, Sample
 from ccn_deploy.robustness.judge import judge
+from ccn_deploy.robustness.precisions import PrecisionsResult, compare
 from ccn_deploy.robustness.result import RobustnessResult
 
 __all__ = [
     "Evidence",
     "Measurement",
     "Pair",
+    "PrecisionsResult",
     "RobustnessRequest",
     "RobustnessResult",
     "Sample",
+    "check",
     "collect",
+    "compare",
     "judge",
 ]

@@ -51,38 +51,61 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Gate:
-    """Whether the runtime is worse than the reference by more than is allowed, paired.
+class Paired:
+    """By how much a second program is worse than a first, on the same images.
 
     Attributes:
-        lost: Images that only the reference gets right.
-        gained: Images that only the runtime gets right.
+        lost: Images that only the first gets right.
+        gained: Images that only the second gets right.
         n: All images.
-        max_drop: What is allowed.
-        invalid: Images for which an attack returned no legal image, on either side.
     """
 
     lost: int
     gained: int
     n: int
-    max_drop: float
-    invalid: int = 0
 
     @classmethod
-    def between(cls, reference: Mask, runtime: Mask, max_drop: float, invalid: int = 0) -> Gate:
+    def of(cls, first: Mask, second: Mask) -> Paired:
         """Compare the same images on both."""
-        lost, gained = reference & ~runtime, runtime & ~reference
-        return cls(int(lost.sum()), int(gained.sum()), len(reference), max_drop, invalid)
+        return Paired(int((first & ~second).sum()), int((second & ~first).sum()), len(first))
 
     @property
     def drop(self) -> float:
-        """Accuracy of the reference less that of the runtime."""
+        """Accuracy of the first less that of the second."""
         return (self.lost - self.gained) / self.n if self.n else 0.0
 
     @property
     def upper95(self) -> float:
         """One-sided 95 % upper bound of the drop."""
         return drop_upper_bound(self.lost, self.gained, self.n)
+
+    def difference(self) -> dict[str, Any]:
+        """Return the comparison as JSON."""
+        return {
+            "lost": self.lost,
+            "gained": self.gained,
+            "drop": self.drop,
+            "drop_upper95": self.upper95,
+        }
+
+
+@dataclass(frozen=True)
+class Gate(Paired):
+    """Whether the runtime is worse than the reference, the first, by more than is allowed.
+
+    Attributes:
+        max_drop: What is allowed.
+        invalid: Images for which an attack returned no legal image, on either side.
+    """
+
+    max_drop: float
+    invalid: int = 0
+
+    @classmethod
+    def between(cls, reference: Mask, runtime: Mask, max_drop: float, invalid: int = 0) -> Gate:
+        """Compare the same images on both."""
+        pair = Paired.of(reference, runtime)
+        return cls(pair.lost, pair.gained, pair.n, max_drop, invalid)
 
     @property
     def verdict(self) -> Verdict:
@@ -134,9 +157,6 @@ class Gate:
         return {
             "verdict": self.verdict.value,
             "reason": self.reason,
-            "lost": self.lost,
-            "gained": self.gained,
-            "drop": self.drop,
-            "drop_upper95": self.upper95,
+            **self.difference(),
             "max_drop": self.max_drop,
         }

@@ -11,7 +11,8 @@ from ccn_deploy.robustness.collect import Measurement, Pair
 from ccn_deploy.robustness.doubts import doubts
 from ccn_deploy.robustness.effort import Effort, Efforts
 from ccn_deploy.robustness.evidence import Evidence
-from ccn_deploy.robustness.gate import Gate, Mask, Share
+from ccn_deploy.robustness.gate import Gate, Share
+from ccn_deploy.robustness.outcomes import held, held_at, invalid, right
 from ccn_deploy.robustness.result import RobustnessResult
 from ccn_deploy.robustness.rows import BoundedRow, MinimalRow, MinimalSide
 
@@ -43,8 +44,7 @@ def judge(measurement: Measurement, max_drop: float = MAX_DROP) -> RobustnessRes
 
 
 def _clean(pair: Pair, max_drop: float) -> BoundedRow:
-    reference = pair.reference.clean_runtime == pair.reference.label
-    runtime = pair.runtime.clean_runtime == pair.runtime.label
+    reference, runtime = right(pair.reference), right(pair.runtime)
     return BoundedRow(
         name="clean",
         norm=None,
@@ -61,8 +61,7 @@ def _clean(pair: Pair, max_drop: float) -> BoundedRow:
 
 def _bounded(pair: Pair, max_drop: float) -> BoundedRow:
     # Wrong before the attack counts as not robust, and so does a runtime that was not attacked.
-    reference, runtime = pair.reference.status == "held", pair.runtime.status == "held"
-    invalid, invalid_reference = _invalid(pair.runtime), _invalid(pair.reference)
+    reference, runtime = held(pair.reference), held(pair.runtime)
     return BoundedRow(
         name=pair.spec.name,
         norm=pair.spec.norm,
@@ -70,16 +69,15 @@ def _bounded(pair: Pair, max_drop: float) -> BoundedRow:
         reference=Share.of(reference),
         runtime=Share.of(runtime),
         already_wrong=int((pair.runtime.status == "already-wrong").sum()),
-        invalid=invalid,
+        invalid=invalid(pair.runtime),
         flips=int((reference != runtime).sum()),
-        gate=Gate.between(reference, runtime, max_drop, invalid + invalid_reference),
+        gate=Gate.between(reference, runtime, max_drop, _doubtful(pair)),
         effort=_efforts(pair),
     )
 
 
 def _minimal(pair: Pair, max_drop: float) -> MinimalRow:
-    robust = {d: (_robust_at(pair.reference, d), _robust_at(pair.runtime, d)) for d in DISTANCES}
-    invalid, invalid_reference = _invalid(pair.runtime), _invalid(pair.reference)
+    robust = {d: (held_at(pair.reference, d), held_at(pair.runtime, d)) for d in DISTANCES}
     differ = np.any([reference != runtime for reference, runtime in robust.values()], axis=0)
     return MinimalRow(
         name=pair.spec.name,
@@ -88,14 +86,18 @@ def _minimal(pair: Pair, max_drop: float) -> MinimalRow:
         n=len(pair.runtime),
         reference=_side(pair.reference),
         runtime=_side(pair.runtime),
-        invalid=invalid,
+        invalid=invalid(pair.runtime),
         flips=int(differ.sum()),
         gates={
-            d: Gate.between(reference, runtime, max_drop, invalid + invalid_reference)
+            d: Gate.between(reference, runtime, max_drop, _doubtful(pair))
             for d, (reference, runtime) in robust.items()
         },
         effort=_efforts(pair),
     )
+
+
+def _doubtful(pair: Pair) -> int:
+    return invalid(pair.runtime) + invalid(pair.reference)
 
 
 def _efforts(pair: Pair) -> Efforts:
@@ -114,26 +116,16 @@ def _nested(rows: Sequence[tuple[AttackSpec, MinimalRow]]) -> tuple[MinimalRow, 
 
 
 def _side(evidence: Evidence) -> MinimalSide:
-    right = evidence.status != "already-wrong"
+    attackable = evidence.status != "already-wrong"
     found = np.isfinite(evidence.rho)
     failed = ~found & (evidence.status != "invalid")
     return MinimalSide(
-        already_wrong=int((~right).sum()),
+        already_wrong=int((~attackable).sum()),
         failed=int(failed.sum()),
-        failed_correct=int((failed & right).sum()),
+        failed_correct=int((failed & attackable).sum()),
         found=Share.of(found),
         rho=evidence.rho[found],
         l2=evidence.l2[found],
-        rho_correct=evidence.rho[found & right],
-        accuracy_at={d: Share.of(_robust_at(evidence, d)) for d in DISTANCES},
+        rho_correct=evidence.rho[found & attackable],
+        accuracy_at={d: Share.of(held_at(evidence, d)) for d in DISTANCES},
     )
-
-
-def _robust_at(evidence: Evidence, d: float) -> Mask:
-    """Right, and the attack failed or needed more than d (paper, equation 8)."""
-    far = (evidence.status == "fooled") & (evidence.rho > d)
-    return np.asarray((evidence.status == "held") | far)
-
-
-def _invalid(evidence: Evidence) -> int:
-    return int((evidence.status == "invalid").sum())

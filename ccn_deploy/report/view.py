@@ -1,0 +1,143 @@
+"""What stands on the page, before it is set as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ccn_deploy.report.figures import Curve
+
+_WORDS = {"pass": "Pass", "fail": "Fail", "inconclusive": "Inconclusive"}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A verdict as it is shown: a word and the class that colours it."""
+
+    word: str
+    css: str
+
+    @classmethod
+    def of(cls, verdict: str) -> Mark:
+        """Mark a verdict of a document."""
+        return cls(_WORDS[verdict], verdict)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A name and what it names; ``code`` for what is read letter by letter."""
+
+    name: str
+    value: str
+    note: str = ""
+    code: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a table, with its interval if it has one."""
+
+    text: str
+    interval: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table; the verdict, if any, stands at its end."""
+
+    name: str
+    values: Sequence[Cell]
+    verdict: Mark | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column is the row's name, the last its verdict."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with what the runtime says of it."""
+
+    uri: str
+    alt: str
+    prediction: str
+    fooled: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """One attack, or none, on every example; None where there is no image."""
+
+    name: str
+    cells: Sequence[Picture | None]
+
+
+@dataclass(frozen=True)
+class PictureColumn:
+    """One example."""
+
+    label: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The examples as a table: attacks down, images across."""
+
+    columns: Sequence[PictureColumn]
+    rows: Sequence[PictureRow]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was found of one target.
+
+    Attributes:
+        name: Runtime and precision.
+        verdict: Of all comparisons with the reference.
+        reason: In a sentence.
+        curves: Accuracy against the size of the perturbation.
+        tables: The comparisons.
+    """
+
+    name: str
+    verdict: Mark
+    reason: str
+    curves: Sequence[Curve]
+    tables: Sequence[Table]
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything on the page, in its order.
+
+    Attributes:
+        target: What was measured, in the heading.
+        precisions: Several precisions side by side, if there are several.
+        targets: One for each precision.
+        pictured: The target whose answers stand below the pictures.
+    """
+
+    verdict: Mark
+    reason: str
+    model: str
+    target: str
+    reference: str
+    facts: Sequence[Fact]
+    precisions: Table | None
+    targets: Sequence[Target]
+    parity: Table | None
+    pictures: Pictures | None
+    pictured: str
+    warnings: Sequence[str]
+    command: str
+    provenance: Sequence[Fact]
+    digests: Sequence[Fact]
+    version: str

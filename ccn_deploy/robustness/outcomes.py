@@ -1,0 +1,29 @@
+"""Which images are right, and stay right, according to evidence: masks of length n."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ccn_deploy.robustness.evidence import Evidence
+from ccn_deploy.robustness.gate import Mask
+
+
+def right(evidence: Evidence) -> Mask:
+    """Right without an attack."""
+    return np.asarray(evidence.clean_runtime == evidence.label)
+
+
+def held(evidence: Evidence) -> Mask:
+    """Right, and right under an attack with an epsilon; not so where nothing was shown."""
+    return np.asarray(evidence.status == "held")
+
+
+def held_at(evidence: Evidence, d: float) -> Mask:
+    """Right, and the attack failed or needed more than d (paper, equation 8)."""
+    far = (evidence.status == "fooled") & (evidence.rho > d)
+    return np.asarray((evidence.status == "held") | far)
+
+
+def invalid(evidence: Evidence) -> int:
+    """Return for how many images the attack returned no legal image."""
+    return int((evidence.status == "invalid").sum())
