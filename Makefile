@@ -9,6 +9,8 @@ GPU_INSTALLED := $(GPU_VENV)/.installed
 # Where there is no GPU its tests are skipped, and nothing is installed for them.
 GPU_READY := $(if $(shell command -v nvidia-smi),$(GPU_INSTALLED),$(INSTALLED))
 QUICKSTART ?=
+# Two processes, each with whole files of tests: networks are trained once in each.
+TEST ?= --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-gpu soak lint format bench clean
@@ -28,7 +30,7 @@ quickstart: $(INSTALLED) ## Train, lower, prove and attack, on real digits (abou
 	$(BIN)/ccn-deploy quickstart $(QUICKSTART)
 
 test: $(INSTALLED) ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TEST)
 
 test-gpu: $(GPU_READY) ## Run the tests that need an NVIDIA GPU
 	$(dir $(GPU_READY))bin/ccn-deploy doctor || true

@@ -63,7 +63,7 @@ def convert(
     if any(value.name == COTANGENTS for value in graph.graph.input):
         raise UsageError(
             f"There is no gradient graph in {precision}: rounding to a grid has slope zero.",
-            "Attack it with gradients of the twin: --gradients twin.",
+            "Attack it with gradients of the twin: --gradient twin.",
         )
     if calibration is None:
         raise UsageError(
