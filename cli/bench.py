@@ -136,15 +136,14 @@ def _print(result: BenchResult) -> None:
     out.print(_latencies(result))
     if len(result.bundles) > 1:
         out.print(_ratios(result))
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[str, dict[str, list[str]]] = {}
     for name, found in result.passed_over.items():
         for passed in found:
-            target = f"{passed.runtime}-{passed.precision}"
-            reasons.setdefault((target, " ".join(passed.why.splitlines())), []).append(name)
-    for (target, why), names in reasons.items():
-        out.print(
-            f"Not measured: {target} ({', '.join(names)}). {why}", markup=False, soft_wrap=True
-        )
+            targets = reasons.setdefault(" ".join(passed.why.splitlines()), {})
+            targets.setdefault(f"{passed.runtime}-{passed.precision}", []).append(name)
+    for why, targets in reasons.items():
+        what = ", ".join(f"{target} ({', '.join(names)})" for target, names in targets.items())
+        out.print(f"Not measured: {what}. {why}", markup=False, soft_wrap=True)
 
 
 def _latencies(result: BenchResult) -> Table:

@@ -1,8 +1,9 @@
-"""Ask a server that runs ``examples/serve.py`` for the labels of images.
+"""Ask a server that runs ``examples/serve.py`` for the labels of images, or how it is.
 
     python examples/client.py http://127.0.0.1:8080 images.npy
+    python examples/client.py http://127.0.0.1:8080
 
-``images.npy`` holds float32 [N, C, H, W] in [0, 1]. Prints one class name a line.
+``images.npy`` holds float32 [N, C, H, W] in [0, 1]; its labels are printed, one class name a line.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from typing import Any
 import numpy as np
 
 
+def health(url: str) -> dict[str, Any]:
+    """Return what the server says of itself."""
+    return _open(urllib.request.Request(f"{url}/health"))
+
+
 def ask(url: str, images: np.ndarray) -> dict[str, Any]:
     """Return the server's answer: labels, names and logits.
 
@@ -25,9 +31,11 @@ def ask(url: str, images: np.ndarray) -> dict[str, Any]:
     """
     body = io.BytesIO()
     np.save(body, images)
-    request = urllib.request.Request(
-        f"{url}/predict", body.getvalue(), {"Content-Type": "application/x-npy"}
-    )
+    headers = {"Content-Type": "application/x-npy"}
+    return _open(urllib.request.Request(f"{url}/predict", body.getvalue(), headers))
+
+
+def _open(request: urllib.request.Request) -> dict[str, Any]:
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             document: dict[str, Any] = json.load(answer)
@@ -38,6 +46,9 @@ def ask(url: str, images: np.ndarray) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    server, path = sys.argv[1:]
-    for class_name in ask(server, np.load(path, allow_pickle=False))["names"]:
-        print(class_name)
+    server, *paths = sys.argv[1:]
+    if not paths:
+        print(json.dumps(health(server), indent=2))
+    for path in paths:
+        for class_name in ask(server, np.load(path, allow_pickle=False))["names"]:
+            print(class_name)
