@@ -15,10 +15,11 @@ import torch
 
 from benchmarks import peers
 from benchmarks.attacks import attacks
-from benchmarks.forward import forward, lowerings, serving
+from benchmarks.forward import forward, lowerings
 from benchmarks.gradients import gradients
 from benchmarks.memory import memory
 from benchmarks.peers.libraries import PACKAGES
+from benchmarks.serving import serving
 from benchmarks.subjects import Subjects, make_subjects
 from benchmarks.training import training
 

@@ -1,11 +1,10 @@
-"""Inference: by network, by runtime, by lowering, and beside a bare session."""
+"""Inference: by network, by runtime, by lowering."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import onnxruntime
 
 from benchmarks.subjects import DEFENSES, ONE_THREAD, Subjects, untrained
 from benchmarks.tables import Row, ratios
@@ -66,35 +65,6 @@ def _lowerings(subjects: Subjects, rounds: int) -> Iterator[Row]:
         for optimize, name in ((None, "default graph"), ("onnxruntime-cpu", "optimised graph")):
             ratio = compare(works["ccn", optimize], works["sm", None], rounds=3 * rounds)
             yield title, "CCN, SM", f"CCN, {name}", "SM", ratio
-
-
-def serving(subjects: Subjects, rounds: int) -> Iterator[str]:
-    """One image through the runtime, input checks included, against a bare session."""
-    return ratios(_serving(subjects, rounds))
-
-
-def _serving(subjects: Subjects, rounds: int) -> Iterator[Row]:
-    image = subjects.images[:1]
-    for defense in DEFENSES:
-        bundle = subjects.bundles[defense]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(
-            bundle.read(bundle.file("forward", "fp32")),
-            options,
-            providers=["CPUExecutionProvider"],
-        )
-
-        def bare(session: onnxruntime.InferenceSession = session) -> None:
-            for _ in range(300):
-                session.run(["logits"], {"images": image})
-
-        ours = _repeat(bundle, "onnxruntime-cpu", image, 300)
-        ratio = compare(ours, bare, rounds=2 * rounds)
-        yield (
-            *("serving, 300 times batch 1", defense.upper()),
-            *("Runtime.logits", "bare InferenceSession", ratio),
-        )
 
 
 def _repeat(bundle: Bundle, name: str, images: np.ndarray, repeat: int) -> Work:
