@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ccn_deploy.bundle import Bundle
     from ccn_deploy.data import Dataset
     from ccn_deploy.parity import ParityEvidence, ParityResult
-    from ccn_deploy.parity.judge import Finding
+    from ccn_deploy.parity.judge import AnyFinding, Finding, GradientFinding
 
 _ERRORS = ("max error", "p99", "of scale", "units")
 
@@ -56,7 +56,7 @@ def verify_parity(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show that a runtime computes the trained function: its logits against float64."""
+    """Show that a runtime computes the trained function: logits and slopes against float64."""
     from ccn_deploy.bundle import open_bundle
     from ccn_deploy.cli import console
     from ccn_deploy.evaluation import evaluation_data
@@ -132,9 +132,10 @@ def _print(result: ParityResult) -> None:
     out.print(f"{spec['name']} {spec['precision']} ({versions}) against the float64 reference")
     out.print(_inputs(result))
     out.print(_invariance(result))
+    _print_gradients(result)
     if result.layers is not None:
         out.print(_layers(result.layers))
-    for finding in _worst_by_subject(result.failures):
+    for finding in _worst_failures(result.failures):
         out.print(f"[red]{finding.name}[/]: {'; '.join(finding.reasons)}", soft_wrap=True)
     if result.layers is not None:
         first = result.first_departure
@@ -147,12 +148,35 @@ def _print(result: ParityResult) -> None:
             )
     policy = result.policy
     allowed = f"error up to {policy.max_relative:g} of the scale and {policy.max_units:g} units"
+    if result.gradients is not None:
+        allowed += f", gradients {policy.max_gradient:g} of the largest slope"
     colour = "red" if result.failures else "green"
     out.print(
         f"[bold {colour}]{result.verdict.value.upper()}[/]: {len(result.failures)} of "
-        f"{len(result.inputs) + len(result.invariance)} checks fail ({allowed} allowed)",
+        f"{len(result.checks)} checks fail ({allowed} allowed)",
         soft_wrap=True,
     )
+
+
+def _print_gradients(result: ParityResult) -> None:
+    """Print the table of gradients and what became of the images that it leaves out."""
+    from ccn_deploy.cli.console import out
+    from ccn_deploy.parity.judge import LEAST_NEAR
+
+    if result.evidence.gradients is None or result.gradients is None:
+        spec = result.evidence.setting["runtime"]
+        out.print(
+            f"No gradients to compare: for this bundle {spec['name']} has none of its own in "
+            f"{spec['precision']}.\n",
+            soft_wrap=True,
+        )
+        return
+    out.print(_gradients(result.gradients))
+    kinks = result.evidence.gradients.kinks
+    said = f"{kinks.n} images are near a kink: rounding alone may change their gradient."
+    if kinks.n >= LEAST_NEAR:
+        said += f" Median error: {kinks.median:.1e} of what rounding makes there."
+    out.print(f"{said}\n" if kinks.n else "No image is near a kink.\n", soft_wrap=True)
 
 
 def _inputs(result: ParityResult) -> Table:
@@ -170,6 +194,28 @@ def _inputs(result: ParityResult) -> Table:
             str(deviation.argmax_flips),
             *([margin] if flips else []),
             str(deviation.nonfinite),
+            _mark(finding),
+        )
+    return table
+
+
+def _gradients(findings: Iterable[GradientFinding]) -> Table:
+    table = _table(
+        "gradients", "batch", "each", "near", "max error", "of slope", "of rounding", "1-cos", "NaN"
+    )
+    for finding in findings:
+        document = finding.document()
+        slopes = finding.row.slopes
+        table.add_row(
+            document["kind"],
+            str(document["batch"]),
+            str(document["candidates"]),
+            str(slopes.near),
+            f"{slopes.max_abs:.1e}",
+            f"{slopes.relative:.1e}",
+            f"{slopes.of_rounding:.2g}",
+            f"{max(0.0, 1.0 - slopes.cosine):.1e}",
+            str(slopes.nonfinite),
             _mark(finding),
         )
     return table
@@ -200,6 +246,17 @@ def _layers(findings: Iterable[Finding]) -> Table:
         kind = str(finding.document()["kind"])
         table.add_row(finding.subject, kind, *_errors(finding), nonfinite, _mark(finding))
     return table
+
+
+def _worst_failures(
+    failures: Iterable[AnyFinding],
+) -> list[AnyFinding]:
+    """Keep one failure of each kind of input or claim, and of the gradients of each kind."""
+    from ccn_deploy.parity.judge import Finding
+
+    found = list(failures)
+    gradients = {f.subject: f for f in found if not isinstance(f, Finding)}  # the last has most
+    return [*_worst_by_subject(f for f in found if isinstance(f, Finding)), *gradients.values()]
 
 
 def _worst_by_subject(findings: Iterable[Finding]) -> list[Finding]:
@@ -233,5 +290,5 @@ def _errors(finding: Finding) -> tuple[str, str, str, str]:
     )
 
 
-def _mark(finding: Finding) -> str:
+def _mark(finding: AnyFinding) -> str:
     return "[bold red]fail[/]" if finding.reasons else "[green]pass[/]"

@@ -18,24 +18,13 @@ from ccn_deploy.bundle import Bundle, NewFile, write_bundle
 Fault = Callable[[Bundle, Path], Bundle]
 
 LOGITS = "logits"
+GRADIENTS = "gradients"
 
 
 def swap_rows(bundle: Bundle, output: Path) -> Bundle:
     """Return the rows of every batch in reverse: right for one image, wrong for several."""
 
-    def edit(graph: onnx.GraphProto) -> None:
-        last = _last(graph)
-        layer, straight = last.name, f"{LOGITS}.straight"
-        last.name, last.output[0] = f"{layer}.straight", straight
-        constants = {"starts": [-1], "ends": [np.iinfo(np.int64).min], "axes": [0], "steps": [-1]}
-        for name, value in constants.items():
-            graph.initializer.append(
-                numpy_helper.from_array(np.array(value, np.int64), f"{layer}.reverse.{name}")
-            )
-        inputs = [straight, *(f"{layer}.reverse.{name}" for name in constants)]
-        graph.node.append(helper.make_node("Slice", inputs, [LOGITS], name=layer))
-
-    return edited(bundle, output, edit)
+    return edited(bundle, output, lambda graph: _reverse(graph, LOGITS, 0))
 
 
 def drop_delta(bundle: Bundle, output: Path) -> Bundle:
@@ -89,12 +78,71 @@ def lose_alpha(bundle: Bundle, output: Path, layer: str = "conv3") -> Bundle:
     return edited(bundle, output, edit)
 
 
-def edited(bundle: Bundle, output: Path, edit: Callable[[onnx.GraphProto], None]) -> Bundle:
-    """Write a copy of a bundle with its forward graphs edited, and a manifest that agrees."""
+def turn_kernel_back(bundle: Bundle, output: Path, layer: str = "conv2") -> Bundle:
+    """Go back through a convolution with its kernel transposed and not turned."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        constant = _constant(graph, f"{layer}.grad.weight")
+        _set(constant, np.ascontiguousarray(numpy_helper.to_array(constant)[:, :, ::-1, ::-1]))
+
+    return edited(bundle, output, edit, role="gradient")
+
+
+def hold_norm_fixed(bundle: Bundle, output: Path, layer: str = "conv2") -> Bundle:
+    """Leave out the second term of a compact layer's gradient, the slope of its norm."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        node = _node(graph, f"{layer}.grad")
+        node.op_type = "Identity"
+        del node.input[1]
+
+    return edited(bundle, output, edit, role="gradient")
+
+
+def pass_to_every_maximum(bundle: Bundle, output: Path) -> Bundle:
+    """Give the gradient of a window to all of its maxima instead of the first."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        for pool in ("pool1", "pool2"):
+            mask = _node(graph, f"{pool}.grad.mask")
+            mask.input[0] = f"{pool}.grad.maximal"
+
+    return edited(bundle, output, edit, role="gradient")
+
+
+def swap_candidates(bundle: Bundle, output: Path) -> Bundle:
+    """Return the candidates of every image in reverse: right for one, wrong for several."""
+    return edited(bundle, output, lambda graph: _reverse(graph, GRADIENTS, 1), role="gradient")
+
+
+def swap_gradients(bundle: Bundle, output: Path) -> Bundle:
+    """Return the gradients of a batch in reverse: right for one image, wrong for several."""
+    return edited(bundle, output, lambda graph: _reverse(graph, GRADIENTS, 0), role="gradient")
+
+
+def another_forward(bundle: Bundle, output: Path) -> Bundle:
+    """Take the gradients of a network whose weights are a little different."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        constant = _constant(graph, "conv3.weight")
+        value = numpy_helper.to_array(constant)
+        _set(constant, value * np.float32(1.001))
+
+    return edited(bundle, output, edit, role="gradient")
+
+
+def edited(
+    bundle: Bundle,
+    output: Path,
+    edit: Callable[[onnx.GraphProto], None],
+    *,
+    role: str = "forward",
+) -> Bundle:
+    """Write a copy of a bundle with the graphs of a role edited, and a manifest that agrees."""
     files = []
     for record in bundle.manifest.files:
         data = bundle.read(record)
-        if record.role == "forward":
+        if record.role == role:
             model = onnx.load_model_from_string(data)
             edit(model.graph)
             onnx.checker.check_model(model, full_check=True)
@@ -116,8 +164,27 @@ def edited(bundle: Bundle, output: Path, edit: Callable[[onnx.GraphProto], None]
     )
 
 
+def _reverse(graph: onnx.GraphProto, output: str, axis: int) -> None:
+    """Put an output of the graph in reverse order along an axis."""
+    (last,) = (node for node in graph.node if output in node.output)
+    layer, straight = last.name, f"{output}.straight"
+    last.name, last.output[0] = f"{layer}.straight", straight
+    constants = {"starts": [-1], "ends": [np.iinfo(np.int64).min], "axes": [axis], "steps": [-1]}
+    for name, value in constants.items():
+        graph.initializer.append(
+            numpy_helper.from_array(np.array(value, np.int64), f"{layer}.reverse.{name}")
+        )
+    inputs = [straight, *(f"{layer}.reverse.{name}" for name in constants)]
+    graph.node.append(helper.make_node("Slice", inputs, [output], name=layer))
+
+
 def _last(graph: onnx.GraphProto) -> onnx.NodeProto:
     (node,) = (node for node in graph.node if LOGITS in node.output)
+    return node
+
+
+def _node(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
+    (node,) = (node for node in graph.node if node.name == name)
     return node
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.cli.main import app
 from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError, UsageError
+from ccn_deploy.exporters import export_run
 from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
+from ccn_deploy.runs import open_run
 from ccn_deploy.verdict import Verdict
 from tests import faults
 
@@ -43,6 +46,13 @@ def test_a_healthy_bundle_passes_in_float32(
         assert finding.row.deviation.units < 2.0  # what rounding explains, not just the bound
     worst = max(finding.row.deviation.units for finding in result.inputs)
     assert worst > 0.01  # a unit that explains everything would explain faults too
+    assert result.gradients is not None and result.kinks is not None
+    assert len(result.gradients) == 6 * 2
+    for gradient in result.gradients:
+        assert gradient.row.slopes.relative < 1e-5
+        assert gradient.row.slopes.of_rounding < 2.0
+    judged = [gradient.row.slopes.judged for gradient in result.gradients]
+    assert sum(judged) > 0.6 * sum(gradient.row.slopes.n for gradient in result.gradients)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +72,49 @@ def test_a_planted_fault_is_caught_and_its_layer_named(
     assert result.verdict is Verdict.FAIL
     assert result.first_departure is not None
     assert result.first_departure.subject == layer
+
+
+@pytest.mark.parametrize("defense", ["sm", "ccn"])
+@pytest.mark.parametrize(
+    ("plant", "kinds"),
+    [
+        (faults.turn_kernel_back, {"clean", "noise"}),
+        (faults.hold_norm_fixed, {"clean", "adversarial", "noise", "zero", "one", "near-mean"}),
+        (faults.pass_to_every_maximum, {"clean", "zero", "one"}),
+        (faults.swap_candidates, {"clean", "noise"}),
+        (faults.swap_gradients, {"clean", "noise"}),
+        (faults.another_forward, {"clean", "adversarial", "noise", "zero", "one", "near-mean"}),
+    ],
+)
+def test_a_fault_in_the_gradient_graph_fails_the_gradients_and_nothing_else(
+    defense: str,
+    plant: faults.Fault,
+    kinds: set[str],
+    exported: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    if plant is faults.hold_norm_fixed and defense == "sm":
+        pytest.skip("a plain network has no norm")
+    request = replace(REQUEST, per_layer=False)
+    result = measure(plant(open_bundle(exported(defense)), tmp_path / "faulty"), request)
+    assert result.verdict is Verdict.FAIL
+    assert result.gradients is not None
+    assert kinds <= {f.row.kind for f in result.gradients if f.reasons}
+    assert all(f.verdict is Verdict.PASS for f in (*result.inputs, *result.invariance))
+    if plant in (faults.swap_candidates, faults.swap_gradients):  # one alone is right
+        assert not [f.name for f in result.gradients if f.reasons and f.row.candidates == 1]
+
+
+def test_a_bundle_without_a_gradient_graph_has_no_such_rows(
+    trained_run: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bundle = export_run(open_run(trained_run("sm")), tmp_path / "served", gradient=False)
+    options = ["--samples", "8", "--threads", "1"]
+    table = CliRunner().invoke(app, ["verify-parity", str(bundle.path), *options])
+    assert table.exit_code == 0
+    assert "No gradients to compare" in table.stdout
+    document = CliRunner().invoke(app, ["verify-parity", str(bundle.path), *options, "--json"])
+    assert json.loads(document.stdout)["gradients"] is None
 
 
 def test_swapped_rows_are_right_one_at_a_time_and_wrong_together(
@@ -167,7 +220,7 @@ class TestCommand:
         code, text = self.run(ccn_bundle.path, "--json", "--per-layer")
         document = json.loads(text)
         assert code == 0
-        assert document["schema"] == "ccn-deploy/parity/1"
+        assert document["schema"] == "ccn-deploy/parity/2"
         assert document["verdict"] == "pass"
         assert (document["runtime"], document["precision"]) == ("onnxruntime-cpu", "fp32")
         contract = {"kind", "n", "batch", "max_abs", "p99_abs", "argmax_flips", "nonfinite"}
@@ -178,6 +231,16 @@ class TestCommand:
             for batch in (1, 7, 16)
         }
         assert document["first_departure"] is None
+        gradients = document["gradients"]
+        assert {(row["kind"], row["candidates"]) for row in gradients["rows"]} == {
+            (kind, candidates)
+            for kind in ("clean", "adversarial", "noise", "zero", "one", "near-mean")
+            for candidates in (1, 5)
+        }
+        contract = {"n", "near_a_kink", "max_abs", "cosine", "of_rounding", "scale", "nonfinite"}
+        assert all(contract <= row["slopes"].keys() for row in gradients["rows"])
+        assert gradients["kinks"]["verdict"] == "pass"
+        assert document["policy"]["max_gradient"] == 1e-4
         assert document["setting"]["bundle"] == ccn_bundle.manifest.digest
 
     def test_a_fault_exits_1_and_the_table_says_where(

@@ -150,11 +150,11 @@ def test_the_first_layer_to_depart_is_the_first_in_the_network_not_the_worst() -
         row("conv2", "clean", 1e-8), row("conv2", "zero", 1e-3),
         row("fc1", "clean", 1.0), row("fc1", "zero", 1.0),
     )  # fmt: skip
-    result = judge(ParityEvidence(SETTING, (), (), rows))
+    result = judge(ParityEvidence(SETTING, (), (), layers=rows))
     assert result.first_departure is not None
     assert result.first_departure.name == "conv2 (zero)"
     assert result.document()["first_departure"] == "conv2"
-    healthy = judge(ParityEvidence(SETTING, (), (), rows[:3]))
+    healthy = judge(ParityEvidence(SETTING, (), (), layers=rows[:3]))
     assert healthy.first_departure is None
     assert healthy.document()["first_departure"] is None
 
@@ -166,7 +166,9 @@ class TestEvidenceFile:
             SETTING,
             (InputRow("zero", 7, deviation),),
             (Claim("alone", deviation, 2),),
-            (LayerRow("fc3", "one", compare_logits(np.eye(1, 2), np.eye(1, 2), scale=1, unit=1)),),
+            layers=(
+                LayerRow("fc3", "one", compare_logits(np.eye(1, 2), np.eye(1, 2), scale=1, unit=1)),
+            ),
         )
         written.write(tmp_path / "evidence.json")
         assert ParityEvidence.read(tmp_path / "evidence.json") == written

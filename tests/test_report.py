@@ -106,11 +106,12 @@ def parity(verdict: str = "pass") -> dict[str, object]:
     row = {"kind": "zero", "n": 8, "max_abs": 1e-6, "p99_abs": 1e-7, "rounding_units": 0.5,
            "argmax_flips": 0, "nonfinite": 0, "verdict": verdict}  # fmt: skip
     return {
-        "schema": "ccn-deploy/parity/1",
+        "schema": "ccn-deploy/parity/2",
         "verdict": verdict,
         "runtime": "onnxruntime-cpu",
         "precision": "fp32",
         "inputs": [{**row, "batch": batch} for batch in (1, 7, 64)],
+        "gradients": {"rows": [{"kind": "zero", "relative": 3.3e-7, "verdict": verdict}]},
     }
 
 
@@ -200,6 +201,7 @@ def test_every_row_of_the_judgement_is_there(bundle: Bundle) -> None:
         assert record.sha256 in seen.text
     assert bundle.manifest.digest in seen.text
     assert "Parity with the float64 reference" in seen.text
+    assert "3.3e-07" in seen.text
 
 
 def test_nothing_is_loaded_and_nothing_runs(bundle: Bundle) -> None:

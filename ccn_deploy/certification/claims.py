@@ -4,7 +4,8 @@
 claim                  what it says
 =====================  =============================================================
 ``intact``             every file of the bundle is the file that was exported
-``parity``             the runtime computes the reference's logits, kind of input by kind
+``parity``             the runtime computes the reference's logits, and its slopes if it gives
+                       any, kind of input by kind
 ``batch-invariant``    an image's answer does not depend on the images beside it
 ``deterministic``      the same images give the same answer again
 ``accurate``           without an attack, the runtime loses no more than allowed

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ccn_deploy.parity.judge import AnyFinding, GradientFinding, KinkFinding
 from ccn_deploy.parity.judge import Finding as ParityFinding
 from ccn_deploy.parity.policy import Policy
 from ccn_deploy.robustness.gate import Gate, Share
@@ -61,7 +62,13 @@ class Wording:
         """Runtime and precision, as in tables."""
         return f"{self.runtime}-{self.precision}"
 
-    def parity(self, findings: Sequence[ParityFinding], policy: Policy) -> Finding:
+    def parity(
+        self,
+        findings: Sequence[ParityFinding],
+        policy: Policy,
+        gradients: Sequence[GradientFinding] = (),
+        kinks: KinkFinding | None = None,
+    ) -> Finding:
         """Put all findings on one claim into words: the first that fails, else the worst."""
         worst = max(findings, key=lambda finding: finding.row.deviation.relative)
         deviation = worst.row.deviation
@@ -69,15 +76,28 @@ class Wording:
             f"largest error {deviation.max_abs:.2g} ({worst.name}), {deviation.relative:.2g} of "
             f"the scale, {deviation.units:.2g} times what rounding explains"
         )
-        failing = [finding for finding in findings if finding.reasons]
+        bound = (
+            f"an error of at most {policy.max_relative:g} of the scale and {policy.max_units:g} "
+            "times what rounding explains, and no label changed beyond that"
+        )
+        if slopes := [finding.row.slopes for finding in gradients]:
+            steepest = max(slopes, key=lambda found: found.relative)
+            measured += (
+                f"; gradients {steepest.relative:.2g} of the largest slope ({steepest.judged} of "
+                f"{steepest.n} images judged)"
+            )
+            bound += f"; gradients {policy.max_gradient:g} of the largest slope, away from kinks"
+        every: list[AnyFinding] = [*findings, *gradients]
+        if kinks is not None:
+            every.append(kinks)
+        failing = [finding for finding in every if finding.reasons]
         if failing:
             more = f"; {len(failing) - 1} more alike" if len(failing) > 1 else ""
             measured = f"{failing[0].name}: {'; '.join(failing[0].reasons)}{more}"
         return Finding(
-            Verdict.all_of(finding.verdict for finding in findings),
+            Verdict.all_of(finding.verdict for finding in every),
             measured,
-            f"an error of at most {policy.max_relative:g} of the scale and {policy.max_units:g} "
-            "times what rounding explains, and no label changed beyond that",
+            bound,
             f"{self._verify_parity()} names the first layer that departs.",
         )
 

@@ -178,10 +178,15 @@ class Certification:
         )
 
     def parity(self, kind: str) -> Finding:
-        """Judge whether the runtime computes the reference's logits on a kind of input."""
+        """Judge whether the runtime computes the reference's logits and slopes on a kind of input.
+
+        What is said of images near a kink, which are judged together, counts for each of theirs.
+        """
         result = self._parity()
         findings = [f for f in result.inputs if getattr(f.row, "kind", None) == kind]
-        return self._say.parity(findings, result.policy)
+        gradients = [f for f in result.gradients or () if f.row.kind == kind]
+        near = any(finding.row.slopes.near for finding in gradients)
+        return self._say.parity(findings, result.policy, gradients, result.kinks if near else None)
 
     def batch_invariant(self) -> Finding:
         """Judge whether an image's answer is the same whatever stands beside it."""

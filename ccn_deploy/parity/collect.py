@@ -19,6 +19,15 @@ from ccn_deploy.evaluation import check_fits
 from ccn_deploy.extras import require
 from ccn_deploy.parity.comparison import compare_logits, compare_values, scale_of
 from ccn_deploy.parity.evidence import KINDS, InputRow, LayerRow, ParityEvidence, setting_key
+from ccn_deploy.parity.gradients import (
+    CANDIDATES,
+    GradientEvidence,
+    GradientProbe,
+    GradientRow,
+    KinkRow,
+    make_cotangents,
+    measure_gradients,
+)
 from ccn_deploy.parity.invariance import Claim, measure_invariance
 from ccn_deploy.parity.policy import Arithmetic, policy_for
 from ccn_deploy.runtimes import Runtime, RuntimeOptions, open_runtime
@@ -36,6 +45,9 @@ SINGLES = 8
 UNIT_IMAGES = (2, 16)
 """Least and most images of each kind on which the rounding model, which is costly, is run: a
 sixteenth of the samples."""
+
+GRADIENT_IMAGES = (3, 9)
+"""Least and most images of each kind whose gradients are compared, an odd number."""
 
 DRAWS = 8
 """Seeded repetitions per image in the rounding model; the unit is the largest among them."""
@@ -167,7 +179,8 @@ class _Measurement:
         from ccn_deploy.runtimes.torch_runtime import load_twin
 
         samples: int = self.setting["samples"]
-        step = _Steps(2 + len(KINDS) * (3 if self.request.per_layer else 2), progress)
+        parts = 2 + self.request.per_layer + self.runtime.differentiable
+        step = _Steps(2 + len(KINDS) * parts, progress)
         step("crafting inputs")
         probes = make_probes(load_twin(self.bundle), data, samples, self.request.seed)
         exact = load_twin(self.bundle, torch.float64)
@@ -189,11 +202,18 @@ class _Measurement:
                     samples=samples,
                     scale=self._scale(logits[probe.kind], logits["clean"]),
                 )
+            gradients = (
+                self._gradients(
+                    probes, step, exact=exact, reference=reference, logits=logits, units=units
+                )
+                if self.runtime.differentiable
+                else None
+            )
         step("batch invariance")
         claims = self._invariance(probes, logits, units)
         layers = self._layers(probes, units, step) if self.request.per_layer else None
         step.finish()
-        return ParityEvidence(self.setting, tuple(inputs), tuple(claims), layers)
+        return ParityEvidence(self.setting, tuple(inputs), tuple(claims), gradients, layers)
 
     def _units(self, exact: Classifier, probe: Probe) -> dict[str, float]:
         import torch
@@ -247,6 +267,48 @@ class _Measurement:
             seed=self.request.seed,
         )
 
+    def _gradients(
+        self,
+        probes: Sequence[Probe],
+        step: _Steps,
+        *,
+        exact: Classifier,
+        reference: Runtime,
+        logits: dict[str, Array],
+        units: dict[str, dict[str, float]],
+    ) -> GradientEvidence:
+        """Compare the input gradients of a few images of every kind."""
+        from ccn_deploy.parity.kinks import measure_shifts
+
+        policy, seed = policy_for(self.request.precision), self.request.seed
+        rows: list[GradientRow] = []
+        near: list[float] = []
+        for probe in probes:
+            step(f"{probe.kind}: gradients")
+            images = probe.images[: self.setting["gradients"]["images"]]
+            cotangents = make_cotangents(logits[probe.kind][: len(images)], seed)
+            truth = reference.vjp(images, cotangents)[1]
+            # One gradient tells which images are near a kink; a random one depends on everything.
+            shifts = measure_shifts(
+                exact, images, cotangents[:, -1], truth[:, -1], policy, seed=seed
+            )
+            compared = GradientProbe(
+                probe.kind,
+                images,
+                cotangents,
+                truth,
+                shifts.largest,
+                shifts.typical,
+                unit=_last(units[probe.kind]),
+                scale=scale_of(logits[probe.kind]),
+            )
+            found, ratios = measure_gradients(
+                self.runtime.vjp, self.runtime.logits, compared, allowed=policy.max_gradient
+            )
+            rows += found
+            near += ratios
+        return GradientEvidence(tuple(rows), KinkRow.of(near))
+
     def _layers(
         self, probes: Sequence[Probe], units: dict[str, dict[str, float]], step: _Steps
     ) -> tuple[LayerRow, ...]:
@@ -293,6 +355,12 @@ def _samples(request: ParityRequest, data: Dataset) -> int:
     return min(wanted, len(data))
 
 
+def _gradient_images(samples: int) -> int:
+    """Return about a sixteenth of the samples, odd: kernels for whole blocks must not suffice."""
+    least, most = GRADIENT_IMAGES
+    return max(least, min(most, samples // 16 | 1))
+
+
 def _setting(
     bundle: Bundle, request: ParityRequest, data: Dataset, samples: int, runtime: Runtime
 ) -> dict[str, Any]:
@@ -306,6 +374,9 @@ def _setting(
         "per_layer": request.per_layer,
         "unit_images": max(UNIT_IMAGES[0], min(UNIT_IMAGES[1], samples // 16)),
         "draws": DRAWS,
+        "gradients": {"images": _gradient_images(samples), "candidates": CANDIDATES}
+        if runtime.differentiable
+        else None,
         "runtime": {
             "name": spec.name,
             "precision": spec.precision,

@@ -86,15 +86,16 @@ class Deviation:
         """Read the JSON form; null becomes infinity."""
         return cls(
             n=document["n"],
-            max_abs=_or_inf(document["max_abs"]),
-            p99_abs=_or_inf(document["p99_abs"]),
+            max_abs=or_infinite(document["max_abs"]),
+            p99_abs=or_infinite(document["p99_abs"]),
             argmax_flips=document["argmax_flips"],
             flips=tuple(
-                Flip(**{**flip, "margin": _or_inf(flip["margin"])}) for flip in document["flips"]
+                Flip(**{**flip, "margin": or_infinite(flip["margin"])})
+                for flip in document["flips"]
             ),
             nonfinite=document["nonfinite"],
-            scale=_or_inf(document["scale"]),
-            unit=_or_inf(document["rounding_unit"]),
+            scale=or_infinite(document["scale"]),
+            unit=or_infinite(document["rounding_unit"]),
         )
 
 
@@ -180,5 +181,6 @@ def _ratio(error: float, by: float) -> float:
     return error / by
 
 
-def _or_inf(value: float | None) -> float:
+def or_infinite(value: float | None) -> float:
+    """Return what :func:`finite_or_none` was given; null becomes infinity."""
     return math.inf if value is None else float(value)

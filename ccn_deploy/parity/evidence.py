@@ -10,10 +10,11 @@ from typing import Any
 
 from ccn_deploy.errors import IntegrityError
 from ccn_deploy.parity.comparison import Deviation
+from ccn_deploy.parity.gradients import GradientEvidence
 from ccn_deploy.parity.invariance import Claim
 from ccn_deploy.storage import canonical_json, sha256, write_atomic
 
-SCHEMA = "ccn-deploy/parity-evidence/1"
+SCHEMA = "ccn-deploy/parity-evidence/2"
 
 KINDS = ("clean", "adversarial", "noise", "zero", "one", "near-mean")
 """Every kind of input, in the order of reports."""
@@ -78,12 +79,14 @@ class ParityEvidence:
         setting: Everything it depends on: digests, data, seed, sizes, runtime, versions.
         inputs: Rows in order of kind and batch.
         invariance: The same images under other circumstances.
+        gradients: Input gradients; None if the runtime has none of its own.
         layers: In order of execution, kinds within a layer; None if not asked for.
     """
 
     setting: Mapping[str, Any]
     inputs: tuple[InputRow, ...]
     invariance: tuple[Claim, ...]
+    gradients: GradientEvidence | None = None
     layers: tuple[LayerRow, ...] | None = None
 
     @property
@@ -125,6 +128,9 @@ class ParityEvidence:
                 setting=document["setting"],
                 inputs=tuple(map(InputRow.from_document, document["inputs"])),
                 invariance=tuple(map(Claim.from_document, document["invariance"])),
+                gradients=None
+                if document["gradients"] is None
+                else GradientEvidence.from_document(document["gradients"]),
                 layers=None
                 if document["layers"] is None
                 else tuple(map(LayerRow.from_document, document["layers"])),
@@ -141,6 +147,7 @@ class ParityEvidence:
             "setting": self.setting,
             "inputs": [row.document() for row in self.inputs],
             "invariance": [claim.document() for claim in self.invariance],
+            "gradients": None if self.gradients is None else self.gradients.document(),
             "layers": None if self.layers is None else [row.document() for row in self.layers],
         }
 

@@ -8,11 +8,19 @@ from typing import Any
 
 from ccn_deploy.parity.comparison import Deviation, finite_or_none
 from ccn_deploy.parity.evidence import InputRow, LayerRow, ParityEvidence
+from ccn_deploy.parity.gradients import GradientEvidence, GradientRow, KinkRow
 from ccn_deploy.parity.invariance import DETERMINISTIC, Claim
 from ccn_deploy.parity.policy import Policy, policy_for
 from ccn_deploy.verdict import Verdict
 
-SCHEMA = "ccn-deploy/parity/1"
+SCHEMA = "ccn-deploy/parity/2"
+
+MAX_NEAR = 2.0
+"""Bound on the median error near kinks, in what rounding typically makes there."""
+
+LEAST_NEAR = 5
+"""Images near a kink from which on they are judged together. A median of fewer says little: a
+single one may exceed what eight draws of rounding found."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,72 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class GradientFinding:
+    """What the policy says of gradients on one kind of input.
+
+    Attributes:
+        row: The evidence.
+        reasons: Why it fails, one phrase each; empty if it passes.
+    """
+
+    row: GradientRow
+    reasons: tuple[str, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Pass, or fail for any reason."""
+        return Verdict.FAIL if self.reasons else Verdict.PASS
+
+    @property
+    def subject(self) -> str:
+        """The gradients of a kind of input."""
+        return f"gradients on {self.row.kind}"
+
+    @property
+    def name(self) -> str:
+        """What the row is about, for messages."""
+        many = f"{self.row.candidates} for each image" if self.row.candidates > 1 else "one alone"
+        return f"{self.subject}, {many}"
+
+    def document(self) -> dict[str, Any]:
+        """Return the evidence with the verdict beside it."""
+        return {
+            **self.row.document(),
+            "relative": finite_or_none(self.row.slopes.relative),
+            "verdict": self.verdict.value,
+            "reasons": list(self.reasons),
+        }
+
+
+@dataclass(frozen=True)
+class KinkFinding:
+    """What can be said of all images near a kink.
+
+    Attributes:
+        row: The evidence.
+        verdict: Inconclusive if no gradient of any image could be judged.
+        reasons: Why it is not a pass, one phrase each.
+    """
+
+    row: KinkRow
+    verdict: Verdict
+    reasons: tuple[str, ...]
+
+    subject = name = "gradients near a kink"
+
+    def document(self) -> dict[str, Any]:
+        """Return the evidence with the verdict beside it."""
+        return {
+            **self.row.document(),
+            "verdict": self.verdict.value,
+            "reasons": list(self.reasons),
+        }
+
+
+AnyFinding = Finding | GradientFinding | KinkFinding
+
+
+@dataclass(frozen=True)
 class ParityResult:
     """The judgement of one runtime.
 
@@ -72,6 +146,8 @@ class ParityResult:
         policy: By what.
         inputs: A finding for each kind and batch.
         invariance: A finding for each claim.
+        gradients: A finding for each kind and batch; None if the runtime has no gradients.
+        kinks: The finding on all images near a kink; None likewise.
         layers: Findings in order of execution; None if layers were not measured.
     """
 
@@ -79,17 +155,25 @@ class ParityResult:
     policy: Policy
     inputs: tuple[Finding, ...]
     invariance: tuple[Finding, ...]
+    gradients: tuple[GradientFinding, ...] | None
+    kinks: KinkFinding | None
     layers: tuple[Finding, ...] | None
 
     @property
     def verdict(self) -> Verdict:
-        """Of logits under every input and circumstance; layers only explain it."""
-        return Verdict.all_of(finding.verdict for finding in (*self.inputs, *self.invariance))
+        """Of logits and gradients under every input and circumstance; layers only explain it."""
+        return Verdict.all_of(finding.verdict for finding in self.checks)
 
     @property
-    def failures(self) -> tuple[Finding, ...]:
-        """Findings on logits that fail."""
-        return tuple(f for f in (*self.inputs, *self.invariance) if f.reasons)
+    def checks(self) -> tuple[AnyFinding, ...]:
+        """Every finding that the verdict depends on."""
+        kinks = () if self.kinks is None else (self.kinks,)
+        return (*self.inputs, *self.invariance, *(self.gradients or ()), *kinks)
+
+    @property
+    def failures(self) -> tuple[AnyFinding, ...]:
+        """Those of them that do not pass."""
+        return tuple(finding for finding in self.checks if finding.verdict is not Verdict.PASS)
 
     @property
     def first_departure(self) -> Finding | None:
@@ -107,6 +191,12 @@ class ParityResult:
             "precision": self.evidence.precision,
             "inputs": [finding.document() for finding in self.inputs],
             "invariance": [finding.document() for finding in self.invariance],
+            "gradients": None
+            if self.gradients is None or self.kinks is None
+            else {
+                "rows": [finding.document() for finding in self.gradients],
+                "kinks": self.kinks.document(),
+            },
             "policy": self.policy.document(),
             "setting": dict(self.evidence.setting),
         }
@@ -124,12 +214,16 @@ def judge(evidence: ParityEvidence, policy: Policy | None = None) -> ParityResul
         UsageError: No policy for that precision.
     """
     policy = policy or policy_for(evidence.precision)
-    layers = evidence.layers
+    layers, gradients = evidence.layers, evidence.gradients
     return ParityResult(
         evidence=evidence,
         policy=policy,
         inputs=tuple(_finding(row, policy) for row in evidence.inputs),
         invariance=tuple(_finding(claim, policy) for claim in evidence.invariance),
+        gradients=None
+        if gradients is None
+        else tuple(_gradient_finding(row, policy) for row in gradients.rows),
+        kinks=None if gradients is None else _kink_finding(gradients),
         layers=None if layers is None else tuple(_finding(row, policy) for row in layers),
     )
 
@@ -168,3 +262,42 @@ def _reasons(deviation: Deviation, policy: Policy) -> list[str]:
             f"{policy.max_units:g}"
         )
     return reasons
+
+
+def _gradient_finding(row: GradientRow, policy: Policy) -> GradientFinding:
+    slopes, allowed = row.slopes, policy.max_gradient
+    reasons = []
+    if not math.isfinite(slopes.scale):
+        reasons.append("the reference's gradient itself is not finite")
+    if slopes.nonfinite:
+        reasons.append(f"{slopes.nonfinite} slopes are NaN or infinite")
+    if not slopes.relative <= allowed:
+        reasons.append(
+            f"largest error is {slopes.relative:.2g} of the largest slope, allowed {allowed:.2g}"
+        )
+    if not slopes.of_rounding <= policy.max_units:
+        reasons.append(
+            f"largest error is {slopes.of_rounding:.3g} times what rounding made of that gradient, "
+            f"allowed {policy.max_units:g}"
+        )
+    if not 1.0 - slopes.cosine <= allowed:
+        reasons.append(f"smallest cosine is {slopes.cosine:.6f}, allowed {1 - allowed:g}")
+    reasons += [f"logits beside the gradients: {why}" for why in _reasons(row.logits, policy)]
+    return GradientFinding(row, tuple(reasons))
+
+
+def _kink_finding(gradients: GradientEvidence) -> KinkFinding:
+    """Judge the images near a kink by their median, if there are enough of them for one."""
+    kinks = gradients.kinks
+    if kinks.n >= LEAST_NEAR:
+        if kinks.median <= MAX_NEAR:
+            return KinkFinding(kinks, Verdict.PASS, ())
+        reason = (
+            f"the median error is {kinks.median:.3g} times what rounding makes, allowed "
+            f"{MAX_NEAR:g}"
+        )
+        return KinkFinding(kinks, Verdict.FAIL, (reason,))
+    if any(row.slopes.judged for row in gradients.rows):
+        return KinkFinding(kinks, Verdict.PASS, ())
+    reason = f"all of only {kinks.n} images are near a kink, so no gradient was judged"
+    return KinkFinding(kinks, Verdict.INCONCLUSIVE, (reason,))

@@ -48,6 +48,14 @@ class Policy:
     max_relative: float
     max_units: float
 
+    @property
+    def max_gradient(self) -> float:
+        """Bound on the largest error of a gradient over the largest slope, and on 1 - cosine.
+
+        The same promise as for logits; it holds where rounding does not decide between two slopes.
+        """
+        return self.max_relative
+
     def stated_error(self, scale: float) -> float:
         """Return the absolute error this policy allows on logits of a scale.
 
@@ -58,7 +66,7 @@ class Policy:
 
     def document(self) -> dict[str, Any]:
         """Return the policy as it stands in reports."""
-        return asdict(self)
+        return {**asdict(self), "max_gradient": self.max_gradient}
 
 
 _U32 = 2.0**-24

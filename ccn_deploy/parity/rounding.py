@@ -61,7 +61,7 @@ def rounding_units(
     """
     generator = torch.Generator().manual_seed(seed)
     units = {name: 0.0 for name, _ in model.named_layers()}
-    size = _chunk(model, draws)
+    size = images_at_once(model, draws)
     for start in range(0, len(images), size):
         chunk = images[start : start + size]
         steps = noisy_forward(model, chunk, arithmetic, draws, generator, ranges=ranges)
@@ -85,7 +85,7 @@ def noisy_forward(
     Yields:
         (layer name, exact output [N, ...], noisy outputs [draws, N, ...]), layer by layer.
     """
-    model_of = _RoundingModel(arithmetic, generator, ranges or {})
+    model_of = RoundingModel(arithmetic, generator, ranges or {})
     exact, noisy = images, images.expand(draws, *images.shape)
     for name, layer in model.named_layers():
         exact, noisy = model_of.step(name, layer, exact, noisy)
@@ -113,12 +113,21 @@ def sum_error_std(total: Tensor, squares: Tensor, terms: int, accumulate: float)
 
 
 @dataclass(frozen=True)
-class _RoundingModel:
-    """One layer at a time, exactly and with errors."""
+class RoundingModel:
+    """One layer at a time, exactly and with errors.
+
+    Attributes:
+        arithmetic: What is modelled.
+        generator: Of the errors.
+        ranges: For each layer that is quantised, the largest absolute input to represent.
+        paired: Whether the second half of the draws has the errors of the first with the opposite
+            sign, so that one of each pair crosses a kink that is near.
+    """
 
     arithmetic: Arithmetic
     generator: torch.Generator
     ranges: Mapping[str, float] = field(default_factory=dict)
+    paired: bool = False
 
     def step(
         self, name: str, layer: nn.Module, exact: Tensor, noisy: Tensor
@@ -200,11 +209,18 @@ class _RoundingModel:
 
     def _rounded(self, values: Tensor, unit: float) -> Tensor:
         """Give each value a relative error uniform in [-unit, unit]."""
-        uniform = torch.empty_like(values).uniform_(-1.0, 1.0, generator=self.generator)
-        return values * (1.0 + unit * uniform)
+        uniform = self._draws(values).uniform_(-1.0, 1.0, generator=self.generator)
+        return values * (1.0 + unit * self._signed(uniform))
 
     def _normal(self, like: Tensor) -> Tensor:
-        return torch.empty_like(like).normal_(generator=self.generator)
+        return self._signed(self._draws(like).normal_(generator=self.generator))
+
+    def _draws(self, like: Tensor) -> Tensor:
+        """Return room for the errors that are drawn: all of them, or one of each pair."""
+        return torch.empty_like(like[: len(like) // 2] if self.paired else like)
+
+    def _signed(self, errors: Tensor) -> Tensor:
+        return torch.cat([errors, -errors]) if self.paired else errors
 
 
 def _linear(layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -229,7 +245,7 @@ def _each(function: Callable[[Tensor], Tensor], noisy: Tensor) -> Tensor:
     return flat.reshape(*noisy.shape[:2], *flat.shape[1:])
 
 
-def _chunk(model: Classifier, draws: int) -> int:
+def images_at_once(model: Classifier, draws: int) -> int:
     """Return how many images at a time keep the widest tensor within :data:`_DOUBLES`."""
     _, height, width = model.architecture.input_shape
     widest = max(item for item in model.architecture.features[:3] if isinstance(item, int))

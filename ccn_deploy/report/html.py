@@ -38,7 +38,7 @@ def write_report(
         examples: Images to show, from :func:`~ccn_deploy.report.examples.examples_of`; of the
             precision judged first.
         command: What the user typed.
-        parity: A document of schema ``ccn-deploy/parity/1``, if parity was measured too.
+        parity: A document of schema ``ccn-deploy/parity/2``, if parity was measured too.
 
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.

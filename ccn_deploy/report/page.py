@@ -36,7 +36,7 @@ def page_of(
         result: Its judgement, or those of several precisions.
         examples: Images to show, of the precision judged first.
         command: What the user typed.
-        parity: A document of schema ``ccn-deploy/parity/1``, if parity was measured.
+        parity: A document of schema ``ccn-deploy/parity/2``, if parity was measured.
     """
     from ccn_deploy import __version__
 

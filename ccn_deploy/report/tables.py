@@ -169,9 +169,11 @@ def _precision(cell: Json) -> Cell:
 def parity_table(parity: Json) -> Table:
     """Return a row per kind of input, with the worst of its batch sizes."""
     lines = []
+    slopes = parity["gradients"]["rows"] if parity["gradients"] else []
     for kind in dict.fromkeys(row["kind"] for row in parity["inputs"]):
         rows = [row for row in parity["inputs"] if row["kind"] == kind]
-        verdict = Verdict.all_of(Verdict(row["verdict"]) for row in rows)
+        gradients = [row for row in slopes if row["kind"] == kind]
+        verdict = Verdict.all_of(Verdict(row["verdict"]) for row in (*rows, *gradients))
         lines.append(
             Row(
                 kind,
@@ -181,6 +183,7 @@ def parity_table(parity: Json) -> Table:
                     Cell(_largest((row["rounding_units"] for row in rows), "{:.2f}")),
                     Cell(str(sum(row["argmax_flips"] for row in rows))),
                     Cell(str(sum(row["nonfinite"] for row in rows))),
+                    Cell(_largest((row["relative"] for row in gradients), "{:.1e}") or "none"),
                 ],
                 Mark.of(verdict.value),
             )
@@ -188,16 +191,19 @@ def parity_table(parity: Json) -> Table:
     return Table(
         title="Parity with the float64 reference",
         columns=["Input", "Batches", "Largest error", "In rounding units", "Labels differ",
-                 "Not finite", "Verdict"],
+                 "Not finite", "Gradients", "Verdict"],
         rows=lines,
         about=f"Logits of {target(parity)} against those of the network in float64, the worst of "
-        "the batch sizes. A rounding unit is the largest error that a model of its rounding made.",
+        "the batch sizes. A rounding unit is the largest error that a model of its rounding made. "
+        "Gradients: the runtime's own, largest error over the largest slope, away from kinks.",
     )  # fmt: skip
 
 
 def _largest(values: Iterable[float | None], form: str) -> str:
-    """Return the largest value; a document says null for one that is not finite."""
+    """Return the largest value, "" of none; a document says null for one that is not finite."""
     found = list(values)
+    if not found:
+        return ""
     finite = [value for value in found if value is not None]
     return form.format(max(finite)) if len(finite) == len(found) else "not finite"
 

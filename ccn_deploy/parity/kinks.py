@@ -1,0 +1,147 @@
+"""Which images lie so near a kink that rounding alone may change their gradient, and by how much.
+
+The gradient of a network of ReLUs and max-pools jumps where one of them decides otherwise. The
+noisy forwards of :mod:`ccn_deploy.parity.rounding` decide otherwise where rounding may, so their
+gradients show it, and ignore decisions on which nothing depends. ``docs/parity.md`` derives how
+large the noise must be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ccn_deploy.data import Images
+from ccn_deploy.models import Classifier
+from ccn_deploy.parity.comparison import scale_of
+from ccn_deploy.parity.gradients import untied
+from ccn_deploy.parity.policy import Arithmetic, Policy
+from ccn_deploy.parity.rounding import RoundingModel, images_at_once
+from ccn_deploy.runtimes.base import Array
+
+PAIRS = 4
+"""Draws of errors by which kinks are looked for, each run with both signs."""
+
+TYPICAL_PAIRS = 2
+"""Draws of errors of the model's own size, which tell what a kink usually does."""
+
+_KEPT = 8
+"""Tensors as wide as the widest that autograd keeps of one pass, roughly."""
+
+
+@dataclass(frozen=True)
+class Shifts:
+    """How far rounding moved each image's gradient, over the largest slope.
+
+    Attributes:
+        largest: By errors as large as the policy lets a runtime's be, ``max_units`` times those of
+            the model, [n].
+        typical: By errors of the model's own size, [n]; 0 for images that are not near a kink.
+    """
+
+    largest: NDArray[np.float64]
+    typical: NDArray[np.float64]
+
+
+def measure_shifts(
+    model: Classifier,
+    images: Images,
+    cotangents: Array,
+    truth: Array,
+    policy: Policy,
+    *,
+    seed: int = 0,
+) -> Shifts:
+    """Find the images near a kink: those whose gradient rounding moves by more than is allowed.
+
+    Args:
+        model: The network in float64 and evaluation mode, its parameters frozen.
+        images: float32 [n, C, H, W].
+        cotangents: [n, classes], one row an image.
+        truth: The exact gradients [n, C, H, W] for these cotangents.
+        policy: Of the precision.
+        seed: Of the errors.
+    """
+    scale = scale_of(truth) or 1.0
+    largest = rounding_shifts(
+        model, images, cotangents, truth, _larger(policy), pairs=PAIRS, seed=seed
+    )
+    near = largest > policy.max_gradient * scale
+    typical = np.zeros(len(images))
+    if near.any():
+        some = images[near], cotangents[near], truth[near]
+        typical[near] = rounding_shifts(
+            model, *some, policy.arithmetic, pairs=TYPICAL_PAIRS, seed=seed
+        )
+    return Shifts(largest / scale, typical / scale)
+
+
+def rounding_shifts(
+    model: Classifier,
+    images: Images,
+    cotangents: Array,
+    truth: Array,
+    arithmetic: Arithmetic,
+    *,
+    pairs: int,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Return how far errors of an arithmetic moved each image's gradient, [n].
+
+    Ties are taken out as they are in the comparison.
+
+    Args:
+        model: As for :func:`measure_shifts`, and so are images, cotangents and truth.
+        images: float32 [n, C, H, W].
+        cotangents: [n, classes].
+        truth: [n, C, H, W].
+        arithmetic: What is modelled.
+        pairs: Draws of errors, each run with both signs.
+        seed: Of the errors.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kept = images_at_once(model, 2 * _KEPT)
+    shifts = np.zeros(len(images))
+    wanted = untied(truth[:, None], images)
+    for at in range(0, len(images), kept):
+        piece = slice(at, at + kept)
+        x = torch.from_numpy(images[piece]).double()
+        rows = torch.from_numpy(cotangents[piece]).double()
+        for _ in range(pairs):
+            for gradients in _noisy_pair(model, x, rows, arithmetic, generator):
+                change = np.abs(untied(gradients[:, None], images[piece]) - wanted[piece])
+                shifts[piece] = np.maximum(shifts[piece], change.max(axis=(1, 2)))
+    return shifts
+
+
+def _noisy_pair(
+    model: Classifier,
+    images: torch.Tensor,
+    cotangents: torch.Tensor,
+    arithmetic: Arithmetic,
+    generator: torch.Generator,
+) -> NDArray[np.float64]:
+    """Return the gradients [2, N, C, H, W] of the network with errors, and with their opposite."""
+    rounding = RoundingModel(arithmetic, generator, paired=True)
+    exact = images
+    leaf = noisy = images.expand(2, *images.shape).clone().requires_grad_(True)
+    with torch.enable_grad():
+        for name, layer in model.named_layers():
+            exact, noisy = rounding.step(name, layer, exact, noisy)
+        (gradients,) = torch.autograd.grad((noisy * cotangents).sum(), leaf)
+    found: NDArray[np.float64] = gradients.numpy()
+    return found
+
+
+def _larger(policy: Policy) -> Arithmetic:
+    """Return the arithmetic with errors as large as the policy lets a runtime's be."""
+    own, factor = policy.arithmetic, policy.max_units
+    return replace(
+        own,
+        store=factor * own.store,
+        accumulate=factor * own.accumulate,
+        norm=factor * own.norm,
+    )
