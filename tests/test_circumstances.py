@@ -123,6 +123,7 @@ def test_the_library_is_the_one_that_computes(bundle: Bundle) -> None:
     for runtime in ("tensorrt", "tensorrt-rtx", "torch"):
         assert "onnxruntime" not in of(bundle, runtime)["versions"]
     assert of(bundle, "onnxruntime-cpu")["versions"]["onnxruntime"]
+    assert {"ccn-deploy", "torch", "foolbox"} <= set(of(bundle, "tensorrt")["versions"])
 
 
 def test_without_a_gpu_nothing_is_told_to_be_of_one(bundle: Bundle) -> None:
@@ -141,7 +142,10 @@ def test_a_runtime_has_gradients_if_the_bundle_has_their_program(bundle: Bundle)
         (("tensorrt-rtx", "fp32"), False),  # the ONNX gradient graph is none of its programs
         (("torch", "fp32"), True),
     ):
-        assert differentiable(bundle, target) is expected
+        assert differentiable(bundle, target, machine=MACHINE, device=1) is expected
+    # An engine for another GPU is no engine here, and without a GPU there is none.
+    assert not differentiable(bundle, ("tensorrt", "fp32"), machine=MACHINE, device=0)
+    assert not differentiable(bundle, ("tensorrt", "fp32"), machine=BARE)
 
 
 def test_a_precision_that_is_not_there_is_refused_before_anything_is_measured(

@@ -13,18 +13,33 @@ from typing import Any
 from ccn_deploy.attacks.source import Gradient
 from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.data.dataset import Dataset
+from ccn_deploy.errors import EnvironmentUnfitError
 from ccn_deploy.machine import Machine, this_machine
 from ccn_deploy.robustness.laboratory import Target
 from ccn_deploy.runtimes.fit import choose_engine, no_gpu
 from ccn_deploy.runtimes.trt import LIBRARIES
 
 
-def differentiable(bundle: Bundle, target: Target) -> bool:
-    """Whether a runtime of this bundle has gradients of its own."""
+def differentiable(
+    bundle: Bundle, target: Target, *, device: int = 0, machine: Machine | None = None
+) -> bool:
+    """Whether a runtime of this bundle has gradients of its own, on this machine if on a GPU.
+
+    Args:
+        bundle: An open bundle.
+        target: Runtime and precision.
+        device: Index of the GPU, for a target on one.
+        machine: Where it runs; this one if None.
+    """
     runtime, precision = target
-    role = f"gradient-engine:{runtime}" if runtime in LIBRARIES else "gradient"
+    if runtime in LIBRARIES:
+        try:
+            _gradient_program(bundle, target, machine or this_machine(), device)
+        except EnvironmentUnfitError:
+            return False
+        return True
     files = {(record.role, record.precision) for record in bundle.manifest.files}
-    return runtime.startswith("torch") or (role, precision) in files
+    return runtime.startswith("torch") or ("gradient", precision) in files
 
 
 def circumstances(
@@ -123,8 +138,8 @@ def _gpu(runtime: str, machine: Machine | None, device: int) -> dict[str, str] |
 
 
 def _versions(runtime: str, machine: Machine | None) -> Mapping[str, str | None]:
-    """Return the libraries that shape the numbers; torch and Foolbox carry out every attack."""
-    versions = {"torch": _version("torch"), "foolbox": _version("foolbox")}
+    """Return the libraries that shape the numbers; the first three carry out every attack."""
+    versions = {name: _version(name) for name in ("ccn-deploy", "torch", "foolbox")}
     if runtime in LIBRARIES:
         assert machine is not None
         distribution = LIBRARIES[runtime].distribution

@@ -243,7 +243,7 @@ def _gradient(bundle: Bundle, request: RobustnessRequest) -> Gradient:
     """
     if request.target == REFERENCE:
         return "native"  # its twin is itself
-    native = differentiable(bundle, request.target)
+    native = differentiable(bundle, request.target, device=request.options.device)
     if request.gradient == "native" and not native:
         raise no_gradients("-".join(request.target))
     return request.gradient or ("native" if native else "twin")
@@ -252,7 +252,7 @@ def _gradient(bundle: Bundle, request: RobustnessRequest) -> Gradient:
 def _agreement(laboratory: Laboratory, request: RobustnessRequest) -> GradientAgreement | None:
     """Return how well native and twin gradients agree, measured if it is not kept yet."""
     bundle, target, dataset = laboratory.bundle, request.target, request.dataset
-    if target == REFERENCE or not differentiable(bundle, target):
+    if target == REFERENCE or not differentiable(bundle, target, device=request.options.device):
         return None
     indices = dataset.order(request.seed)[: min(request.n, agreement.SAMPLES)]
     setting = {
