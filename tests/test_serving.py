@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import ccn_deploy
 from ccn_deploy.bundle import Bundle, NewFile, open_bundle, write_bundle
 from ccn_deploy.errors import (
+    EngineUnfitError,
     GateError,
     InputError,
     IntegrityError,
@@ -30,9 +31,12 @@ from ccn_deploy.errors import (
     UsageError,
 )
 from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters.engines import Batches
+from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.fit import Fit
 from ccn_deploy.serving import first_usable
+from tests.engines import build_rtx, engine_file, with_files
 from tests.networks import as_run, random_network
 
 ONE_THREAD = RuntimeOptions(threads=1)
@@ -211,6 +215,20 @@ class TestChoice:
         (record,) = caplog.records
         assert record.levelno == logging.WARNING
         assert "onnxruntime-cuda in fp32" in record.getMessage()
+
+    @pytest.mark.skipif(bool(this_machine().gpus), reason="an engine may run on this GPU")
+    @pytest.mark.skipif("tensorrt-rtx" not in this_machine().packages, reason="no tensorrt-rtx")
+    def test_an_engine_needs_a_gpu_and_says_so(self, path: Path, tmp_path: Path) -> None:
+        bundle = open_bundle(path)
+        engine = engine_file(build_rtx(bundle, Batches(1, 2, 4)))
+        with_engine = with_files(bundle, tmp_path / "b", engine)
+        with ccn_deploy.load(with_engine) as model:
+            assert model.choice.runtime == "onnxruntime-cpu"
+            first = model.choice.passed_over[0]
+        assert (first.runtime, first.precision, first.failed) == ("tensorrt-rtx", "fp32", False)
+        assert this_machine().no_gpu_reason in first.why
+        with pytest.raises(EngineUnfitError, match=this_machine().no_gpu_reason):
+            ccn_deploy.load(with_engine, "tensorrt-rtx")
 
     def test_auto_serves_nothing_from_a_bundle_that_is_not_what_it_says(self, path: Path) -> None:
         bundle = open_bundle(path)
