@@ -54,6 +54,7 @@ def convert(
     Raises:
         UsageError: An unknown precision, one that needs a calibration and has none, or one that
             a gradient graph cannot have.
+        LoweringError: A weight overflows fp16, or a layer's input has no range.
         MissingExtraError: ONNX Runtime is needed to calibrate and is not installed.
     """
     if precision not in PRECISIONS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,33 +22,30 @@ class Format:
         precision: Its name in bundles, for example ``"fp16"``.
         onnx: Its ``TensorProto`` type.
         torch: Its dtype in torch, whose conversions round to the nearest even.
-        largest: The largest finite value; of an integer, the largest that is used.
         opset: The lowest whose convolution takes it, and no lower than that of other graphs.
         ir_version: The file format that came with that opset.
+        largest: Of a grid, the largest number that is used.
     """
 
     precision: str
     onnx: int
     torch: torch.dtype
-    largest: float
     opset: int = OPSET
     ir_version: int = IR_VERSION
+    largest: float = math.inf
 
 
 HALVES = {
-    "fp16": Format("fp16", TensorProto.FLOAT16, torch.float16, 65504.0),
-    "bf16": Format("bf16", TensorProto.BFLOAT16, torch.bfloat16, 3.3895313892515355e38, 22, 10),
+    "fp16": Format("fp16", TensorProto.FLOAT16, torch.float16),
+    "bf16": Format("bf16", TensorProto.BFLOAT16, torch.bfloat16, opset=22, ir_version=10),
 }
 """Floating-point formats that a graph computes in."""
 
 GRIDS = {
-    "int8": Format("int8", TensorProto.INT8, torch.int8, 127.0),
-    "fp8": Format("fp8", TensorProto.FLOAT8E4M3FN, torch.float8_e4m3fn, 448.0),
+    "int8": Format("int8", TensorProto.INT8, torch.int8, largest=127.0),
+    "fp8": Format("fp8", TensorProto.FLOAT8E4M3FN, torch.float8_e4m3fn, largest=448.0),
 }
 """Formats that tensors are put on by a scale. int8 leaves -128 out, to be symmetric."""
-
-PRECISIONS = ("fp32", *HALVES, *GRIDS)
-"""Every precision of a forward graph."""
 
 
 def encoded(name: str, values: NDArray[np.float32], to: Format) -> TensorProto:

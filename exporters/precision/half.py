@@ -7,9 +7,11 @@ ops.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from ccn_deploy.errors import LoweringError
 from ccn_deploy.exporters.graph import OUTPUT
 from ccn_deploy.exporters.precision.formats import Format, encoded, rounded
 from ccn_deploy.exporters.precision.norms import find_norms, forward_nodes
@@ -29,6 +31,9 @@ def to_half(graph: onnx.ModelProto, to: Format) -> onnx.ModelProto:
         graph: Of :func:`~ccn_deploy.exporters.lowering.lower` or
             :func:`~ccn_deploy.exporters.gradient.lower_gradient`.
         to: The format.
+
+    Raises:
+        LoweringError: A weight overflows the format.
     """
     return _Caster(graph, to).run()
 
@@ -119,6 +124,12 @@ class _Caster:
         made = self._constants[name]
         if made.data_type == TensorProto.FLOAT:
             value = numpy_helper.to_array(made)
+            if not np.isfinite(rounded(value, self._to)).all():
+                raise LoweringError(
+                    f"The constant {name!r} has values up to {np.abs(value).max():.3g}, which "
+                    f"overflow {self._to.precision}.",
+                    "Export in bf16 or fp32.",
+                )
             if low:
                 made = encoded(name, value, self._to)
             elif name in self._low_constants or name.endswith(".grad.weight"):  # backward pass
