@@ -26,15 +26,26 @@ def forward_graph(bundle: Bundle, precision: str = "fp32") -> onnx.ModelProto:
 
 
 def with_precision(
-    bundle: Bundle, output: Path, precision: str, calibration: Calibration | None = None
+    bundle: Bundle,
+    output: Path,
+    precision: str,
+    calibration: Calibration | None = None,
+    *,
+    gradient: bool = False,
 ) -> Bundle:
-    """Write a copy of a bundle with one more forward graph."""
+    """Write a copy of a bundle with one more forward graph, and one more gradient graph."""
     converted = convert(forward_graph(bundle), precision, calibration)
     details = {"layers": converted.layers}
     if converted.calibration is not None:
         details["calibration"] = converted.calibration
     path = f"graphs/forward-{precision}.onnx"
     graph = NewFile(path, to_bytes(converted.graph), "forward", precision, {}, details)
+    graphs = [graph]
+    if gradient:
+        slopes = onnx.load_model_from_string(bundle.read(bundle.file("gradient", "fp32")))
+        path = f"graphs/gradient-{precision}.onnx"
+        data = to_bytes(convert(slopes, precision).graph)
+        graphs.append(NewFile(path, data, "gradient", precision))
     manifest = bundle.manifest
     return write_bundle(
         output,
@@ -43,7 +54,7 @@ def with_precision(
         input_shape=manifest.input_shape,
         class_names=manifest.class_names,
         training=manifest.training,
-        files=[*(_copied(bundle, record.path) for record in manifest.files), graph],
+        files=[*(_copied(bundle, record.path) for record in manifest.files), *graphs],
     )
 
 

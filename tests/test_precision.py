@@ -341,6 +341,13 @@ def test_what_cannot_be_converted() -> None:
         convert(lower_gradient(model), "int8", Calibration(noise(2)))
     with pytest.raises(UsageError, match="median"):
         Calibration(noise(2), "median")
+    large = lower(model)
+    for constant in large.graph.initializer:
+        if constant.name == "conv3.weight":
+            value = 1e6 * numpy_helper.to_array(constant)
+            constant.CopyFrom(numpy_helper.from_array(value.astype(np.float32), constant.name))
+    with pytest.raises(LoweringError, match=r"conv3\.weight"):
+        convert(large, "fp16")
     for constant in graph.graph.initializer:
         if constant.name.startswith("conv1."):
             zero = np.zeros_like(numpy_helper.to_array(constant))

@@ -53,7 +53,8 @@ def in_precision(
             output = tmp_path_factory.mktemp("precise") / f"{defense}-{precision}"
             calibration = digits() if precision in ("int8", "fp8") else None
             plain = open_bundle(exported(defense))
-            made[key] = with_precision(plain, output, precision, calibration)
+            gradient = calibration is None
+            made[key] = with_precision(plain, output, precision, calibration, gradient=gradient)
         return made[key]
 
     return bundle

@@ -98,13 +98,13 @@ POLICIES: dict[str, Policy] = {
             precision="int8",
             arithmetic=Arithmetic(store=_U32, accumulate=_U32, norm=_U32, grid="int8"),
             max_relative=0.15,
-            max_units=3.0,
+            max_units=4.0,
         ),
         Policy(
             precision="fp8",
             arithmetic=Arithmetic(store=_U32, accumulate=_U32, norm=_U32, grid="fp8"),
             max_relative=0.4,
-            max_units=3.0,
+            max_units=4.0,
         ),
     )
 }
