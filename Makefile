@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS_VENV ?= .venv-bench
+PEERS_INSTALLED := $(PEERS_VENV)/.installed
 GPU_VENV ?= .venv-gpu
 GPU_INSTALLED := $(GPU_VENV)/.installed
 # Where there is no GPU its tests are skipped, and nothing is installed for them.
@@ -11,6 +13,7 @@ GPU_READY := $(if $(shell command -v nvidia-smi),$(GPU_INSTALLED),$(INSTALLED))
 QUICKSTART ?=
 # Two processes, each with whole files of tests: networks are trained once in each.
 TEST ?= --numprocesses 2 --dist loadfile
+BENCH ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-gpu soak lint format bench clean
@@ -57,8 +60,18 @@ format: $(INSTALLED) ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Measure speed as ratios in one run
-	$(BIN)/python -m benchmarks
+bench: $(PEERS_INSTALLED) ## Measure speed as ratios in one run, beside other attack libraries (15 minutes)
+	OMP_WAIT_POLICY=PASSIVE $(PEERS_VENV)/bin/python -m benchmarks $(BENCH)
+
+# torchattacks pins an old requests, adv-lib needs torchvision and visdom for what is not measured:
+# with their dependencies they would replace what the figures are measured on. They may fail to
+# install; the tables then say so.
+$(PEERS_INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,train]'
+	-$(PEERS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	-$(PEERS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps torchattacks adv-lib
+	@touch $@
 
 clean: ## Remove the environment and what the quickstart wrote
 	rm -rf $(VENV) $(GPU_VENV) quickstart

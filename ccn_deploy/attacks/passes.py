@@ -145,7 +145,7 @@ class NativePass:
     def __init__(self, runtime: Runtime, images: Tensor, labels: Tensor | None = None) -> None:
         self._runtime = runtime
         self._images = images.detach()
-        self._labels = labels if isinstance(runtime, Climbs) else None
+        self._labels = labels if labels is not None and isinstance(runtime, Climbs) else None
         self._logits: Tensor | None = None
         self._ascent: Tensor | None = None
 
