@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ccn_deploy.exporters.calibration import CalibrationRequest
 from ccn_deploy.exporters.export import export_run
 
-__all__ = ["export_run"]
+__all__ = ["CalibrationRequest", "export_run"]

@@ -49,6 +49,12 @@ def refusal(kind: Library, answer: Mapping[str, Any], log: Sequence[Line]) -> En
     """
     lines = _telling(log, "FE")[:LINES]
     shown = f" ({' | '.join(lines)})" if lines else ""
+    text = " ".join([answer["problem"], *(line.text for line in log)])
+    if _NO_MEMORY.search(text):
+        return EngineBuildError(
+            f"{kind.title} built no engine: memory ran out{shown}.",
+            "Free memory, choose a smaller largest --batch, or use a larger machine.",
+        )
     if answer["stage"] in ("import", "start"):
         return EngineBuildError(
             f"{kind.title} cannot start: {_clean(answer['problem'])}{shown}.",
@@ -59,7 +65,6 @@ def refusal(kind: Library, answer: Mapping[str, Any], log: Sequence[Line]) -> En
             f"{kind.title} refuses {'; '.join(map(_node, answer['nodes']))}",
             "Choose another precision or release of it; the graph still runs on ONNX Runtime.",
         )
-    text = " ".join(line.text for line in log)
     for pattern, cause, hint in _CAUSES:
         if re.search(pattern, text, re.IGNORECASE):
             return EngineBuildError(f"{kind.title} built no engine: {cause}{shown}.", hint)
@@ -69,12 +74,15 @@ def refusal(kind: Library, answer: Mapping[str, Any], log: Sequence[Line]) -> En
     )
 
 
+_NO_MEMORY = re.compile(
+    r"out ?of ?memory|bad_alloc|MemoryError|(failed|cannot|unable) to (allocate|map)", re.IGNORECASE
+)
+
+_NO_MEMORY = re.compile(
+    r"out ?of ?memory|bad_alloc|MemoryError|(failed|cannot|unable) to (allocate|map)", re.IGNORECASE
+)
+
 _CAUSES: tuple[tuple[str, str, str], ...] = (
-    (
-        r"out ?of ?memory|bad_alloc|failed to allocate|cannot allocate",
-        "memory ran out",
-        "Free memory, choose a smaller largest --batch, or use a larger machine.",
-    ),
     (
         r"for Turing|check_turing",
         "Turing GPUs (7.5) lack an operation of this graph in its precision",

@@ -19,13 +19,14 @@ import importlib
 import json
 import os
 import sys
-import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 Request = dict[str, Any]
-"""``path``: for imports; ``module``: of the library; ``size``: of the graph in bytes; ``batch`` and
-``candidates``: smallest, usual and largest number of images, and of cotangents an image;
-``compute_capabilities``: names of members of ``ComputeCapability``; ``tf32``."""
+"""``path``: where the library lies; ``module``: its name; ``size``: of the graph in bytes;
+``batch`` and ``candidates``: smallest, usual and largest number of images, and of cotangents an
+image; ``compute_capabilities``: names of members of ``ComputeCapability``; ``tf32``."""
 
 Answer = dict[str, Any]
 """``stage``: what was being done, ``"done"`` at the end; ``problem``: what went wrong in it;
@@ -73,9 +74,16 @@ class Build:
     def run(self) -> None:
         """Do it all; what goes wrong stands in the answer."""
         try:
-            self._build(importlib.import_module(self._request["module"]))
+            trt = importlib.import_module(self._request["module"])
+            # What came before, such as the search of directories, differs between installations.
+            self._in_fresh_thread(lambda: self._build(trt))
         except Exception as error:
             self.answer["problem"] = str(error) or type(error).__name__
+
+    def _in_fresh_thread(self, work: Callable[[], None]) -> None:
+        """Work where nothing has been allocated yet."""
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(work).result()
 
     def _build(self, trt: Any) -> None:
         self._enter("start")
@@ -171,11 +179,9 @@ def main() -> None:
     with os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)  # whatever a library prints is no part of the answer
         request = json.loads(sys.argv[1])
-        sys.path[:] = request["path"]
+        sys.path[:] = [*sys.path[1:], request["path"]]  # ours is not for imports
         build = Build(request, read_exactly(request["size"]))
-        thread = threading.Thread(target=build.run)
-        thread.start()
-        thread.join()
+        build.run()
         answer = {**build.answer, "fixed_addresses": fixed}
         out.write(json.dumps(answer).encode() + b"\n")
         out.write(build.plan)

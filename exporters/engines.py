@@ -42,6 +42,9 @@ ENVIRONMENT = (
 ATTEMPTS = 5
 """Builds at most, to find two that agree."""
 
+PATIENCE = 3600
+"""Seconds that a build may take; the largest network here takes a few."""
+
 KILLED = (-9, 137)
 """Exit statuses of a process that the system killed, as it does when memory runs out."""
 
@@ -84,6 +87,11 @@ class Batches:
                 "Give the smallest, the usual and the largest batch: --batch 1,32,256",
             )
         return cls(*map(int, parts))
+
+    def at_most(self, limit: int) -> Batches:
+        """Return the range cut at ``limit``, or at 1 if that is less."""
+        most = max(1, limit)
+        return Batches(min(self.min, most), min(self.opt, most), min(self.max, most))
 
     def sizes(self) -> list[int]:
         """Return min, opt and max."""
@@ -130,9 +138,9 @@ def build_engine(
     """
     module = load_library(library, "to build an engine")
     kind = LIBRARIES[library]
-    targets = _targets(kind, module, compute_capabilities)
+    targets = find_targets(library, compute_capabilities)
     request = {
-        "path": [str(Path(entry or ".").absolute()) for entry in sys.path],
+        "path": str(Path(str(module.__file__)).absolute().parent.parent),
         "size": len(graph),
         "module": kind.module,
         "batch": batch.sizes(),
@@ -172,13 +180,19 @@ def _member(target: str) -> str:
     return "SM" + target.replace(".", "")
 
 
-def _targets(kind: Library, module: Any, wanted: Sequence[str]) -> tuple[str, ...]:
-    """Return the compute capabilities that an engine is for.
+def find_targets(library: str, wanted: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the compute capabilities that an engine would be for.
+
+    Args:
+        library: A name in :data:`~ccn_deploy.runtimes.trt.LIBRARIES`.
+        wanted: Those asked for, if any.
 
     Raises:
         UsageError: One is not known, or not that of the GPU that the engine is built on.
+        MissingExtraError: The library is not installed.
         EngineBuildError: The library builds on a GPU and there is none.
     """
+    module, kind = load_library(library, "to build an engine"), LIBRARIES[library]
     if kind.portable:
         known = known_targets(module)
         for target in wanted:
@@ -245,13 +259,20 @@ def _run(
     environment = {
         name: value for name, value in os.environ.items() if name.upper().startswith(ENVIRONMENT)
     }
-    worker = subprocess.run(
-        [sys.executable, "-S", "-s", str(WORKER), json.dumps(request)],
-        input=graph,
-        capture_output=True,
-        env=environment,
-        check=False,
-    )
+    try:
+        worker = subprocess.run(
+            [sys.executable, "-S", "-s", str(WORKER), json.dumps(request)],
+            input=graph,
+            capture_output=True,
+            env=environment,
+            timeout=PATIENCE,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EngineBuildError(
+            f"{kind.title} built no engine in {PATIENCE // 60} minutes and was stopped.",
+            "It waits for ever when memory is short; free some, or build on a larger machine.",
+        ) from error
     said = worker.stderr.decode(errors="replace")
     line, _, plan = worker.stdout.partition(b"\n")
     if worker.returncode == 0 and line:
@@ -260,7 +281,7 @@ def _run(
         raise EngineBuildError(
             f"The process in which {kind.title} built the engine was killed: most likely memory "
             "ran out.",
-            "Building takes about seven times the graph's size. Free memory, or use a larger "
+            "Building takes about five times the graph's size. Free memory, or use a larger "
             "machine.",
         )
     last = " ".join(said.split()[-40:])

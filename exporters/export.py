@@ -1,118 +1,293 @@
-"""From a finished training run to a bundle."""
+"""From a finished training run, or from a bundle, to a bundle with all that was asked for."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import onnx
 import torch
 
-import ccn_deploy
 from ccn_deploy.bundle import MANIFEST, Bundle, NewFile, write_bundle
-from ccn_deploy.errors import UsageError, unknown
-from ccn_deploy.exporters.checks import (
-    check_gradient_graph,
-    check_graph,
-    check_optimized_graph,
-    check_size,
+from ccn_deploy.errors import DatasetNotFoundError, UsageError, unknown
+from ccn_deploy.exporters import graphs
+from ccn_deploy.exporters.calibration import CalibrationRequest, load_calibration
+from ccn_deploy.exporters.contents import OURS, Contents
+from ccn_deploy.exporters.engines import Batches, build_engine, find_targets
+from ccn_deploy.exporters.optimized import TARGETS, differs
+from ccn_deploy.exporters.precision import (
+    GRADIENTS,
+    PRECISIONS,
+    Calibration,
+    NumericReport,
+    numeric_report,
 )
-from ccn_deploy.exporters.gradient import lower_gradient
-from ccn_deploy.exporters.graph import IR_VERSION, OPSET, to_bytes
-from ccn_deploy.exporters.lowering import lower
-from ccn_deploy.exporters.optimized import TARGETS, differs, lower_optimized
-from ccn_deploy.exporters.probes import check_gradient_probe, check_probe
-from ccn_deploy.runs import WEIGHTS, TrainedRun
+from ccn_deploy.models import Classifier
+from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes.torch_runtime import network_from
+from ccn_deploy.runtimes.trt import LIBRARIES
 
-FORWARD = "graphs/forward-fp32.onnx"
-"""Where a bundle keeps its float32 graph."""
+FORMATS = ("onnx", *LIBRARIES)
+"""What a bundle can be asked to hold; it always holds ONNX."""
 
-GRADIENT = "graphs/gradient-fp32.onnx"
-"""Where it keeps the graph of its input gradients."""
+CANDIDATES = 10
+"""Gradients of one image that an engine computes at once, at most: what DeepFool asks for."""
 
-OPTIMIZED = "graphs/forward-fp32-{}.onnx"
-"""Where it keeps a float32 graph that is written for one runtime."""
+LARGEST_TENSOR = 2**31
+"""Bytes of the largest tensor inside a gradient engine; a batch that needs more is cut."""
 
-OURS = {"ccn-deploy": ccn_deploy.__version__}
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a bundle shall hold; see :func:`export_run`."""
+
+    gradient: bool
+    optimize: str | None
+    libraries: tuple[str, ...]
+    precisions: tuple[str, ...]
+    batch: Batches
+    calibration: CalibrationRequest | None
+    compute_capabilities: tuple[str, ...]
+    tf32: bool
+
+    def asked_of(self, library: str) -> tuple[str, ...]:
+        """Return the GPUs asked for, if the library builds for others than the one here."""
+        return self.compute_capabilities if LIBRARIES[library].portable else ()
 
 
 def export_run(
-    run: TrainedRun,
+    source: TrainedRun | Bundle,
     output: str | os.PathLike[str],
     *,
     overwrite: bool = False,
     gradient: bool = True,
     optimize: str | None = None,
+    formats: Sequence[str] = ("onnx",),
+    precisions: Sequence[str] = ("fp32",),
+    batch: Batches | tuple[int, int, int] = (1, 32, 256),
+    calibration: CalibrationRequest | None = None,
+    compute_capabilities: Sequence[str] = (),
+    tf32: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> Bundle:
-    """Lower a run's network, check the graphs, and write the bundle.
+    """Lower a network, check the graphs, convert them, build engines, and write the bundle.
 
     Args:
-        run: From :func:`ccn_deploy.runs.open_run`.
+        source: From :func:`ccn_deploy.runs.open_run`, or a bundle: then every file of it is kept
+            as it is, and what is missing is added.
         output: Directory to make.
         overwrite: Whether to replace a bundle that is there.
         gradient: Whether to add the graph of the input gradients, with which the deployed runtime
-            can be attacked by itself. It holds the weights once more, convolutions twice.
+            can be attacked by itself. It holds the weights once more, convolutions twice. A
+            bundle without one gets none.
         optimize: A runtime of :data:`~ccn_deploy.exporters.optimized.TARGETS` to write a forward
             graph for, beside the default one, which stays as it is. A network without compact
             layers has nothing to be written otherwise, and gets none.
+        formats: Of :data:`FORMATS`. For each library an engine of every graph in every precision;
+            for ``"triton"`` a model repository in the bundle's directory.
+        precisions: ``"fp32"``, which every bundle has, and those of
+            :data:`~ccn_deploy.exporters.precision.PRECISIONS`.
+        batch: Smallest, usual and largest batch that engines take.
+        calibration: On which images to find the ranges of activations; 512 of the training split
+            by default.
+        compute_capabilities: GPUs to build TensorRT-RTX engines for, such as ``"8.6"``.
+        tf32: Whether engines may round factors of float32 products to ten bits.
+        progress: Told each step before it begins.
 
     Raises:
-        UsageError: ``output`` exists and may not be replaced, or there is no such lowering.
+        UsageError: ``output`` exists and may not be replaced; an unknown name; a source that has
+            everything already.
         IntegrityError: The weights do not belong to the architecture.
-        LoweringError: The graph is not what it must be; nothing is written.
+        MissingExtraError: A format needs a package that is not installed.
+        DatasetNotFoundError: Images for the calibration are not there.
+        LoweringError: A graph is not what it must be; nothing is written.
+        EngineBuildError: An engine cannot be built; nothing is written.
         StorageError: The disk is full or not writable; nothing half-written is left.
     """
-    if optimize is not None and optimize not in TARGETS:
-        raise unknown("lowering for a runtime", optimize, TARGETS)
+    wanted = Wanted(
+        gradient=gradient,
+        optimize=optimize,
+        libraries=tuple(name for name in LIBRARIES if name in formats),
+        precisions=tuple(name for name in PRECISIONS if name in precisions),
+        batch=batch if isinstance(batch, Batches) else Batches(*batch),
+        calibration=calibration,
+        compute_capabilities=tuple(compute_capabilities),
+        tf32=tf32,
+    )
+    _check_names(wanted, formats, precisions)
     target = Path(output)
     _check_target(target, overwrite)
-    model = network_from(run.architecture, run.defense, len(run.class_names), run.weights)
-    files = [NewFile(WEIGHTS, run.weights, "weights", made_by=OURS)]
-
-    check_size(model)
-    forward = lower(model)
-    check_graph(forward, model)
-    check_probe(forward, model)
-    files.append(_graph_file(FORWARD, forward, "forward"))
-    if optimize is not None and differs(model):
-        faster = lower_optimized(model)
-        check_optimized_graph(faster, model)
-        check_probe(faster, model)
-        files.append(_graph_file(OPTIMIZED.format(optimize), faster, f"forward:{optimize}"))
-    if gradient:
-        check_size(model, gradient=True)
-        backward = lower_gradient(model)
-        check_gradient_graph(backward, forward, model)
-        check_gradient_probe(backward, model)
-        files.append(_graph_file(GRADIENT, backward, "gradient"))
-
+    contents = Contents(source)
+    maker = _Maker(contents, wanted, progress)
+    maker.make_graphs(keep_without_gradient=isinstance(source, Bundle))
+    maker.make_engines()
+    if not contents.added:
+        raise UsageError(
+            f"{source.path} has all of this already: nothing to add.",
+            "Ask for another --format, --precision, --batch or --compute-capability.",
+        )
+    progress("Writing the bundle")
+    network = contents.network
     return write_bundle(
         target,
-        architecture=run.architecture,
-        defense=run.defense,
-        input_shape=model.architecture.input_shape,
-        class_names=run.class_names,
-        training=run.training,
-        files=files,
+        architecture=network.architecture,
+        defense=network.defense,
+        input_shape=maker.model.architecture.input_shape,
+        class_names=network.class_names,
+        training=network.training,
+        files=contents.files,
         overwrite=overwrite,
     )
 
 
-def _graph_file(path: str, graph: onnx.ModelProto, role: str) -> NewFile:
-    return NewFile(
-        path,
-        to_bytes(graph),
-        role,
-        "fp32",
-        made_by={**OURS, "onnx": onnx.__version__, "torch": torch.__version__},
-        details={"opset": OPSET, "ir_version": IR_VERSION, "ops": _count_ops(graph)},
-    )
+class _Maker:
+    """Adds to the contents of a bundle what is wanted and not there."""
+
+    def __init__(self, contents: Contents, wanted: Wanted, progress: Callable[[str], None]) -> None:
+        network = contents.network
+        self.model: Classifier = network_from(
+            network.architecture, network.defense, len(network.class_names), network.weights
+        )
+        self._contents = contents
+        self._wanted = wanted
+        self._progress = progress
+
+    def make_graphs(self, *, keep_without_gradient: bool) -> None:
+        """Add graphs, float32 first: the others are made of those.
+
+        Args:
+            keep_without_gradient: Whether contents without a gradient graph get none.
+        """
+        optimize = self._wanted.optimize
+        forward = self._graph("forward", lambda: graphs.forward_graph(self.model))
+        if optimize is not None and differs(self.model):
+            self._graph(f"forward:{optimize}", lambda: graphs.optimized_graph(self.model, optimize))
+        gradient = self._contents.find("gradient", "fp32")
+        if gradient is None and self._wanted.gradient and not keep_without_gradient:
+            gradient = self._graph("gradient", lambda: graphs.gradient_graph(self.model, forward))
+        for precision in self._wanted.precisions:
+            self._convert(forward, precision)
+            if gradient is not None and self._wanted.gradient and precision in GRADIENTS:
+                self._convert(gradient, precision)
+
+    def make_engines(self) -> None:
+        """Add an engine of every graph that is wanted."""
+        roles = ("forward", "gradient") if self._wanted.gradient else ("forward",)
+        for library in self._wanted.libraries:
+            for precision in ("fp32", *self._wanted.precisions):
+                for role in roles:
+                    graph = self._contents.find(role, precision)
+                    if graph is not None:
+                        self._engine(library, graph)
+
+    def _graph(self, role: str, make: Callable[[], NewFile]) -> NewFile:
+        """Return the float32 graph of a role, made if it is not there."""
+        found = self._contents.find(role, "fp32")
+        if found is None:
+            self._progress(f"Lowering and checking {graphs.path_of(role, 'fp32')}")
+            found = self._contents.add(make())
+        return found
+
+    def _convert(self, graph: NewFile, precision: str) -> None:
+        if self._contents.find(graph.role, precision) is not None:
+            return
+        self._progress(f"Converting to {graphs.path_of(graph.role, precision)}")
+        calibration = self._images if precision not in GRADIENTS else None
+        report = self._report if graph.role == "forward" else None
+        self._contents.add(
+            graphs.converted_graph(graph, precision, self.model, calibration, report)
+        )
+
+    @cached_property
+    def _images(self) -> Calibration:
+        request = self._wanted.calibration or CalibrationRequest()
+        return load_calibration(request, self._contents.network.training, self.model)
+
+    @cached_property
+    def _report(self) -> NumericReport | None:
+        """What the norm branches met; None where there are no images and nobody named any."""
+        forward = self._contents.find("forward", "fp32")
+        assert forward is not None
+        try:
+            images = self._images.images
+        except (DatasetNotFoundError, UsageError):
+            if self._wanted.calibration is not None:
+                raise
+            return None
+        return numeric_report(onnx.load_model_from_string(forward.data), images)
+
+    def _engine(self, library: str, graph: NewFile) -> None:
+        batch, candidates, prefix = self._wanted.batch, None, ""
+        if graph.role == "gradient":
+            most = min(CANDIDATES, self.model.classes)
+            prefix, candidates = "gradient-", Batches(1, most, most)
+            batch = batch.at_most(LARGEST_TENSOR // (most * _largest_activation(self.model)))
+        role = f"{prefix}engine:{library}"
+        asked = self._wanted.asked_of(library)
+        named = asked or not LIBRARIES[library].portable
+        gpus = [f"-sm{target.replace('.', '')}" for target in find_targets(library, asked) if named]
+        stem = f"engines/{prefix}{library}-{graph.precision}{''.join(gpus)}"
+        self._progress(f"Building {stem}.engine")
+        built = build_engine(
+            graph.data,
+            library=library,
+            batch=batch,
+            candidates=candidates,
+            compute_capabilities=asked,
+            tf32=self._wanted.tf32,
+        )
+        details = {
+            **built.details,
+            "layers": graph.details.get("layers", {}),
+            "source": {"path": graph.path, "sha256": graph.record().sha256},
+        }
+        same = {**details, "log": None, "reproducible": None}
+        for other in self._contents.every(role, graph.precision):
+            if {**other.details, "log": None, "reproducible": None} == same:
+                return
+        self._contents.add(
+            NewFile(
+                self._contents.free_path(stem, ".engine"),
+                built.plan,
+                role,
+                graph.precision,
+                made_by={**OURS, LIBRARIES[library].distribution: built.details["version"]},
+                details=details,
+            )
+        )
 
 
-def _count_ops(graph: onnx.ModelProto) -> dict[str, int]:
-    return dict(sorted(Counter(node.op_type for node in graph.graph.node).items()))
+def _largest_activation(model: Classifier) -> int:
+    """Return the bytes of the largest float32 tensor between two layers, for one image."""
+    sizes = [0]
+    x = torch.zeros(1, *model.architecture.input_shape)
+    with torch.inference_mode():
+        for _, layer in model.named_layers():
+            x = layer(x)
+            sizes.append(4 * x.numel())
+    return max(sizes)
+
+
+def _check_names(wanted: Wanted, formats: Sequence[str], precisions: Sequence[str]) -> None:
+    """Refuse unknown names, and what cannot be had here, before any work is done."""
+    for name in formats:
+        if name not in FORMATS:
+            raise unknown("format", name, FORMATS)
+    for name in precisions:
+        if name != "fp32" and name not in PRECISIONS:
+            raise unknown("precision", name, ("fp32", *PRECISIONS))
+    if wanted.optimize is not None and wanted.optimize not in TARGETS:
+        raise unknown("lowering for a runtime", wanted.optimize, TARGETS)
+    if wanted.compute_capabilities and not any(map(wanted.asked_of, wanted.libraries)):
+        raise UsageError(
+            "Compute capabilities are those of TensorRT-RTX engines, and none is asked for.",
+            "Add --format tensorrt-rtx; TensorRT builds for the GPU that is here.",
+        )
+    for library in wanted.libraries:
+        find_targets(library, wanted.asked_of(library))
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
