@@ -36,7 +36,7 @@ def export(
         typer.Option(
             "--format",
             help="onnx, which is always written; tensorrt-rtx, which needs no GPU; tensorrt, for "
-            "the GPU that is here. Repeatable.",
+            "the GPU that is here; triton, a model repository in BUNDLE/triton. Repeatable.",
             show_default="onnx",
         ),
     ] = None,
@@ -123,6 +123,7 @@ def export(
     from ccn_deploy.exporters.engines import Batches
 
     request = CalibrationRequest(calibration, calibration_samples, seed, dataset, data_dir)
+    notes: list[str] = []
     with console.err.status("Lowering and checking") as status:
         bundle = export_run(
             source,
@@ -137,13 +138,14 @@ def export(
             compute_capabilities=compute_capabilities or (),
             tf32=tf32,
             progress=status.update,
+            note=notes.append,
         )
     document = _document(bundle)
     if as_json:
         console.print_json(document)
     else:
         _print(document)
-    for note in _notes(document, optimize):
+    for note in [*_notes(document, optimize), *notes]:
         console.err.print(note, soft_wrap=True, markup=False)
 
 

@@ -25,12 +25,16 @@ from ccn_deploy.exporters.precision import (
     NumericReport,
     numeric_report,
 )
+from ccn_deploy.extras import require
 from ccn_deploy.models import Classifier
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes.torch_runtime import network_from
 from ccn_deploy.runtimes.trt import LIBRARIES
 
-FORMATS = ("onnx", *LIBRARIES)
+TRITON = "triton"
+"""The format that is a model repository, and the directory of the bundle that it is written to."""
+
+FORMATS = ("onnx", *LIBRARIES, TRITON)
 """What a bundle can be asked to hold; it always holds ONNX."""
 
 CANDIDATES = 10
@@ -72,6 +76,7 @@ def export_run(
     compute_capabilities: Sequence[str] = (),
     tf32: bool = False,
     progress: Callable[[str], None] = lambda step: None,
+    note: Callable[[str], None] = lambda sentence: None,
 ) -> Bundle:
     """Lower a network, check the graphs, convert them, build engines, and write the bundle.
 
@@ -96,6 +101,7 @@ def export_run(
         compute_capabilities: GPUs to build TensorRT-RTX engines for, such as ``"8.6"``.
         tf32: Whether engines may round factors of float32 products to ten bits.
         progress: Told each step before it begins.
+        note: Told what a user should know of the Triton repository.
 
     Raises:
         UsageError: ``output`` exists and may not be replaced; an unknown name; a source that has
@@ -124,14 +130,14 @@ def export_run(
     maker = _Maker(contents, wanted, progress)
     maker.make_graphs(keep_without_gradient=isinstance(source, Bundle))
     maker.make_engines()
-    if not contents.added:
+    if not contents.added and TRITON not in formats:
         raise UsageError(
             f"{source.path} has all of this already: nothing to add.",
             "Ask for another --format, --precision, --batch or --compute-capability.",
         )
     progress("Writing the bundle")
     network = contents.network
-    return write_bundle(
+    bundle = write_bundle(
         target,
         architecture=network.architecture,
         defense=network.defense,
@@ -141,6 +147,13 @@ def export_run(
         files=contents.files,
         overwrite=overwrite,
     )
+    if TRITON in formats:
+        from ccn_deploy.exporters.triton import write_repository
+
+        progress("Writing the Triton repository")
+        for sentence in write_repository(bundle, bundle.path / TRITON).notes:
+            note(sentence)
+    return bundle
 
 
 class _Maker:
@@ -286,6 +299,8 @@ def _check_names(wanted: Wanted, formats: Sequence[str], precisions: Sequence[st
             "Compute capabilities are those of TensorRT-RTX engines, and none is asked for.",
             "Add --format tensorrt-rtx; TensorRT builds for the GPU that is here.",
         )
+    if TRITON in formats:
+        require("tritonclient", "triton", "to write a Triton repository")
     for library in wanted.libraries:
         find_targets(library, wanted.asked_of(library))
 

@@ -412,6 +412,16 @@ def test_other_batches_get_an_engine_of_their_own(tmp_path: Path) -> None:
     assert not [r for r in second.manifest.files if "gradient" in r.role]
 
 
+def test_triton_repository_stands_beside_the_bundle(whole: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("tritonclient", reason="pip install 'ccn-deploy[triton]'")
+    notes: list[str] = []
+    bundle = export_run(whole, tmp_path / "b", formats=("triton",), note=notes.append)
+
+    assert bundle.manifest == whole.manifest
+    assert list((bundle.path / "triton").glob("*/config.pbtxt"))
+    assert any("TensorRT-RTX" in note for note in notes)
+
+
 def test_export_without_images_says_nothing_of_numbers_or_refuses(tmp_path: Path) -> None:
     run = replace(run_of("ccn"), training={"dataset": "mnist"})
     nowhere = CalibrationRequest(directory=tmp_path)
