@@ -27,7 +27,7 @@ from ccn_deploy.runtimes.torch_runtime import load_twin
 EPSILON = 0.2
 PGD_STEPS, PGD_STEP = 40, 1 / 30
 DEEPFOOL_STEPS, CANDIDATES, OVERSHOOT = 50, 10, 0.02
-CW = {"steps": 1000, "rounds": 6, "stepsize": 0.05, "const": 1.0}
+CW = {"steps": 1000, "rounds": 6, "stepsize": 0.1, "const": 1.0}
 
 Craft = Callable[[Tensor, Tensor], Tensor]
 """From images [N, C, H, W] and the labels to leave [N] to the attack's last word."""

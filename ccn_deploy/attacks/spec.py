@@ -126,12 +126,12 @@ ATTACKS: dict[str, AttackKind] = {
             {
                 "steps": 1000,
                 "binary_search_steps": 6,
-                "stepsize": 0.05,
+                "stepsize": 0.1,
                 "confidence": 0.0,
                 "follow": False,
                 "initial_const": 1.0,
             },
-            cost=lambda p: 0.4 * p["steps"] * p["binary_search_steps"],
+            cost=lambda p: 0.2 * p["steps"] * p["binary_search_steps"],
         ),
     )
 }
