@@ -44,7 +44,8 @@ def export(
         list[str] | None,
         typer.Option(
             "--precision",
-            help="fp32, which is always written; fp16, bf16, int8, fp8. Repeatable.",
+            help="Of graphs and engines: fp32, of which the graphs are always written; fp16, "
+            "bf16, int8, fp8. Repeatable.",
             show_default="fp32",
         ),
     ] = None,

@@ -95,7 +95,7 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "Choose another --batch.",
     ),
     (
-        r"not supported|unsupported|could not find any implementation",
+        r"not supported|unsupported|cannot compile for target|could not find any implementation",
         "an operation is not supported in this precision or on these GPUs",
         "Choose another --precision, or other GPUs.",
     ),

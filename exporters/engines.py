@@ -160,7 +160,7 @@ def build_engine(
             "magic": plan[:4].decode("ascii", "replace"),
             "system": machine.system,
             "machine": machine.architecture,
-            "compute_capabilities": list(targets),
+            "compute_capabilities": list(targets if compute_capabilities else _able(plan, targets)),
             "profiles": answer["profiles"],
             "tf32": tf32,
             "reproducible": repeated,
@@ -178,6 +178,18 @@ def known_targets(module: Any) -> tuple[str, ...]:
 
 def _member(target: str) -> str:
     return "SM" + target.replace(".", "")
+
+
+def _able(plan: bytes, targets: Sequence[str]) -> Sequence[str]:
+    """Return those of the default targets that a plan runs on.
+
+    Where nobody names GPUs, TensorRT-RTX compiles for the oldest with what the graph needs (fp8
+    came with 8.9) and for all after it; which that is stands only in the compiled program.
+    """
+    lists = b" ".join(re.findall(rb"accelerators=\{([^}]*)\}", plan)).decode("ascii", "replace")
+    found = [int(number) for number in re.findall(r"\bsm(\d+)\b", lists)]
+    oldest = min(found, default=0)
+    return [target for target in targets if int(target.replace(".", "")) >= oldest]
 
 
 def find_targets(library: str, wanted: Sequence[str] = ()) -> tuple[str, ...]:

@@ -93,8 +93,8 @@ def export_run(
             layers has nothing to be written otherwise, and gets none.
         formats: Of :data:`FORMATS`. For each library an engine of every graph in every precision;
             for ``"triton"`` a model repository in the bundle's directory.
-        precisions: ``"fp32"``, which every bundle has, and those of
-            :data:`~ccn_deploy.exporters.precision.PRECISIONS`.
+        precisions: Of graphs and engines: ``"fp32"``, in which a bundle has its graphs in any
+            case, and those of :data:`~ccn_deploy.exporters.precision.PRECISIONS`.
         batch: Smallest, usual and largest batch that engines take.
         calibration: On which images to find the ranges of activations; 512 of the training split
             by default.
@@ -117,7 +117,7 @@ def export_run(
         gradient=gradient,
         optimize=optimize,
         libraries=tuple(name for name in LIBRARIES if name in formats),
-        precisions=tuple(name for name in PRECISIONS if name in precisions),
+        precisions=tuple(name for name in ("fp32", *PRECISIONS) if name in precisions),
         batch=batch if isinstance(batch, Batches) else Batches(*batch),
         calibration=calibration,
         compute_capabilities=tuple(compute_capabilities),
@@ -182,6 +182,8 @@ class _Maker:
         if gradient is None and self._wanted.gradient and not keep_without_gradient:
             gradient = self._graph("gradient", lambda: graphs.gradient_graph(self.model, forward))
         for precision in self._wanted.precisions:
+            if precision == "fp32":
+                continue
             self._convert(forward, precision)
             if gradient is not None and self._wanted.gradient and precision in GRADIENTS:
                 self._convert(gradient, precision)
@@ -190,7 +192,7 @@ class _Maker:
         """Add an engine of every graph that is wanted."""
         roles = ("forward", "gradient") if self._wanted.gradient else ("forward",)
         for library in self._wanted.libraries:
-            for precision in ("fp32", *self._wanted.precisions):
+            for precision in self._wanted.precisions:
                 for role in roles:
                     graph = self._contents.find(role, precision)
                     if graph is not None:

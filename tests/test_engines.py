@@ -366,6 +366,30 @@ def test_engine_keeps_what_the_graph_computes_in(whole: Bundle) -> None:
     assert size["int8"] < size["fp16"]
 
 
+def test_gpus_that_lack_a_precision_are_not_named(whole: Bundle) -> None:
+    for record in whole.manifest.files:
+        if "engine:" in record.role:
+            oldest = "8.9" if record.precision == "fp8" else "8.0"
+            assert record.details["compute_capabilities"][0] == oldest, record.path
+    onnx_file = (whole.path / "graphs/forward-fp8.onnx").read_bytes()
+    with pytest.raises(EngineBuildError, match=r"not supported .* on these GPUs"):
+        build_engine(onnx_file, library=RTX, batch=SMALL, compute_capabilities=("8.6",))
+
+
+@pytest.mark.usefixtures("once")
+def test_turing_runs_half_precision_and_no_other(tmp_path: Path) -> None:
+    bundle = export_run(
+        run_of("ccn"), tmp_path / "b", formats=(RTX,), precisions=("fp16",), gradient=False,
+        batch=(1, 4, 8), compute_capabilities=("7.5",),
+    )  # fmt: skip
+    assert [r.path for r in bundle.manifest.files if "engine" in r.role] == [
+        "engines/tensorrt-rtx-fp16-sm75.engine"
+    ]
+    assert targets_in((bundle.path / "engines/tensorrt-rtx-fp16-sm75.engine").read_bytes()) == {
+        "7.5"
+    }
+
+
 def test_calibration_uses_the_training_split_and_says_so(whole: Bundle) -> None:
     train, test = load_dataset("mnist5k", "train"), load_dataset("mnist5k", "test")
     said = whole.file("forward", "int8").details["calibration"]
@@ -458,13 +482,13 @@ def test_command_line_builds_adds_and_refuses(tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     document = json.loads(made.stdout)
     assert [f["path"] for f in document["files"] if f["role"] == f"engine:{RTX}"] == [
-        "engines/tensorrt-rtx-fp32.engine",
         "engines/tensorrt-rtx-fp16.engine",
     ]
+    options = (*options, "--precision", "fp16")
     again = ccn_deploy("export", tmp_path / "a", "--output", tmp_path / "b", *options)
     assert_clear_error(again, ExitCode.USAGE, "nothing to add")
     turing = ccn_deploy(
-        "export", run, "--output", tmp_path / "c", *options, "--compute-capability", "7.5"
+        "export", run, "--output", tmp_path / "c", "--format", RTX, "--compute-capability", "7.5"
     )
     assert_clear_error(turing, ExitCode.ENVIRONMENT, "Turing")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "run"]  # and nothing half-written
