@@ -293,7 +293,7 @@ def _run(
         raise EngineBuildError(
             f"The process in which {kind.title} built the engine was killed: most likely memory "
             "ran out.",
-            "Building takes about five times the graph's size. Free memory, or use a larger "
+            "Building takes five to seven times the graph's size. Free memory, or use a larger "
             "machine.",
         )
     last = " ".join(said.split()[-40:])
