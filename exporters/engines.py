@@ -145,8 +145,8 @@ def build_engine(
         "module": kind.module,
         "batch": batch.sizes(),
         "candidates": candidates and candidates.sizes(),
-        "compute_capabilities": [_member(target) for target in compute_capabilities]
-        if kind.portable
+        "compute_capabilities": [_member(target) for target in targets]
+        if kind.portable and compute_capabilities
         else [],
         "tf32": tf32,
     }
