@@ -109,6 +109,8 @@ def _precisions(result: PrecisionsResult) -> Table:
     for row in result.rows:
         title = "none" if row.strength is None else f"{row.title} {row.strength:g}"
         table.add_row(title, *(_cell(cell) for cell in row.cells.values()))
+    same = (f"{100 * share.value:.1f}" for share in result.agreement.values())
+    table.add_row(f"labels of {result.baseline}", *same)
     verdicts = (_coloured(one.verdict) for one in result.results.values())
     table.add_row("verdict", *verdicts)
     return table

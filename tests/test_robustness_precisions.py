@@ -92,6 +92,13 @@ def test_the_cost_is_paired_with_its_one_sided_bound() -> None:
     assert [row.d for row in deepfool] == [0.1, 0.2, 0.3, 0.4, 0.5]
 
 
+def test_agreement_counts_labels_and_not_right_ones() -> None:
+    fp32, int8 = judged("fp32", "wwhhh"), judged("int8", "whhhw")
+    agreement = compare([int8, fp32]).agreement
+    assert (agreement["int8"].count, agreement["int8"].n) == (3, 5)
+    assert agreement["fp32"].value == 1.0
+
+
 def test_minimal_attacks_cost_by_distance() -> None:
     near = judged("int8", "f" * 10, rho=0.15)
     result = compare([judged("fp32", "f" * 10, rho=0.25), near])
@@ -150,6 +157,7 @@ def test_the_document_is_one_for_all() -> None:
     for name, one in document["precisions"].items():
         assert one == result.results[name].document()
         assert one["schema"] == "ccn-deploy/robustness/1"
+    assert document["label_agreement"]["int8"]["share"] == 1.0
     none, pgd, *_ = document["comparison"]
     assert none["attack"] is None
     assert pgd["precisions"]["fp32"] == {

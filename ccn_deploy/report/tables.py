@@ -140,6 +140,8 @@ def precision_table(document: Json) -> Table:
             for name, key in (("mean ρ", "rho_adv_mean"), ("mean L2 distance", "l2_mean")):
                 cells = [Cell(number(side[key])) for side in sides]
                 lines.append(Row(f"{title(attack)}, {name}", cells))
+    same = [Cell(f"{100 * own['share']:.1f} %") for own in document["label_agreement"].values()]
+    lines.append(Row(f"No attack, label of {baseline}", same))
     lines.append(Row("Gradients", [Cell(one["gradient"]) for one in precisions.values()]))
     words = [Cell(Mark.of(one["verdict"]).word) for one in precisions.values()]
     lines.append(Row("Verdict against the reference", words))

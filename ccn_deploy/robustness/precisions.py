@@ -88,11 +88,13 @@ class PrecisionsResult:
     Attributes:
         results: By precision, in the order that was asked for.
         baseline: The precision that the others are compared with.
+        agreement: By precision, images without an attack that have the baseline's label.
         rows: The comparison. It is shown and not judged.
     """
 
     results: Mapping[str, RobustnessResult]
     baseline: str
+    agreement: Mapping[str, Share]
     rows: tuple[PrecisionRow, ...]
 
     @property
@@ -131,6 +133,9 @@ class PrecisionsResult:
             "samples": self.first.n,
             "seed": self.first.seed,
             "precisions": {name: result.document() for name, result in self.results.items()},
+            "label_agreement": {
+                name: share.document("share") for name, share in self.agreement.items()
+            },
             "comparison": [row.document() for row in self.rows],
         }
 
@@ -173,6 +178,8 @@ def compare(results: Sequence[RobustnessResult]) -> PrecisionsResult:
         }
         return PrecisionRow(attack, title, epsilon, d, cells)
 
+    labels = {name: m.pairs[0].runtime.clean_runtime for name, m in measurements.items()}
+    agreement = {name: Share.of(own == labels[baseline]) for name, own in labels.items()}
     rows = [row(None, results[0].clean.title, 0, right)]
     for at, pair in enumerate(results[0].measurement.pairs):
         spec = pair.spec
@@ -180,7 +187,7 @@ def compare(results: Sequence[RobustnessResult]) -> PrecisionsResult:
             rows.append(row(spec.name, spec.title, at, held, epsilon=spec.epsilon))
         elif spec.clip:
             rows += [row(spec.name, spec.title, at, partial(held_at, d=d), d=d) for d in DISTANCES]
-    return PrecisionsResult(by_precision, baseline, tuple(rows))
+    return PrecisionsResult(by_precision, baseline, agreement, tuple(rows))
 
 
 def _check_alike(measurements: Sequence[Measurement]) -> None:
