@@ -110,13 +110,17 @@ def _measure(bundles: list[Bundle], request: BenchRequest) -> BenchResult:
     from ccn_deploy.bench import bench as measure
     from ccn_deploy.cli.console import progress
 
-    with progress() as bar:
-        task = bar.add_task("")
+    bar = progress()
+    task = bar.add_task("")
 
-        def report(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
+    def report(what: str, done: int, total: int) -> None:
+        bar.start()  # not before there is something to measure; again is harmless
+        bar.update(task, description=what, completed=done, total=total)
 
+    try:
         return measure(bundles, request, progress=report)
+    finally:
+        bar.stop()
 
 
 def _print(result: BenchResult) -> None:
