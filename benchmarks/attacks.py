@@ -15,7 +15,7 @@ from ccn_deploy.attacks.surrogate import foolbox_model, twin_model
 from ccn_deploy.runtimes import open_runtime
 from ccn_deploy.runtimes.torch_runtime import load_twin
 
-IMAGES = {"fgsm": 256, "pgd": 32, "deepfool": 32, "deepfool-fast": 32}
+IMAGES = {"fgsm": 256, "pgd": 16, "deepfool": 16, "deepfool-fast": 16}
 
 
 def attacks(subjects: Subjects, rounds: int) -> Iterator[str]:

@@ -55,6 +55,7 @@ def test_programs_run_in_turn_and_ratios_are_of_the_same_round() -> None:
 
 def test_a_library_that_is_missing_is_a_row_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert libraries.library("no_such_attack_library") is None
+    assert libraries.library("no_such_attack_library.attacks") is None
 
     class Network:
         tuned = staticmethod(brightness)

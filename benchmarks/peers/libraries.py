@@ -24,11 +24,12 @@ CPU builds may not have; visdom is a server."""
 
 
 def library(name: str) -> ModuleType | None:
-    """Import a library; None if it is not installed."""
-    if find_spec(name) is None:
+    """Import a module of a library; None if that is not installed."""
+    package = name.partition(".")[0]
+    if find_spec(package) is None:
         return None
-    with _placeholders(*_UNUSED.get(name, ())):
-        return importlib.import_module(f"{name}.attacks" if name == "adv_lib" else name)
+    with _placeholders(*_UNUSED.get(package, ())):
+        return importlib.import_module(name)
 
 
 @contextmanager

@@ -246,7 +246,7 @@ def _torchattacks(
 def _adv_lib(
     network: Network, attack: str, rounds: int = 1, second: bool = False, **settings: Any
 ) -> Program:
-    attacks = library("adv_lib")
+    attacks = library("adv_lib.attacks")
 
     def craft(x: Tensor, y: Tensor) -> Tensor:
         leave = _second(network.tuned, x) if second else y
