@@ -117,7 +117,7 @@ def _named(program: Program) -> str:
 
 
 def _rate(images_per_second: float) -> str:
-    return f"{images_per_second:.3g}"
+    return f"{images_per_second:.0f}" if images_per_second >= 100 else f"{images_per_second:.3g}"
 
 
 def _warm_up(network: Network, x: Tensor) -> None:
