@@ -12,6 +12,7 @@ import torch
 from onnx import TensorProto, helper
 
 from ccn_deploy.attacks import suite
+from ccn_deploy.attacks.loss import slope
 from ccn_deploy.attacks.passes import NativePass, forward
 from ccn_deploy.attacks.perform import perform
 from ccn_deploy.attacks.surrogate import NativeModel
@@ -58,14 +59,47 @@ def test_it_is_the_gradient_of_the_cross_entropy_in_float64(bundle: Bundle) -> N
     x = torch.from_numpy(images).double().requires_grad_()
     expected = twin(x)
     loss = torch.nn.functional.cross_entropy(expected, torch.from_numpy(labels), reduction="sum")
-    (slope,) = torch.autograd.grad(loss, x)
+    (exact,) = torch.autograd.grad(loss, x)
     with opened(bundle) as runtime:
         logits, found = runtime.cross_entropy(images, labels)
     assert (logits.dtype, found.dtype, found.shape) == (np.float32, np.float32, images.shape)
     np.testing.assert_allclose(logits, expected.detach().numpy(), atol=1e-4)
-    far = np.abs(found - slope.numpy()).reshape(40, -1).max(axis=1)
+    far = np.abs(found - exact.numpy()).reshape(40, -1).max(axis=1)
     # Rounding may turn a ReLU or a tie in a pool of single images.
-    assert np.median(far / np.abs(slope.numpy()).reshape(40, -1).max(axis=1)) < 1e-4
+    assert np.median(far / np.abs(exact.numpy()).reshape(40, -1).max(axis=1)) < 1e-4
+
+
+@pytest.mark.parametrize("sure", [0.0, 10.0, 20.0, 60.0])
+def test_the_slope_is_right_however_sure_the_network_is(sure: float) -> None:
+    logits = torch.randn((4, 5), generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(4)
+    logits[torch.arange(4), labels] += sure
+    exact = torch.softmax(logits.double(), dim=-1)
+    others = exact.scatter(1, labels[:, None], 0.0)
+    exact = others.scatter(1, labels[:, None], -others.sum(dim=-1, keepdim=True))
+    torch.testing.assert_close(slope(logits, labels).double(), exact, rtol=1e-4, atol=0.0)
+    made = _cotangents(logits.numpy(), labels.numpy())
+    torch.testing.assert_close(torch.from_numpy(made).double(), exact, rtol=1e-4, atol=0.0)
+
+
+def _cotangents(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What the graph goes back along, from a network that is the identity."""
+    count = logits.shape[1]
+    floats = [
+        ("images", ["N", count]), ("cotangents", ["N", "K", count]),
+        ("logits", ["N", count]), ("gradients", ["N", "K", count]),
+    ]  # fmt: skip
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, s) for name, s in floats]
+    nodes = [
+        helper.make_node("Identity", ["images"], ["logits"]),
+        helper.make_node("Identity", ["cotangents"], ["gradients"]),
+    ]
+    graph = helper.make_graph(nodes, "identity", ends[:2], ends[2:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    made = climbing(model.SerializeToString(), "cotangents", "logits", count)
+    session = onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"])
+    found: np.ndarray = session.run(["gradients"], {"images": logits, "labels": labels})[0]
+    return found[:, 0]
 
 
 def test_pieces_of_any_size_give_the_same(ccn_bundle: Bundle) -> None:

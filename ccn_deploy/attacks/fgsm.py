@@ -22,7 +22,9 @@ class LinfFGSM(FixedEpsilonAttack):
     .. math:: x' = \mathrm{clip}\left(x + \epsilon\,\mathrm{sign}\,\nabla_x L(f(x), y)\right)
 
     It takes the step of Foolbox's ``LinfFastGradientAttack``, and asks for no gradient but the
-    input's. An image without a finite gradient becomes NaN: nothing was shown of it.
+    input's. Where the network is so sure that float32 has lost its doubt, Foolbox's step is one of
+    rounding and this one is not. An image without a finite gradient becomes NaN: nothing was shown
+    of it.
     """
 
     distance = linf

@@ -1,8 +1,9 @@
 """A gradient graph that finds the slope of the cross-entropy by itself.
 
 Attacks that climb the cross-entropy need the logits before they can say along which cotangent to
-go back, so on the graph of the bundle a step runs the network forward twice. Here the cotangent,
-softmax(logits) less the label's one, is three more nodes of the graph, and once is enough.
+go back, so on the graph of the bundle a step runs the network forward twice. Here the cotangent is
+a few more nodes of the graph, and once is enough: softmax(logits), with minus the sum of the others
+in the label's place. Its own value less one would be rounding where the network is sure.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ def climbing(graph: bytes, cotangents: str, logits: str, classes: int) -> bytes:
     steps = [
         helper.make_node("Softmax", [logits], [f"{LABELS}.softmax"], axis=-1),
         helper.make_node("OneHot", [LABELS, depth, values], [f"{LABELS}.onehot"]),
-        helper.make_node("Sub", [f"{LABELS}.softmax", f"{LABELS}.onehot"], [f"{LABELS}.slope"]),
+        helper.make_node("Mul", [f"{LABELS}.softmax", f"{LABELS}.onehot"], [f"{LABELS}.own"]),
+        helper.make_node("Sub", [f"{LABELS}.softmax", f"{LABELS}.own"], [f"{LABELS}.others"]),
+        helper.make_node("ReduceSum", [f"{LABELS}.others", axis], [f"{LABELS}.sum"]),
+        helper.make_node("Mul", [f"{LABELS}.onehot", f"{LABELS}.sum"], [f"{LABELS}.label"]),
+        helper.make_node("Sub", [f"{LABELS}.others", f"{LABELS}.label"], [f"{LABELS}.slope"]),
         helper.make_node("Unsqueeze", [f"{LABELS}.slope", axis], [cotangents]),
     ]
     # What needs no cotangents comes first, the logits among it.
