@@ -32,7 +32,7 @@ from ccn_deploy.exporters.engines import Batches, build_engine, known_targets
 from ccn_deploy.exporters.gradient import lower_gradient
 from ccn_deploy.exporters.graph import to_bytes
 from ccn_deploy.exporters.lowering import lower
-from ccn_deploy.exporters.precision import PRECISIONS
+from ccn_deploy.exporters.precision import PRECISIONS, Calibration, convert
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes.trt import LIBRARIES, capture, load_library, logger
 from ccn_deploy.storage import sha256
@@ -95,6 +95,29 @@ def test_large_networks(architecture: str, defense: str) -> None:
     built = build_engine(onnx_file, library=RTX, batch=Batches())
 
     assert len(built.plan) > 0.99 * len(onnx_file)  # the weights are in it, in float32
+
+
+EVERY_LOW = [
+    (architecture, defense, precision)
+    for architecture, defenses in (("mnist-cnn", DEFENSES), ("vgg11-cifar10", ("sm", "ccn")))
+    for defense in defenses
+    for precision in ("fp16", "bf16", "int8")
+]
+
+
+@pytest.mark.usefixtures("once")
+@pytest.mark.parametrize(("architecture", "defense", "precision"), EVERY_LOW)
+def test_every_low_precision(architecture: str, defense: str, precision: str) -> None:
+    model = random_network(architecture, defense)
+    images = np.random.default_rng(0).random((4, *model.architecture.input_shape), np.float32)
+    low = convert(lower(model), precision, Calibration(images)).graph
+
+    built = build_engine(to_bytes(low), library=RTX, batch=SMALL)
+
+    part = {"fp16": 0.5, "bf16": 0.5, "int8": 0.25}[precision]
+    whole = len(graph(architecture, defense))
+    assert part * 0.8 * whole < len(built.plan)  # the weights are in it, and not in float32
+    assert len(built.plan) < (part + 0.1) * whole + 3_000_000
 
 
 @pytest.mark.usefixtures("once")
