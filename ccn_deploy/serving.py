@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from ccn_deploy.errors import (
 )
 from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import Runtime, RuntimeOptions, RuntimeSpec, open_runtime
-from ccn_deploy.runtimes.base import Array
+from ccn_deploy.runtimes.base import Array, Closing
 from ccn_deploy.runtimes.fit import ENGINE, Fit, fits
 from ccn_deploy.runtimes.trt import LIBRARIES
 
@@ -69,7 +68,7 @@ class Choice:
     passed_over: tuple[PassedOver, ...] = ()
 
 
-class Model:
+class Model(Closing):
     """A bundle that answers. Made by :func:`load`; several threads may call it at once.
 
     Args:
@@ -180,17 +179,6 @@ class Model:
     def close(self) -> None:
         """Release the runtime and its memory. Calling twice is harmless."""
         self._runtime.close()
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def load(

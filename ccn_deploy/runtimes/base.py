@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from ccn_deploy.errors import InputError, UsageError
 
 Array = NDArray[Any]
+_Own = TypeVar("_Own", bound="Closing")
 
 LARGEST_BATCH = 256
 """Images that run in one piece where nothing else is asked for or known to be faster."""
@@ -151,6 +153,25 @@ class Runtime(Protocol):
     ) -> None: ...
 
 
+class Closing(ABC):
+    """What is closed at the end of a ``with`` block."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what is held. Calling twice is harmless."""
+
+    def __enter__(self: _Own) -> _Own:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
 @runtime_checkable
 class Climbs(Protocol):
     """A runtime that finds the slope of the cross-entropy by itself, with one forward pass."""
@@ -163,6 +184,11 @@ class Climbs(Protocol):
             labels: int64 [N].
         """
         ...
+
+
+def already_closed(name: str) -> UsageError:
+    """Build the error for a call of a runtime, by its name, that was closed before."""
+    return UsageError(f"This {name} runtime is closed.", "Open it again.")
 
 
 def check_images(images: Array, spec: RuntimeSpec, *, check_range: bool = True) -> None:

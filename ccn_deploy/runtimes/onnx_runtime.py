@@ -7,20 +7,22 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.data.dataset import check_labels
-from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError, UsageError
+from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError
 from ccn_deploy.extras import require
 from ccn_deploy.runtimes.base import (
     LARGEST_BATCH,
     Array,
+    Closing,
     RuntimeOptions,
     RuntimeSpec,
+    already_closed,
     check_cotangents,
     check_images,
     in_batches,
@@ -56,7 +58,7 @@ _FATAL = 4
 """ONNX Runtime's log level; everything else comes back as an exception with the same words."""
 
 
-class OnnxRuntime:
+class OnnxRuntime(Closing):
     """The forward graph of a bundle in an ONNX Runtime session of its own.
 
     The gradient graph, if the bundle has one, gets a session when it is first asked for, and
@@ -111,7 +113,7 @@ class OnnxRuntime:
         """
         session = self._session  # a local, so that close() in another thread cannot take it away
         if session is None:
-            raise UsageError(f"This {self._spec.name} runtime is closed.", "Open it again.")
+            raise already_closed(self._spec.name)
         check_images(images, self._spec, check_range=self._options.check_range)
 
         def run(batch: Array) -> Array:
@@ -199,17 +201,6 @@ class OnnxRuntime:
             self._session = None
             self._gradient_sessions.clear()
 
-    def __enter__(self) -> OnnxRuntime:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _with_gradient(self) -> Any:
         """Return the session of the gradient graph, made when it is first asked for."""
         inputs: Shapes = {
@@ -241,7 +232,7 @@ class OnnxRuntime:
             )
         with self._lock:
             if self._session is None:
-                raise UsageError(f"This {self._spec.name} runtime is closed.", "Open it again.")
+                raise already_closed(self._spec.name)
             if name not in self._gradient_sessions:
                 shape = self._spec.input_shape
                 self._gradient_sessions[name] = self._open(

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from ccn_deploy.errors import UsageError
+from ccn_deploy.runtimes.base import already_closed
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class Pool(Generic[T]):
         """
         with self._lock:
             if self._closed:
-                raise UsageError(f"This {self._name} runtime is closed.", "Open it again.")
+                raise already_closed(self._name)
             self._lent += 1
             item = self._idle.pop() if self._idle else None
         try:

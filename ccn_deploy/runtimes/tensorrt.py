@@ -7,17 +7,18 @@ import weakref
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
 from ccn_deploy.bundle import Bundle, FileRecord
-from ccn_deploy.errors import EnvironmentUnfitError, UsageError
+from ccn_deploy.errors import EnvironmentUnfitError
 from ccn_deploy.machine import Machine, this_machine
 from ccn_deploy.runtimes.base import (
     Array,
+    Closing,
     RuntimeOptions,
     RuntimeSpec,
+    already_closed,
     check_cotangents,
     check_images,
 )
@@ -41,7 +42,7 @@ from ccn_deploy.runtimes.trt import LIBRARIES
 GRADIENT_ENGINE = "gradient-engine"
 
 
-class TensorRtRuntime:
+class TensorRtRuntime(Closing):
     """The engine of a bundle that fits this machine, and its gradient engine if there is one.
 
     Nothing of an engine is read by a library before its digest, magic bytes, library release,
@@ -173,17 +174,6 @@ class TensorRtRuntime:
             if gradient is not None:
                 gradient.close()
 
-    def __enter__(self) -> TensorRtRuntime:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _with_gradient(self) -> _Loaded:
         """Return the gradient engine, loaded when it is first asked for."""
         record = self._gradient_record
@@ -198,7 +188,7 @@ class TensorRtRuntime:
             )
         with self._lock:
             if self._forward.closed:
-                raise UsageError(f"This {self._name} runtime is closed.", "Open it again.")
+                raise already_closed(self._name)
             if self._gradient is None:
                 self._gradient = self._load(record, gradient_ends(self._image, self._classes))
             return self._gradient

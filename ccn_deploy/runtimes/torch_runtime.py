@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import TracebackType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ccn_deploy.bundle import Bundle
-from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError, UsageError
+from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError
 from ccn_deploy.extras import require
 from ccn_deploy.models import Classifier, build_model
-from ccn_deploy.runtimes.base import LARGEST_BATCH, Array, RuntimeOptions, RuntimeSpec, check_images
+from ccn_deploy.runtimes.base import (
+    LARGEST_BATCH,
+    Array,
+    Closing,
+    RuntimeOptions,
+    RuntimeSpec,
+    already_closed,
+    check_images,
+)
 
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -65,7 +72,7 @@ def network_from(architecture: str, defense: str, classes: int, weights: bytes) 
     return model.eval().requires_grad_(False)
 
 
-class TorchRuntime:
+class TorchRuntime(Closing):
     """A bundle's network in PyTorch, with exact input gradients.
 
     Several threads may call at once. ``options.threads`` is set around each call and then put
@@ -192,21 +199,10 @@ class TorchRuntime:
         """Release the network. Calling twice is harmless."""
         self._model = None
 
-    def __enter__(self) -> TorchRuntime:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _network(self) -> Classifier:
         model = self._model
         if model is None:
-            raise UsageError(f"This {self._spec.name} runtime is closed.", "Open it again.")
+            raise already_closed(self._spec.name)
         return model
 
     def _split(self, array: Array) -> list[Array]:
