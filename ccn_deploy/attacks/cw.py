@@ -142,7 +142,7 @@ class L2CarliniWagner(MinimizationAttack):
         active = torch.arange(len(images), device=images.device)
         adam = _Adam(start, self.stepsize)
         rest = _Rest(start, every=max(_SHORTEST, math.ceil(self.steps / _WINDOWS)))
-        w = start.clone()
+        w, origin = start.clone(), space.leave(start)
         for _ in range(self.steps):
             x = space.leave(w)
             here = forward(model, x, active)
@@ -150,7 +150,7 @@ class L2CarliniWagner(MinimizationAttack):
             won[active] |= succeeded
             best.take(active[succeeded], x[succeeded])
 
-            away = x - space.leave(start)
+            away = x - origin
             rival, wanted = goal.classes(here.logits, active)
             margin = _pick(here.logits, rival) - _pick(here.logits, wanted)
             hinge = (margin + self.confidence).clamp(min=0.0)
@@ -167,7 +167,7 @@ class L2CarliniWagner(MinimizationAttack):
             if not keep.all():
                 if not keep.any():
                     break
-                active, w, start = active[keep], w[keep], start[keep]
+                active, w, origin = active[keep], w[keep], origin[keep]
                 adam.keep(keep)
                 rest.keep(keep)
         return won
