@@ -123,7 +123,7 @@ def choose_engine(
         raise RuntimeUnavailableError(
             f"The bundle has no {role.replace('-', ' ')} for {runtime} in {precision}; it has "
             f"{', '.join(dict.fromkeys(have)) or 'none at all'}.",
-            f"Add it with: ccn-deploy export BUNDLE --format {runtime} --precision {precision}",
+            f"Add it with: {_export(runtime, precision)}",
         )
     refused = []
     for record in found:
@@ -175,10 +175,12 @@ class _Engine:
     @property
     def export(self) -> str:
         """The command that builds such an engine."""
-        return (
-            f"ccn-deploy export BUNDLE --output NEW --format {self.runtime} "
-            f"--precision {self.precision}"
-        )
+        return _export(self.runtime, self.precision)
+
+
+def _export(runtime: str, precision: str) -> str:
+    """Return the command that adds an engine to a bundle."""
+    return f"ccn-deploy export BUNDLE --output NEW --format {runtime} --precision {precision}"
 
 
 def _read(record: FileRecord) -> _Engine:
