@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn import functional
 
 from ccn_deploy.errors import LoweringError
-from ccn_deploy.exporters.graph import BATCH, CANDIDATES, COTANGENTS, GRADIENTS, INPUT, OUTPUT
 from ccn_deploy.exporters.lowering import deployed_layers
 from ccn_deploy.exporters.optimized import Stage, stages
+from ccn_deploy.graph.signature import BATCH, CANDIDATES, COTANGENTS, GRADIENTS, INPUT, OUTPUT
 from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear, SubtractMean
 from ccn_deploy.models import Classifier
 

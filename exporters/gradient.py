@@ -24,16 +24,9 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from ccn_deploy.errors import LoweringError
-from ccn_deploy.exporters.graph import (
-    BATCH,
-    CANDIDATES,
-    COTANGENTS,
-    GRADIENTS,
-    INPUT,
-    OUTPUT,
-    GraphBuilder,
-)
 from ccn_deploy.exporters.lowering import Placed, add_layers
+from ccn_deploy.graph.builder import GraphBuilder
+from ccn_deploy.graph.signature import BATCH, CANDIDATES, COTANGENTS, GRADIENTS, INPUT, OUTPUT
 from ccn_deploy.layers import (
     SQUARE_FLOOR,
     BoundedReLU,

@@ -18,7 +18,6 @@ from ccn_deploy.exporters.checks import (
 )
 from ccn_deploy.exporters.contents import OURS
 from ccn_deploy.exporters.gradient import lower_gradient
-from ccn_deploy.exporters.graph import IR_VERSION, OPSET, to_bytes
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.optimized import lower_optimized
 from ccn_deploy.exporters.precision import (
@@ -28,6 +27,7 @@ from ccn_deploy.exporters.precision import (
     convert,
 )
 from ccn_deploy.exporters.probes import check_gradient_probe, check_probe
+from ccn_deploy.graph.builder import IR_VERSION, OPSET, to_bytes
 from ccn_deploy.models import Classifier
 
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ccn_deploy.errors import LoweringError
-from ccn_deploy.exporters.graph import BATCH, INPUT, OUTPUT, GraphBuilder
+from ccn_deploy.graph.builder import GraphBuilder
+from ccn_deploy.graph.signature import BATCH, INPUT, OUTPUT
 from ccn_deploy.layers import MEAN, BoundedReLU, CompactConv2d, CompactLinear, SubtractMean
 from ccn_deploy.models import Classifier
 
@@ -46,7 +47,7 @@ def lower(model: Classifier) -> onnx.ModelProto:
     """Return the forward graph of a network in float32: images in [0, 1] to logits.
 
     Layers that do nothing in deployment (dropout) leave no node. See
-    :mod:`ccn_deploy.exporters.graph` for the names.
+    :mod:`ccn_deploy.graph.builder` for the names.
 
     Raises:
         LoweringError: A kind of layer, or an option of one, that has no lowering.

@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from ccn_deploy.errors import LoweringError
-from ccn_deploy.exporters.graph import COTANGENTS, GRADIENTS, INPUT, OUTPUT
+from ccn_deploy.graph.signature import COTANGENTS, GRADIENTS, INPUT, OUTPUT
 from ccn_deploy.layers import CompactConv2d, CompactLinear
 from ccn_deploy.models import Classifier
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.errors import IntegrityError, LoweringError, UsageError
-from ccn_deploy.exporters.graph import INPUT, OUTPUT
 from ccn_deploy.extras import require
+from ccn_deploy.graph.signature import INPUT, OUTPUT
 from ccn_deploy.runtimes.base import LARGEST_BATCH
 from ccn_deploy.storage import atomic_directory
 

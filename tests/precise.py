@@ -8,8 +8,8 @@ import onnx
 
 from ccn_deploy.bundle import Bundle, NewFile, write_bundle
 from ccn_deploy.data import load_dataset
-from ccn_deploy.exporters.graph import to_bytes
 from ccn_deploy.exporters.precision import Calibration, convert
+from ccn_deploy.graph.builder import to_bytes
 
 SAMPLES = 128
 

@@ -30,9 +30,9 @@ from ccn_deploy.exporters.calibration import load_calibration
 from ccn_deploy.exporters.engine_log import read_log, worth_keeping
 from ccn_deploy.exporters.engines import Batches, build_engine, known_targets
 from ccn_deploy.exporters.gradient import lower_gradient
-from ccn_deploy.exporters.graph import to_bytes
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import PRECISIONS, Calibration, convert
+from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes.trt import LIBRARIES, capture, load_library, logger
 from ccn_deploy.storage import sha256

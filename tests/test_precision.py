@@ -23,7 +23,6 @@ from ccn_deploy.defenses import defense_named
 from ccn_deploy.errors import LoweringError, RuntimeUnavailableError, UsageError
 from ccn_deploy.exporters.checks import check_gradient_graph, check_shapes
 from ccn_deploy.exporters.gradient import lower_gradient
-from ccn_deploy.exporters.graph import COTANGENTS, INPUT, to_bytes
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import (
     METHODS,
@@ -33,6 +32,8 @@ from ccn_deploy.exporters.precision import (
     convert,
     numeric_report,
 )
+from ccn_deploy.graph.builder import to_bytes
+from ccn_deploy.graph.signature import COTANGENTS, INPUT
 from ccn_deploy.layers import CompactConv2d, CompactLinear, SubtractMean
 from ccn_deploy.models import Classifier
 from ccn_deploy.parity.collect import measure_inputs

@@ -16,6 +16,7 @@ from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.data.dataset import check_labels
 from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError
 from ccn_deploy.extras import require
+from ccn_deploy.graph.signature import COTANGENTS, GRADIENTS, INPUT, OUTPUT
 from ccn_deploy.runtimes.base import (
     LARGEST_BATCH,
     Array,
@@ -33,10 +34,7 @@ PROVIDERS = {
     "onnxruntime-cpu": "CPUExecutionProvider",
     "onnxruntime-cuda": "CUDAExecutionProvider",
 }
-INPUT = "images"
-OUTPUTS = ["logits"]
-COTANGENTS = "cotangents"
-GRADIENTS = "gradients"
+OUTPUTS = [OUTPUT]
 
 IMAGES = 16
 """Images that one run of the forward graph computes for each thread of a CPU, unless asked

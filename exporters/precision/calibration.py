@@ -15,9 +15,9 @@ import onnx
 from numpy.typing import NDArray
 
 from ccn_deploy.errors import LoweringError, unknown
-from ccn_deploy.exporters.graph import INPUT
 from ccn_deploy.exporters.precision.sites import quantized_sites
 from ccn_deploy.extras import require
+from ccn_deploy.graph.signature import INPUT
 
 METHODS = ("min-max", "entropy", "percentile")
 """Ways from values seen to a range; see ``docs/precision.md``."""

@@ -8,11 +8,11 @@ from typing import Any
 import onnx
 
 from ccn_deploy.errors import UsageError, unknown
-from ccn_deploy.exporters.graph import COTANGENTS
 from ccn_deploy.exporters.precision.calibration import Calibration, ranges
 from ccn_deploy.exporters.precision.formats import GRIDS, HALVES
 from ccn_deploy.exporters.precision.half import half_layers, to_half
 from ccn_deploy.exporters.precision.quantized import quantized_layers, to_grid
+from ccn_deploy.graph.signature import COTANGENTS
 
 PRECISIONS = (*HALVES, *GRIDS)
 """What a forward graph can be converted to."""

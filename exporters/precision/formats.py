@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from ccn_deploy.exporters.graph import IR_VERSION, OPSET
+from ccn_deploy.graph.builder import IR_VERSION, OPSET
 
 
 @dataclass(frozen=True)

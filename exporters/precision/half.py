@@ -12,9 +12,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ccn_deploy.errors import LoweringError
-from ccn_deploy.exporters.graph import OUTPUT
 from ccn_deploy.exporters.precision.formats import Format, encoded, rounded
 from ccn_deploy.exporters.precision.norms import find_norms, forward_nodes
+from ccn_deploy.graph.signature import OUTPUT
 
 
 def to_half(graph: onnx.ModelProto, to: Format) -> onnx.ModelProto:

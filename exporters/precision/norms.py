@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from ccn_deploy.exporters.graph import OUTPUT
+from ccn_deploy.graph.signature import OUTPUT
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from ccn_deploy.exporters.graph import INPUT
 from ccn_deploy.exporters.precision.norms import Norm, find_norms
 from ccn_deploy.extras import require
+from ccn_deploy.graph.signature import INPUT
 
 FP16_LARGEST = 65504.0
 FP16_SMALLEST = 2.0**-24

@@ -13,9 +13,9 @@ from onnx import TensorProto, shape_inference
 
 from ccn_deploy.errors import LoweringError
 from ccn_deploy.exporters.checks import check_plain, check_valid
-from ccn_deploy.exporters.graph import COTANGENTS, GRADIENTS, INPUT, OUTPUT
 from ccn_deploy.exporters.lowering import deployed_layers
 from ccn_deploy.exporters.precision.formats import GRIDS, HALVES
+from ccn_deploy.graph.signature import COTANGENTS, GRADIENTS, INPUT, OUTPUT
 from ccn_deploy.layers import CompactConv2d, CompactLinear
 from ccn_deploy.models import Classifier
 

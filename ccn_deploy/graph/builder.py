@@ -23,15 +23,6 @@ input from 18 on."""
 IR_VERSION = 9
 """The file format that came with opset 20; every supported ONNX Runtime reads it."""
 
-INPUT = "images"
-OUTPUT = "logits"
-COTANGENTS = "cotangents"
-GRADIENTS = "gradients"
-BATCH = "batch"
-"""Name of the symbolic first dimension of input and output."""
-CANDIDATES = "candidates"
-"""Name of the symbolic second dimension of cotangents and gradients."""
-
 
 class GraphBuilder:
     """Collects nodes and constants in order of execution."""

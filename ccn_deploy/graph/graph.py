@@ -1,0 +1,141 @@
+"""An ONNX graph as the rest of the package looks at it: nodes, constants, shapes, layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from ccn_deploy.graph.signature import OUTPUT
+
+Shape = tuple[int | str, ...]
+"""Sizes of a tensor. A string is a size that belongs to the batch: ``"batch"``, or ``"4*batch"``
+where a reshape joined another axis to it."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of a graph.
+
+    Attributes:
+        name: Unique in its graph: the node's own name, or that of its first output where it has
+            none or shares it with another node.
+        op: Operator, such as ``"Conv"``, of ONNX's default domain.
+        inputs: Tensors that it reads; ``""`` for an optional one that is absent.
+        outputs: Tensors that it makes.
+        attributes: By name, as Python values: strings decoded, tensors as arrays.
+        proto: The node itself.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+    proto: onnx.NodeProto
+
+
+class Graph:
+    """A graph that :func:`ccn_deploy.graph.reader.read_graph` let in, or that was built here.
+
+    Nothing changes it: passes make new models.
+
+    Args:
+        model: The ONNX model; it is kept, not copied.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+
+    @cached_property
+    def opset(self) -> int:
+        """Version of ONNX's default operator set."""
+        return next(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of what the graph is given; files of old formats list constants there too."""
+        constants = {constant.name for constant in self.model.graph.initializer}
+        return tuple(i.name for i in self.model.graph.input if i.name not in constants)
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what the graph returns."""
+        return tuple(output.name for output in self.model.graph.output)
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """All nodes but those that only hold a constant, in order of execution."""
+        counts: dict[str, int] = {}
+        for proto in self.model.graph.node:
+            counts[proto.name] = counts.get(proto.name, 0) + 1
+        return tuple(
+            Node(
+                name=proto.name if proto.name and counts[proto.name] == 1 else proto.output[0],
+                op=proto.op_type,
+                inputs=tuple(proto.input),
+                outputs=tuple(proto.output),
+                attributes={a.name: _value(a) for a in proto.attribute},
+                proto=proto,
+            )
+            for proto in self.model.graph.node
+            if proto.op_type != "Constant"
+        )
+
+    @cached_property
+    def constants(self) -> Mapping[str, NDArray[Any]]:
+        """Values of initializers and Constant nodes by name."""
+        found = {c.name: numpy_helper.to_array(c) for c in self.model.graph.initializer}
+        for proto in self.model.graph.node:
+            if proto.op_type == "Constant":
+                (attribute,) = proto.attribute
+                value = _value(attribute)
+                kind = np.float32 if attribute.name.startswith("value_float") else None
+                found[proto.output[0]] = np.asarray(value, dtype=kind)
+        return found
+
+    @cached_property
+    def made_by(self) -> Mapping[str, Node]:
+        """The node that makes a tensor; inputs and constants are made by none."""
+        return {tensor: node for node in self.nodes for tensor in node.outputs if tensor}
+
+    @cached_property
+    def readers(self) -> Mapping[str, tuple[Node, ...]]:
+        """The nodes that read a tensor, each once, in order; tensors that nobody reads lack."""
+        found: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for tensor in dict.fromkeys(node.inputs):
+                if tensor:
+                    found.setdefault(tensor, []).append(node)
+        return {tensor: tuple(nodes) for tensor, nodes in found.items()}
+
+    def above(self, tensor: str = OUTPUT) -> tuple[Node, ...]:
+        """Return the nodes that a tensor depends on, in order of execution."""
+        names: set[str] = set()
+        ahead = [tensor]
+        while ahead:
+            node = self.made_by.get(ahead.pop())
+            if node is not None and node.name not in names:
+                names.add(node.name)
+                ahead.extend(node.inputs)
+        return tuple(node for node in self.nodes if node.name in names)
+
+
+def _value(attribute: onnx.AttributeProto) -> Any:
+    """Return an attribute as a Python value."""
+    value = helper.get_attribute_value(attribute)
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, onnx.TensorProto):
+        return numpy_helper.to_array(value)
+    if attribute.type == onnx.AttributeProto.STRINGS:
+        return [item.decode() for item in value]
+    if attribute.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS):
+        return list(value)
+    return value
