@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from ccn_deploy.graph.reader import read_graph
+from ccn_deploy.graph.reader import LIMITS, parse_model, read_graph
 from numpy.typing import NDArray
 from onnx import TensorProto
 
 from ccn_deploy.bundle.card import Source
 from ccn_deploy.bundle.preprocessing import Preprocessing
-from ccn_deploy.errors import GraphError, UsageError
+from ccn_deploy.errors import UsageError
 from ccn_deploy.exporters.sources.agreement import Agreement, check_agreement, probe_images
 from ccn_deploy.exporters.sources.intake import Intake, image_shape
 from ccn_deploy.exporters.sources.onnx_cut import Cut, cut
@@ -38,9 +38,6 @@ from ccn_deploy.exporters.sources.take_in import Format, take_in
 from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.graph.graph import Graph
 from ccn_deploy.graph.signature import INPUT, OUTPUT
-
-LARGEST_FILE = 2 << 30
-"""Bytes of the largest message that protobuf reads."""
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
@@ -119,7 +116,7 @@ def open_onnx_file(
     """
     intake = intake or Intake()
     data, name = _read(source)
-    model = _parse(data, name)
+    model = parse_model(data, name)
     kept = cut(model, intake.input, intake.output)
     read_graph(to_bytes(kept.model), name)  # refuses by name before anything runs
     sizes = declared_sizes(kept.input)
@@ -163,7 +160,7 @@ def _read(source: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
     path = Path(source)
     try:
         size = path.stat().st_size
-        if size >= LARGEST_FILE:
+        if size > LIMITS.size:
             raise UsageError(
                 f"{path} has {size:,} bytes, more than an ONNX file can have.",
                 "Weights in a file of their own are not taken in either.",
@@ -173,16 +170,6 @@ def _read(source: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
         raise UsageError(
             f"{path} cannot be read: {error.strerror}.", "Give the path of an ONNX file."
         ) from error
-
-
-def _parse(data: bytes, name: str) -> onnx.ModelProto:
-    try:
-        model = onnx.load_model_from_string(data)
-    except Exception as error:  # of protobuf, which differ by its implementation
-        raise GraphError(f"{name} is no ONNX model.", "Give a file that ends in .onnx.") from error
-    if not model.graph.node:
-        raise GraphError(f"{name} is no ONNX model: it has no nodes.", "Export it again.")
-    return model
 
 
 def _check_input_type(element_type: int, name: str) -> None:
