@@ -81,7 +81,7 @@ def cut(model: onnx.ModelProto, input_name: str = "", output_name: str = "") -> 
         [_bare(node) for node in nodes],
         "forward",
         inputs=[image],
-        outputs=[helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+        outputs=[helper.make_tensor_value_info(output, TensorProto.FLOAT, [])],
         initializer=[_bare(c) for c in graph.initializer if c.name in read | {output}],
         sparse_initializer=list(graph.sparse_initializer),
     )
