@@ -24,7 +24,8 @@ from ccn_deploy.errors import (
 )
 from ccn_deploy.machine import Gpu as GpuFacts
 from ccn_deploy.machine import Machine
-from ccn_deploy.runtimes import RuntimeOptions, open_runtime, tensorrt
+from ccn_deploy.runtimes import RuntimeOptions, open_runtime
+from ccn_deploy.runtimes.tensorrt import runtime as tensorrt
 from ccn_deploy.runtimes.tensorrt.cuda import CudaError
 from ccn_deploy.runtimes.tensorrt.engine import GRAPHS
 from tests.simulated_gpu import Gpu, cuda_module, trt_module
@@ -374,7 +375,7 @@ def test_kernels_that_the_library_refuses_are_replaced(world: World, tmp_path: P
 def test_kernels_are_written_ever_more_rarely(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ccn_deploy.runtimes import engine
+    from ccn_deploy.runtimes.tensorrt import engine
 
     written = []
     monkeypatch.setattr(engine, "store_kernels", lambda path, blob: written.append(blob))
