@@ -26,7 +26,6 @@ import numpy as np
 from ccn_deploy.data.dataset import Dataset, Split
 from ccn_deploy.data.decode import SUFFIXES, Geometry, shape_of, stack
 from ccn_deploy.data.files import open_regular, printable
-from ccn_deploy.data.matching import match_classes
 from ccn_deploy.data.options import DEFAULT, NPZ_OPTIONS, DataOptions, ModelInput
 from ccn_deploy.errors import DatasetNotFoundError, InputError
 from ccn_deploy.extras import require
@@ -93,8 +92,8 @@ def load_folders(
         split: Taken from the folder of that name, if all folders of ``root`` are named as splits
             are; else every image is in both splits, and ``whole`` is true.
         options: How images are made.
-        like: Shape of the images and, if it has class names, the numbers of the classes. Without
-            it the first image decides the shape.
+        like: Shape of the images; without it the first image decides. If it has class names, with
+            which the caller will match these, the two splits may have different ones.
         name: What results call it; that of ``root`` with a slash if None, which no data set has
             that is loaded by name.
         folders: Of the two splits, for data whose layout is known.
@@ -104,7 +103,7 @@ def load_folders(
         InputError: A link that leads nowhere, a file or folder that cannot be read, a name that is
             no UTF-8, a training class without images, splits of different classes; later, a file
             that is no image or has not the size needed.
-        UsageError: A class that ``like`` does not have.
+        UsageError: An option that means nothing for folders.
         MissingExtraError: Pillow is not installed.
     """
     require("PIL.Image", "train", "to read images")
@@ -136,7 +135,7 @@ def load_folders(
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in found])
     whole = place == root
     described = geometry.described() | ({"images": "the same for both splits"} if whole else {})
-    dataset = Dataset(
+    return Dataset(
         name=name,
         split=split,
         class_names=tuple(classes),
@@ -148,7 +147,6 @@ def load_folders(
         notes=tuple(f"{name}: {note}" for note in notes),
         whole=whole,
     )
-    return match_classes(dataset, like.class_names) if like and like.class_names else dataset
 
 
 def _check_same_classes(place: Path, classes: list[str], other: Path) -> None:

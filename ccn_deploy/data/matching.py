@@ -12,10 +12,30 @@ from collections.abc import Sequence
 import numpy as np
 
 from ccn_deploy.data.dataset import Dataset, check_labels
+from ccn_deploy.data.options import ModelInput
 from ccn_deploy.errors import UsageError
 
 SHOWN = 3
 """Unknown names that an error lists."""
+
+
+def fitted(dataset: Dataset, like: ModelInput) -> Dataset:
+    """Return a data set as a network needs it.
+
+    Args:
+        dataset: Any.
+        like: The network's input and classes; classes are matched if it has names.
+
+    Raises:
+        UsageError: Images of another shape, or classes that :func:`match_classes` refuses.
+    """
+    if dataset.input_shape != like.input_shape:
+        raise UsageError(
+            f"Images of {dataset.name} have shape {list(dataset.input_shape)}; the network takes "
+            f"{list(like.input_shape)}.",
+            "Choose data like those that the network was trained on, or resize them.",
+        )
+    return match_classes(dataset, like.class_names) if like.class_names else dataset
 
 
 def match_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from ccn_deploy.data.arrays import check_pixel_type, dataset_from_arrays
 from ccn_deploy.data.dataset import Dataset, Split
 from ccn_deploy.data.files import open_regular, printable
-from ccn_deploy.data.matching import match_classes
 from ccn_deploy.data.options import DEFAULT, FOLDER_OPTIONS, DataOptions, ModelInput
 from ccn_deploy.errors import InputError, UsageError
 
@@ -94,13 +93,13 @@ def load_npz(
         path: Of the file.
         split: Which; in a file that is not divided, every image is in both, and ``whole`` is true.
         options: Layout and keys, where they cannot be told.
-        like: What the network takes, by which the layout is told, and its classes.
+        like: What the network takes, by which the layout is told.
 
     Raises:
         InputError: The file is no .npz file, damaged, too large when decompressed, holds objects in
             an array that is needed, or images or labels are not as above.
-        UsageError: Which arrays are meant, or their layout, cannot be told; or a class that the
-            network does not have.
+        UsageError: Which arrays are meant, or their layout, cannot be told; or an option that
+            means nothing for an .npz file.
     """
     name = path.name
     options.refuse(FOLDER_OPTIONS, name, "folders of images")
@@ -125,10 +124,7 @@ def load_npz(
         notes += (f"{name}: Not divided into train and test: both splits are all of its images.",)
     if numbered:
         notes += (f"{name}: No {CLASS_NAMES}: labels are taken as the network's numbers.",)
-    dataset = replace(
-        dataset, described=described, notes=notes, whole=keys.whole, numbered=numbered
-    )
-    return match_classes(dataset, like.class_names) if like and like.class_names else dataset
+    return replace(dataset, described=described, notes=notes, whole=keys.whole, numbered=numbered)
 
 
 @contextlib.contextmanager

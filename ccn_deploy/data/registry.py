@@ -14,7 +14,7 @@ from ccn_deploy.data.dataset import Dataset, Split
 from ccn_deploy.data.files import printable
 from ccn_deploy.data.folders import load_folders
 from ccn_deploy.data.idx import FASHION_MNIST, MNIST
-from ccn_deploy.data.matching import match_classes
+from ccn_deploy.data.matching import fitted
 from ccn_deploy.data.npz import load_npz
 from ccn_deploy.data.options import DEFAULT, FOLDER_OPTIONS, NPZ_OPTIONS, DataOptions, ModelInput
 from ccn_deploy.errors import DatasetNotFoundError, InputError, UsageError, unknown
@@ -91,12 +91,12 @@ def load_dataset(
         download: Fetch missing files into that directory, checksums verified.
         options: How images are made of a directory's or an .npz file's.
         like: What the network takes: the size and channels that images of a directory get, the
-            channels by which the layout of an .npz file is told, and, if it has class names, what
-            the classes are matched with, whatever the data.
+            channels by which the layout of an .npz file is told, and, whatever the data, the shape
+            they must have and, if it has class names, the classes they are matched with.
 
     Raises:
         UsageError: No such data set or split; the hint suggests the nearest. An option that means
-            nothing for the data, or a class that ``like`` does not have.
+            nothing for the data, or images or classes that do not fit ``like``.
         DatasetNotFoundError: Its files are not there.
         InputError: A file is truncated or not what it should be.
         MissingExtraError: A package it needs is not installed.
@@ -107,21 +107,33 @@ def load_dataset(
         raise unknown("split", split, get_args(Split))
     entry = DATASETS.get(str(name).lower()) if isinstance(name, str) else None
     if entry is None:
-        path = _path(name)
         if directory is not None or download:
-            option = "--download" if directory is None else "--data-dir"
-            raise UsageError(
-                f"{option} is for data sets that have a name, and {name} is a path.",
-                f"Leave out {option}.",
-            )
-        load = load_folders if path.is_dir() else load_npz
-        return load(path, split, options, like)
-    home = Path(directory) if directory is not None else None
-    if entry.folders:
-        return imagenet.load(split, home, download, options, like)
-    options.refuse((*FOLDER_OPTIONS, *NPZ_OPTIONS), entry.name, "data of your own")
-    dataset = entry.load(split, home, download)
-    return match_classes(dataset, like.class_names) if like and like.class_names else dataset
+            _refuse_place(name, "--download" if directory is None else "--data-dir")
+        dataset = _from_path(name, split, options, like)
+    else:
+        home = Path(directory) if directory is not None else None
+        if entry.folders:
+            dataset = imagenet.load(split, home, download, options, like)
+        else:
+            options.refuse((*FOLDER_OPTIONS, *NPZ_OPTIONS), entry.name, "data of your own")
+            dataset = entry.load(split, home, download)
+    return dataset if like is None else fitted(dataset, like)
+
+
+def _from_path(
+    name: str | Path, split: Split, options: DataOptions, like: ModelInput | None
+) -> Dataset:
+    path = _path(name)
+    load = load_folders if path.is_dir() else load_npz
+    return load(path, split, options, like)
+
+
+def _refuse_place(name: str | Path, option: str) -> None:
+    path = _path(name)  # or the error that a misspelt name is
+    raise UsageError(
+        f"{option} is for data sets that have a name, and {printable(path)} is a path.",
+        f"Leave out {option}.",
+    )
 
 
 def _path(name: str | Path) -> Path:
