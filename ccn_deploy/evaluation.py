@@ -23,7 +23,7 @@ def evaluation_data(
         UsageError: No such data set, or the bundle does not say what it was trained on.
         DatasetNotFoundError: Its files are not there.
     """
-    name = name or bundle.manifest.training.get("dataset")
+    name = name or bundle.card.training.get("dataset")
     if not name:
         raise UsageError(
             "The bundle does not say what data it was trained on.", "Name the data set."
@@ -37,16 +37,16 @@ def check_fits(bundle: Bundle, dataset: Dataset) -> None:
     Raises:
         UsageError: Images of another shape, or another number of classes.
     """
-    manifest = bundle.manifest
-    if dataset.input_shape != manifest.input_shape:
+    card = bundle.card
+    if dataset.input_shape != card.input_shape:
         raise UsageError(
             f"Images of {dataset.name} have shape {list(dataset.input_shape)}; the network takes "
-            f"{list(manifest.input_shape)}.",
+            f"{list(card.input_shape)}.",
             "Choose the data set that the network was trained on.",
         )
-    if len(dataset.class_names) != len(manifest.class_names):
+    if len(dataset.class_names) != card.classes:
         raise UsageError(
             f"{dataset.name} has {len(dataset.class_names)} classes; the network tells "
-            f"{len(manifest.class_names)} apart.",
+            f"{card.classes} apart.",
             "Choose the data set that the network was trained on.",
         )

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ccn_deploy.targets import DEPLOYED_PRECISIONS, RUNTIMES
+
 BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Directory written by `ccn-deploy export`.")
 ]
@@ -14,12 +16,15 @@ RuntimeOption = Annotated[
     str,
     typer.Option(
         "--runtime",
-        help="What runs the model: onnxruntime-cpu, onnxruntime-cuda, tensorrt, tensorrt-rtx, "
-        "torch.",
+        help=f"What runs the model: {', '.join(RUNTIMES)}.",
     ),
 ]
 PrecisionOption = Annotated[
-    str, typer.Option("--precision", help="Precision of the deployed graph: fp32.")
+    str,
+    typer.Option(
+        "--precision",
+        help=f"Precision of the deployed graph or engine: {', '.join(DEPLOYED_PRECISIONS)}.",
+    ),
 ]
 DatasetOption = Annotated[
     str | None,
