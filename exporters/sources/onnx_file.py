@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from ccn_deploy.graph.reader import LIMITS, parse_model, read_graph
 from numpy.typing import NDArray
 from onnx import TensorProto
 
@@ -37,6 +36,7 @@ from ccn_deploy.exporters.sources.rebatch import rebatch
 from ccn_deploy.exporters.sources.take_in import Format, take_in
 from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.graph.graph import Graph
+from ccn_deploy.graph.reader import LIMITS, parse_model, read_graph
 from ccn_deploy.graph.signature import INPUT, OUTPUT
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
