@@ -19,6 +19,7 @@ code  meaning
         * ``InputError`` -- images or labels outside their contract
         * ``DatasetNotFoundError``
         * ``NotABundleError``, ``NotARunError``
+        * ``NoGradientError`` -- a network with an op that no gradient graph can be made of
     * ``EnvironmentUnfitError`` (3)
         * ``MissingExtraError`` -- an optional dependency is not installed
         * ``RuntimeUnavailableError`` -- the runtime, device or precision asked for is not here
@@ -88,6 +89,10 @@ class NotABundleError(UsageError):
 
 class NotARunError(UsageError):
     """A path that holds no training run, or an unfinished one."""
+
+
+class NoGradientError(UsageError):
+    """A network of which no gradient graph can be made; the message names the op and its node."""
 
 
 class EnvironmentUnfitError(CcnDeployError):
