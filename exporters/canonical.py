@@ -7,17 +7,20 @@ its owner deploys; what is derived from it need not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper, version_converter
+from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from ccn_deploy.graph.builder import IR_VERSION, OPSET
 from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.graph.graph import Graph, Node
+
+Values = dict[str, NDArray[Any]]
 
 LARGEST = 2**22
 """Numbers that a folded constant may have at most; a larger one is computed where it is needed."""
@@ -61,9 +64,12 @@ def _strip(model: onnx.ModelProto) -> None:
 def _raised(model: onnx.ModelProto) -> onnx.ModelProto:
     """Raise the opset; before that the file format, which the converter would stumble over."""
     model.ir_version = max(model.ir_version, IR_VERSION)
-    if model.opset_import[0].version >= OPSET:
+    # GroupNormalization changed its meaning on the way to 21; what came before is withdrawn.
+    grouped = any(node.op_type == "GroupNormalization" for node in model.graph.node)
+    opset = 21 if grouped else OPSET
+    if model.opset_import[0].version >= opset:
         return model
-    raised = version_converter.convert_version(model, OPSET)
+    raised = version_converter.convert_version(model, opset)
     _strip(raised)
     return raised
 
@@ -73,12 +79,11 @@ def _fold(model: onnx.ModelProto) -> None:
     graph = Graph(model)
     module = GraphModule(graph, torch.float64)
     values = dict(graph.constants)
+    types = _types(model)
     made_of_nodes = {node.output[0] for node in model.graph.node if node.op_type == "Constant"}
-    folded: dict[str, NDArray[np.generic]] = {
-        name: value for name, value in values.items() if name in made_of_nodes
-    }
+    folded = {name: value for name, value in values.items() if name in made_of_nodes}
     for node in graph.nodes:
-        found = _outputs(graph, module, node, values)
+        found = _integers(graph, node, types) or _floats(graph, module, node, values)
         if found is not None:
             values.update(found)
             folded.update(found)
@@ -93,18 +98,27 @@ def _fold(model: onnx.ModelProto) -> None:
     )
 
 
-def _outputs(
-    graph: Graph,
-    module: GraphModule,
-    node: Node,
-    values: dict[str, NDArray[np.generic]],
-) -> dict[str, NDArray[np.generic]] | None:
-    """Return a node's outputs if they are always the same and may be written down."""
+def _types(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the types of the tensors that nodes make, as far as ONNX can infer them."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    return {v.name: v.type.tensor_type.elem_type for v in inferred.value_info}
+
+
+def _integers(graph: Graph, node: Node, types: Mapping[str, int]) -> Values | None:
+    """Return a node's outputs if they are integers that are always the same."""
     named = [name for name in node.outputs if name]
-    if any(name in graph.outputs for name in named):
+    if not all(name in graph.fixed and name in types for name in named):
         return None
-    if all(name in graph.fixed for name in named):
-        return {name: graph.fixed[name] for name in named}
+    return {
+        name: graph.fixed[name].astype(helper.tensor_dtype_to_np_dtype(types[name]))
+        for name in named
+    }
+
+
+def _floats(graph: Graph, module: GraphModule, node: Node, values: Values) -> Values | None:
+    """Return a node's outputs if they are made of constants, and float32 holds them exactly."""
+    if any(name in graph.outputs for name in node.outputs):
+        return None
     inputs = [name for name in node.inputs if name]
     if not all(name in values for name in inputs):
         return None
@@ -114,7 +128,7 @@ def _outputs(
     tensors = [_tensor(values[name]) if name else None for name in node.inputs]
     with torch.no_grad():
         results = module.apply(node, tensors)
-    found: dict[str, NDArray[np.generic]] = {}
+    found: Values = {}
     for name, result in zip(node.outputs, results, strict=False):
         value = result.numpy()
         if value.size > LARGEST or value.dtype.kind != "f":
@@ -131,7 +145,7 @@ def _stays_float32(node: Node) -> bool:
     )
 
 
-def _tensor(value: NDArray[np.generic]) -> torch.Tensor:
+def _tensor(value: NDArray[Any]) -> torch.Tensor:
     tensor = torch.from_numpy(np.array(value))
     return tensor.double() if tensor.is_floating_point() else tensor
 

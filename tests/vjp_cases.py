@@ -51,7 +51,6 @@ class Case:
             if isinstance(value, tuple):
                 value = generator.standard_normal(value).astype(np.float32)
             model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
-        onnx.checker.check_model(model)
         return Graph(model)
 
 
@@ -103,6 +102,7 @@ FUNCTIONS = [
     function("Sin"),
     function("Cos"),
     function("Atan"),
+    function("Swish", "alpha = 1.3", opset=24),
     function("Sinh"),
     function("Cosh"),
     function("Identity"),
@@ -117,7 +117,7 @@ FUNCTIONS = [
 
 ARITHMETIC = [
     Case("Add broadcast", IMAGE, "r = ReduceMean(images, a) y = Add(r, images)", {"a": ints(2)}),
-    Case("Add rank", IMAGE, "y = Add(images, w)", {"w": (4, 1, 3, 6, 5)}),
+    Case("Add rank", IMAGE, "a = Add(images, w) y = Transpose<perm = [1, 0, 2, 3, 4]>(a)", {"w": (4, 1, 3, 6, 5)}),
     Case("Add self", IMAGE, "y = Add(images, images)"),
     Case("Sum", IMAGE, "r = ReduceMean(images, a) y = Sum(r, images, w)", {"a": ints(1), "w": (6, 1)}),
     Case("Mean", IMAGE, "r = ReduceMean(images, a) y = Mean(r, images, w)", {"a": ints(1), "w": (6, 1)}),
@@ -156,7 +156,8 @@ PRODUCTS = [
          " m = MatMul(q, k) p = Softmax<axis = -1>(m) y = MatMul(p, q)", {"s": ints(0, 4, 2, 3)}),
     Case("MatMul batch broadcast", (2, 4, 5), "r = ReduceMean(images, a) t = Transpose<perm = [0, 1, 3, 2]>(r)"
          " y = MatMul(images, t)", {"a": ints(1)}),
-    Case("MatMul missing axis", (2, 4, 5), "y = MatMul(images, w)", {"w": (3, 1, 2, 5, 2)}),
+    Case("MatMul missing axis", (2, 4, 5), "a = MatMul(images, w) y = Transpose<perm = [1, 0, 2, 3, 4]>(a)",
+         {"w": (3, 1, 2, 5, 2)}),
     Case("MatMul vector right", (4, 5), "y = MatMul(images, w)", {"w": (5,)}),
     Case("MatMul vector left", (4, 5), "y = MatMul(w, images)", {"w": (4,)}),
     Case("Gemm", (5,), "y = Gemm(images, w, b)", {"w": (5, 3), "b": (3,)}),
@@ -279,12 +280,11 @@ NORMS = [
     Case("GroupNormalization", FOUR, "y = GroupNormalization<num_groups = 2>(images, g, b)",
          {"g": (4,), "b": (4,)}, opset=21),
     Case("GroupNormalization old", FOUR, "y = GroupNormalization<num_groups = 2>(images, g, b)",
-         {"g": (2,), "b": (2,)}, opset=20),
+         {"g": (2,), "b": (2,)}, opset=18),
     Case("MeanVarianceNormalization", FOUR, "y = MeanVarianceNormalization<axes = [1, 3]>(images)"),
     Case("LpNormalization", FOUR, "y = LpNormalization<axis = 1>(images)", positive=True),
     Case("LpNormalization 1", FOUR, "y = LpNormalization<axis = 2, p = 1>(images)", positive=True),
     Case("LRN", (7, 3, 4), "y = LRN<size = 3, alpha = 0.5, beta = 0.6, bias = 1.2>(images)"),
-    Case("LRN even", (7, 3, 4), "y = LRN<size = 4, alpha = 0.5>(images)"),
 ]  # fmt: skip
 
 MOVES = [
@@ -297,7 +297,7 @@ MOVES = [
     Case("Transpose", IMAGE, "y = Transpose<perm = [0, 3, 1, 2]>(images)"),
     Case("Transpose batch", IMAGE, "t = Transpose<perm = [2, 0, 3, 1]>(images) s = Sin(t)"
          " y = Transpose<perm = [1, 0, 2, 3]>(s)"),
-    Case("Concat", IMAGE, "b = Sin(images) y = Concat<axis = -1>(images, w, b)", {"w": np.zeros((1, 3, 6, 5), np.float32)}),
+    Case("Concat", IMAGE, "b = Sin(images) c = Floor(b) y = Concat<axis = -1>(images, c, b)"),
     Case("Concat constant", IMAGE, "f = Shape<start = 0, end = 1>(images) s = Concat<axis = 0>(f, r) e = Expand(w, s)"
          " y = Concat<axis = 1>(e, images)", {"w": (1, 2, 6, 5), "r": ints(2, 6, 5)}),
     Case("Split", IMAGE, "a, b, c = Split<axis = 2>(images, s) d = Sin(c) y = Concat<axis = 2>(d, a)",

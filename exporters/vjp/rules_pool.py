@@ -126,7 +126,7 @@ def _average_pool(at: Site, g: Gradient) -> Owed:
     even = bool(np.all(weights == weights.reshape(-1)[0]))
     if not even:
         g = at.scaled(g, at.array(weights, "weights"))
-    kernel = np.full((1, 1, *window.kernel), weights.reshape(-1)[0] if even else 1)
+    kernel = np.full((1, 1, *window.kernel), weights.reshape(-1)[0] if even else 1.0)
     folded = at.fold(at.whole(g), [1, *window.outer])
     back = at.add(
         "ConvTranspose", folded, at.array(kernel, "kernel"), part="conv", **window.transposed()

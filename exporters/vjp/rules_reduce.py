@@ -24,7 +24,7 @@ def spread(at: Site, tensor: str, axes: Sequence[int], number: float) -> Gradien
     shape = [1] * at.rank(at.x)
     for axis, size in zip(axes, sizes, strict=True):
         shape[axis] = size
-    return Gradient(tensor, at.array(np.full(shape, number), "spread"))
+    return Gradient(tensor, at.array(np.full(shape, float(number)), "spread"))
 
 
 def evenly(at: Site, tensor: str, y: str, axes: Sequence[int]) -> Gradient:
