@@ -20,6 +20,7 @@ code  meaning
         * ``DatasetNotFoundError``
         * ``NotABundleError``, ``NotARunError``
         * ``NoGradientError`` -- a network with an op that no gradient graph can be made of
+        * ``GraphError`` -- an ONNX graph that this package does not take or cannot compute
     * ``EnvironmentUnfitError`` (3)
         * ``MissingExtraError`` -- an optional dependency is not installed
         * ``RuntimeUnavailableError`` -- the runtime, device or precision asked for is not here
@@ -93,6 +94,10 @@ class NotARunError(UsageError):
 
 class NoGradientError(UsageError):
     """A network of which no gradient graph can be made; the message names the op and its node."""
+
+
+class GraphError(UsageError):
+    """An ONNX graph that this package does not take; names the node where there is one."""
 
 
 class EnvironmentUnfitError(CcnDeployError):
