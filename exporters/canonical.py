@@ -51,9 +51,9 @@ def _strip(model: onnx.ModelProto) -> None:
     """Clear what has no meaning for the function."""
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        part.doc_string = ""
-        if hasattr(part, "metadata_props"):
-            del part.metadata_props[:]
+        for field in ("doc_string", "metadata_props"):
+            if field in part.DESCRIPTOR.fields_by_name:
+                part.ClearField(field)
     del graph.value_info[:]
     del graph.quantization_annotation[:]
     constants = {constant.name for constant in graph.initializer}

@@ -11,6 +11,7 @@ from ccn_deploy.exporters.vjp.rules_move import padded
 from ccn_deploy.exporters.vjp.table import rule
 from ccn_deploy.exporters.vjp.tape import Gradient, Site
 from ccn_deploy.graph.evaluate import GraphModule
+from ccn_deploy.graph.signature import INPUT
 
 
 def along(at: Site, tensor: str, axis: int, source: NDArray[np.int64], size: int) -> str:
@@ -86,8 +87,9 @@ def _is_whole_axis(at: Site, axis: int) -> bool:
 def _inputs(at: Site, count: int, which: list[int]) -> list[torch.Tensor]:
     """Return inputs of the node for a batch of grey images, in float64."""
     forward = at.tape.forward
+    pixels = forward.shapes[INPUT][1:]
     module = GraphModule(forward, torch.float64)
-    images = torch.full((count, *forward.input_shape), 0.5, dtype=torch.float64)
+    images = torch.full((count, *pixels), 0.5, dtype=torch.float64)
     names = [at.node.inputs[index] for index in which]
     with torch.no_grad():
         values = module.values(images, names)
