@@ -26,10 +26,10 @@ from ccn_deploy.exporters.precision import (
 )
 from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, find_targets
 from ccn_deploy.extras import require
+from ccn_deploy.exporters.sources.run import network_from
 from ccn_deploy.models import Classifier
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
-from ccn_deploy.runtimes.torch_runtime import network_from
 
 TRITON = "triton"
 """The format that is a model repository, and the directory of the bundle that it is written to."""
