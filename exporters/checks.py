@@ -11,7 +11,7 @@ from onnx import shape_inference
 from ccn_deploy.errors import LoweringError
 from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.graph.graph import Graph
-from ccn_deploy.graph.signature import COTANGENTS, GRADIENTS, INPUT, OUTPUT
+from ccn_deploy.graph.signature import GRADIENTS, INPUT, OUTPUT
 
 LARGEST = 2**31 - 1
 """Bytes that a protobuf message may have."""
@@ -118,7 +118,7 @@ def check_gradient(gradient: onnx.ModelProto, forward: Graph) -> None:
     )
     with torch.inference_mode():
         derived = GraphModule(Graph(gradient), torch.float64)
-        found = derived.values({INPUT: images, COTANGENTS: cotangents}, (OUTPUT, GRADIENTS))
+        found = derived.values(images, (OUTPUT, GRADIENTS), cotangents)
     if not found[GRADIENTS].isfinite().all():
         raise LoweringError("The gradient graph gives gradients that are not finite.", HINT)
     # On the noise image alone: in float64 too, ties of a constant one are broken by rounding.
