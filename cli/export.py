@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ccn_deploy.cli.options import DataDirOption, JsonOption, SeedOption
+from ccn_deploy.cli.options import (
+    CropOption,
+    DataDirOption,
+    InterpolationOption,
+    JsonOption,
+    LayoutOption,
+    NpzImagesOption,
+    NpzLabelsOption,
+    ResizeOption,
+    SeedOption,
+    data_options,
+)
 
 if TYPE_CHECKING:
     from ccn_deploy.bundle import Bundle
@@ -88,11 +99,18 @@ def export(
         str | None,
         typer.Option(
             "--dataset",
-            help="Data set of those images.",
+            metavar="NAME|DIR|FILE.npz",
+            help="Data set of those images: a name, a directory of class folders, an .npz file.",
             show_default="the one it was trained on",
         ),
     ] = None,
     data_dir: DataDirOption = None,
+    resize: ResizeOption = None,
+    crop: CropOption = None,
+    interpolation: InterpolationOption = None,
+    layout: LayoutOption = None,
+    npz_images: NpzImagesOption = None,
+    npz_labels: NpzLabelsOption = None,
     seed: SeedOption = 0,
     no_gradient: Annotated[
         bool,
@@ -123,8 +141,23 @@ def export(
     from ccn_deploy.exporters import CalibrationRequest, export_run
     from ccn_deploy.exporters.tensorrt.build import Batches
 
-    request = CalibrationRequest(calibration, calibration_samples, seed, dataset, data_dir)
     notes: list[str] = []
+    request = CalibrationRequest(
+        calibration,
+        calibration_samples,
+        seed,
+        dataset,
+        data_dir,
+        data_options(
+            resize=resize,
+            crop=crop,
+            interpolation=interpolation,
+            layout=layout,
+            npz_images=npz_images,
+            npz_labels=npz_labels,
+        ),
+        notes.append,
+    )
     with console.err.status("Lowering and checking") as status:
         bundle = export_run(
             source,

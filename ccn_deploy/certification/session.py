@@ -23,7 +23,8 @@ from ccn_deploy.attacks.spec import (
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.certification.copies import TemporaryCopy, writable
 from ccn_deploy.certification.findings import ClaimText, Finding
-from ccn_deploy.data import Dataset
+from ccn_deploy.data import DataOptions, Dataset
+from ccn_deploy.data.options import DEFAULT
 from ccn_deploy.errors import CcnDeployError, IntegrityError, StorageError, UsageError, unknown
 from ccn_deploy.evaluation import evaluation_data
 from ccn_deploy.parity.collect import ParityRequest
@@ -59,8 +60,9 @@ class Options:
         parity_samples: Images of each kind to compare with the reference; verify-parity's own
             choice if None.
         attacks: What to attack with.
-        dataset: Name; the one the network was trained on if None.
-        data_dir: Where its files are.
+        dataset: Name or path; the one the network was trained on if None.
+        data_dir: Where the files of a named data set are.
+        data: How images are made of a directory's or an .npz file's.
         threads: CPU threads; the runtime's own choice if None.
     """
 
@@ -73,6 +75,7 @@ class Options:
     attacks: tuple[AttackSpec, ...]
     dataset: str | None
     data_dir: Path | None
+    data: DataOptions
     threads: int | None
 
     @classmethod
@@ -89,6 +92,7 @@ class Options:
         epsilons: str | None = None,
         dataset: str | None = None,
         data_dir: str | None = None,
+        data: DataOptions = DEFAULT,
         threads: int | None = None,
     ) -> Options:
         """Read options as users give them; None stands for the commands' default.
@@ -120,6 +124,7 @@ class Options:
             attacks=suite(attacks or DEFAULT_ATTACKS, strengths),
             dataset=dataset,
             data_dir=None if data_dir is None else Path(data_dir),
+            data=data,
             threads=threads,
         )
 
@@ -241,7 +246,11 @@ class Certification:
         return judge_robustness(measurement, options.max_drop)
 
     def _dataset(self) -> Dataset:
-        return evaluation_data(self._bundle(), self._options.dataset, self._options.data_dir)
+        options = self._options
+        data = evaluation_data(self._bundle(), options.dataset, options.data_dir, options.data)
+        for note in data.notes:
+            log.warning("%s", note)
+        return data
 
     def _measured(self, measure: Callable[[Bundle], T]) -> T:
         """Measure on the bundle, or on a copy of it if it cannot keep evidence."""

@@ -368,7 +368,7 @@ def _setting(
     spec = runtime.spec
     return {
         "bundle": bundle.manifest.digest,
-        "dataset": {"name": data.name, "split": data.split, "digest": data.digest},
+        "dataset": data.identity,
         "seed": request.seed,
         "samples": samples,
         "per_layer": request.per_layer,

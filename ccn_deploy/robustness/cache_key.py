@@ -81,7 +81,7 @@ def cache_key(
             "program": None if program is None else program.sha256,
             "gradient": None if slope is None else slope.sha256,
         },
-        "dataset": {"name": dataset.name, "split": dataset.split, "digest": dataset.digest},
+        "dataset": dataset.identity,
         "selection": {"rule": "permutation", "seed": seed},
         "seed": seed,
         "versions": _versions(runtime, machine),

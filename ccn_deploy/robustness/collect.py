@@ -159,7 +159,7 @@ def collect(
         runtime=request.runtime,
         precision=request.precision,
         gradient=gradient,
-        dataset={"name": dataset.name, "split": dataset.split, "digest": dataset.digest},
+        dataset=dataset.identity,
         seed=request.seed,
         n=n,
         pairs=tuple(
