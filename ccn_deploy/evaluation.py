@@ -34,7 +34,7 @@ def evaluation_data(
         DatasetNotFoundError: Its files are not there.
         InputError: Files that cannot be read.
     """
-    name = name or trained_on(bundle.manifest.training)
+    name = name or trained_on(bundle.card.training)
     return load_dataset(name, "test", directory, options=options, like=_like(bundle))
 
 
@@ -67,7 +67,7 @@ def check_fits(bundle: Bundle, dataset: Dataset) -> None:
     Raises:
         UsageError: Images of another shape, or classes that differ from the network's.
     """
-    names = tuple(bundle.manifest.class_names)
+    names = bundle.card.class_names
     matched = fitted(dataset, _like(bundle))
     if not dataset.numbered and matched.class_names != dataset.class_names:
         raise UsageError(
@@ -78,5 +78,4 @@ def check_fits(bundle: Bundle, dataset: Dataset) -> None:
 
 
 def _like(bundle: Bundle) -> ModelInput:
-    manifest = bundle.manifest
-    return ModelInput(manifest.input_shape, tuple(manifest.class_names))
+    return ModelInput(bundle.card.input_shape, bundle.card.class_names)

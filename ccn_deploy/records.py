@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from ccn_deploy.errors import CcnDeployError, IntegrityError
-from ccn_deploy.storage import canonical_json
+from ccn_deploy.storage import canonical_json, sha256
 
 LARGEST = 16 << 20
 """Bytes of the largest document that is parsed."""
@@ -47,9 +47,10 @@ def encode(record: Record) -> bytes:
     """Return the canonical JSON of a record, see :func:`ccn_deploy.storage.canonical_json`.
 
     Raises:
-        TypeError, ValueError: A value that its type does not allow, or NaN or infinity.
+        TypeError, ValueError: A value that its type does not allow, NaN or infinity, text that is
+            no Unicode, or more or deeper than :func:`decode` reads.
     """
-    return canonical_json(document(record))
+    return _readable(canonical_json(document(record)))
 
 
 def encode_line(record: Record) -> bytes:
@@ -58,7 +59,7 @@ def encode_line(record: Record) -> bytes:
     Raises:
         TypeError, ValueError: As :func:`encode`.
     """
-    return _line(document(record))
+    return _readable(_line(document(record)))
 
 
 def document(record: Record) -> dict[str, Any]:
@@ -98,21 +99,49 @@ def decode_line(data: bytes, record: type[R], what: str, hint: str, *, limit: in
     return _decode(data, record, what, hint, limit=limit, form=_line)
 
 
-def schema_of(data: bytes, what: str, hint: str, *, limit: int = LARGEST) -> str:
-    """Return the field ``schema`` of a document, whatever else is in it.
+def encode_sealed(record: Record) -> bytes:
+    """Return :func:`encode` of a record with one more field: the digest of all others.
 
     Raises:
-        IntegrityError: Too large or too deep, no JSON, or no such field.
+        TypeError, ValueError: As :func:`encode`.
     """
-    _check_bounds(data, what, hint, limit)
+    plain = document(record)
+    return _readable(canonical_json({**plain, "digest": sha256(canonical_json(plain))}))
+
+
+def decode_sealed(data: bytes, record: type[R], what: str, hint: str) -> R:
+    """Read a record from the bytes that :func:`encode_sealed` wrote.
+
+    Raises:
+        IntegrityError: As :func:`decode`, or the digest is not that of the content.
+    """
+    plain = unseal(data, what, hint)
     try:
-        return msgspec.json.decode(data, type=_Any).schema
+        found = msgspec.convert(plain, record)
+    except (msgspec.MsgspecError, ValueError, CcnDeployError) as error:
+        raise _damaged(what, error, hint) from error
+    if canonical_json(msgspec.to_builtins(found)) != canonical_json(plain):
+        raise IntegrityError(f"{what} has numbers of another type than its schema.", hint)
+    return found
+
+
+def unseal(data: bytes, what: str, hint: str) -> dict[str, Any]:
+    """Return the content of a sealed document as plain objects, whatever its schema.
+
+    Raises:
+        IntegrityError: Too large or too deep, no JSON object, not in canonical form, or the
+            digest is not that of the content.
+    """
+    _check_bounds(data, what, hint, LARGEST)
+    try:
+        plain = msgspec.json.decode(data, type=dict[str, Any])
+        canonical = canonical_json(plain) == data
+        sealed = plain.pop("digest", None) == sha256(canonical_json(plain))
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise _damaged(what, error, hint) from error
-
-
-class _Any(msgspec.Struct):
-    schema: Text
+    if not (canonical and sealed):
+        raise IntegrityError(f"{what} does not match its own digest: it was changed.", hint)
+    return plain
 
 
 def _line(document: Any) -> bytes:
@@ -137,6 +166,16 @@ def _decode(
     if not canonical:
         raise IntegrityError(f"{what} is not in the form that it was written in.", hint)
     return found
+
+
+def _readable(data: bytes) -> bytes:
+    """Return bytes that were written, unless nobody could read them."""
+    try:
+        _check_bounds(data, "The document", "", LARGEST)
+    except IntegrityError as error:
+        raise ValueError(error.what) from error
+    msgspec.json.decode(data)
+    return data
 
 
 def _check_bounds(data: bytes, what: str, hint: str, limit: int) -> None:

@@ -196,7 +196,7 @@ def _open(path: Path) -> TrainedRun | Bundle:
 def _notes(document: dict[str, Any], optimize: str | None) -> Iterator[str]:
     """Yield what a user should know of the files, a sentence each."""
     files = document["files"]
-    if optimize and not any(file["role"] == f"forward:{optimize}" for file in files):
+    if optimize and not any(file["runtime"] == optimize for file in files):
         yield "No compact layer: the default graph is the one for every runtime."
     warnings: dict[str, None] = {}
     for file in files:
@@ -217,18 +217,20 @@ def _notes(document: dict[str, Any], optimize: str | None) -> Iterator[str]:
 
 
 def _document(bundle: Bundle) -> dict[str, Any]:
-    manifest = bundle.manifest
+    manifest, card = bundle.manifest, bundle.card
     return {
         "schema": SCHEMA,
         "bundle": str(bundle.path),
         "digest": manifest.digest,
-        "architecture": manifest.architecture,
-        "defense": manifest.defense,
+        "name": card.name,
+        "architecture": card.architecture,
+        "defense": card.defense,
         "files": [
             {
                 "path": record.path,
                 "role": record.role,
                 "precision": record.precision,
+                "runtime": record.runtime,
                 "bytes": record.bytes,
                 "sha256": record.sha256,
                 "details": dict(record.details),
@@ -243,11 +245,10 @@ def _print(document: dict[str, Any]) -> None:
     from rich.table import Table
 
     from ccn_deploy.cli import console
+    from ccn_deploy.cli.text import network_title
 
     path = escape(document["bundle"])
-    console.out.print(
-        f"[bold]{path}[/]: {document['defense']} on {document['architecture']}", soft_wrap=True
-    )
+    console.out.print(f"[bold]{path}[/]: {escape(network_title(document))}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     table.add_column("file", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ccn_deploy.targets import DEPLOYED_PRECISIONS, RUNTIMES
+
 if TYPE_CHECKING:
     from ccn_deploy.data import DataOptions, Dataset
 
@@ -17,12 +19,15 @@ RuntimeOption = Annotated[
     str,
     typer.Option(
         "--runtime",
-        help="What runs the model: onnxruntime-cpu, onnxruntime-cuda, tensorrt, tensorrt-rtx, "
-        "torch.",
+        help=f"What runs the model: {', '.join(RUNTIMES)}.",
     ),
 ]
 PrecisionOption = Annotated[
-    str, typer.Option("--precision", help="Precision of the deployed graph: fp32.")
+    str,
+    typer.Option(
+        "--precision",
+        help=f"Precision of the deployed graph or engine: {', '.join(DEPLOYED_PRECISIONS)}.",
+    ),
 ]
 _DATA = "Data"
 """Heading of the options below in --help."""

@@ -225,10 +225,10 @@ def _print(run: TrainedRun, *, already_finished: bool) -> None:
 
     if already_finished:
         out.print("This run is finished already; --overwrite trains it anew.", soft_wrap=True)
-    training = run.training
+    training = run.card.training
     out.print(
         f"Clean accuracy {training['test_accuracy']:.2%} on {training['test_images']:,} test "
-        f"images of {training['dataset']}; {run.defense}, {run.architecture}, "
+        f"images of {training['dataset']}; {run.card.defense}, {run.card.architecture}, "
         f"seed {training['seed']}, {training['device']}.",
         soft_wrap=True,
     )
@@ -247,9 +247,9 @@ def _document(run: TrainedRun, *, already_finished: bool) -> dict[str, Any]:
     return {
         "schema": "ccn-deploy/train/1",
         "run": str(run.path),
-        "architecture": run.architecture,
-        "defense": run.defense,
+        "architecture": run.card.architecture,
+        "defense": run.card.defense,
         "already_finished": already_finished,
         "weights_sha256": sha256(run.weights),
-        **run.training,
+        **run.card.training,
     }

@@ -26,6 +26,7 @@ from ccn_deploy.runtimes import RUNTIMES, RuntimeOptions, RuntimeSpec, open_runt
 from ccn_deploy.runtimes.base import check_images
 from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
 from ccn_deploy.runtimes.torch_runtime import load_reference
+from ccn_deploy.targets import Role
 from tests.networks import as_run, difficult_images, random_network
 
 HERE = ["onnxruntime-cpu", "torch"]
@@ -49,17 +50,12 @@ def images(count: int, seed: int = 0) -> np.ndarray:
 
 def with_graph(bundle: Bundle, path: Path, graph: bytes) -> Bundle:
     """Return a bundle whose digests are right and whose graph is something else."""
-    manifest = bundle.manifest
     return write_bundle(
         path,
-        architecture=manifest.architecture,
-        defense=manifest.defense,
-        input_shape=manifest.input_shape,
-        class_names=manifest.class_names,
-        training=manifest.training,
+        card=bundle.card,
         files=[
-            NewFile("weights.safetensors", bundle.read(bundle.file("weights")), "weights"),
-            NewFile("graphs/forward-fp32.onnx", graph, "forward", "fp32"),
+            NewFile("weights.safetensors", bundle.read(bundle.file(Role.WEIGHTS)), Role.WEIGHTS),
+            NewFile("graphs/forward-fp32.onnx", graph, Role.FORWARD, "fp32"),
         ],
     )
 
@@ -346,7 +342,7 @@ def test_a_graph_of_the_right_digest_that_is_no_such_graph_is_refused_quietly(
     bundle: Bundle, spoil: str, tmp_path: Path, capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    graph = bundle.read(bundle.file("forward", "fp32"))
+    graph = bundle.read(bundle.file(Role.FORWARD, "fp32"))
     if spoil == "empty":
         graph = b""
     elif spoil == "truncated":
@@ -356,7 +352,7 @@ def test_a_graph_of_the_right_digest_that_is_no_such_graph_is_refused_quietly(
     elif spoil == "other classes":
         model = random_network("mnist-cnn", "ccn", classes=4)
         other = export_run(as_run(model), tmp_path / "other")
-        graph = other.read(other.file("forward", "fp32"))
+        graph = other.read(other.file(Role.FORWARD, "fp32"))
     else:  # weights from a file that no digest covers
         model = onnx.load_from_string(graph)
         monkeypatch.chdir(tmp_path)
@@ -373,12 +369,8 @@ def test_weights_of_another_network_are_refused(bundle: Bundle, tmp_path: Path) 
     run = replace(as_run(random_network("mnist-cnn", "ccn")), weights=other.weights)
     mixed = write_bundle(
         tmp_path / "mixed",
-        architecture="mnist-cnn",
-        defense="ccn",
-        input_shape=SHAPE,
-        class_names=run.class_names,
-        training={},
-        files=[NewFile("weights.safetensors", run.weights, "weights")],
+        card=run.card,
+        files=[NewFile("weights.safetensors", run.weights, Role.WEIGHTS)],
     )
     with pytest.raises(IntegrityError, match=r"conv1\.alpha"):
         load_reference(mixed)

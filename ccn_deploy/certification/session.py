@@ -25,7 +25,7 @@ from ccn_deploy.certification.copies import TemporaryCopy, writable
 from ccn_deploy.certification.findings import ClaimText, Finding
 from ccn_deploy.data import DataOptions, Dataset
 from ccn_deploy.data.options import DEFAULT
-from ccn_deploy.errors import CcnDeployError, IntegrityError, StorageError, UsageError, unknown
+from ccn_deploy.errors import CcnDeployError, IntegrityError, StorageError, UsageError
 from ccn_deploy.evaluation import evaluation_data
 from ccn_deploy.parity.collect import ParityRequest
 from ccn_deploy.parity.collect import collect as collect_parity
@@ -38,7 +38,8 @@ from ccn_deploy.robustness import RobustnessRequest, RobustnessResult
 from ccn_deploy.robustness import collect as collect_robustness
 from ccn_deploy.robustness import judge as judge_robustness
 from ccn_deploy.robustness.judge import MAX_DROP
-from ccn_deploy.runtimes import RUNTIMES, RuntimeOptions
+from ccn_deploy.runtimes import RuntimeOptions
+from ccn_deploy.targets import Target
 from ccn_deploy.verdict import Verdict
 
 log = logging.getLogger("ccn_deploy.certification")
@@ -53,7 +54,7 @@ class Options:
 
     Attributes:
         bundle: Path of the bundle.
-        runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
+        runtime: A name in :data:`ccn_deploy.targets.RUNTIMES`.
         precision: Of the deployed graph.
         max_drop: How much accuracy the runtime may lose to the reference.
         samples: Images to attack.
@@ -102,8 +103,7 @@ class Options:
         """
         max_drop = MAX_DROP if max_drop is None else max_drop
         samples = RobustnessRequest.samples if samples is None else samples
-        if runtime not in RUNTIMES:
-            raise unknown("runtime", runtime, RUNTIMES)
+        Target(runtime, precision)
         tolerance_for(precision)
         if not 0.0 < max_drop <= 1.0:
             raise UsageError(
