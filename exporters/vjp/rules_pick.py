@@ -64,7 +64,7 @@ def _gather(at: Site, g: Gradient) -> Owed:
     if indices is None:
         if not _is_whole_axis(at, axis):
             at.refuse("picks by indices that are computed")
-        return [g]
+        return [Gradient(at.shaped(at.whole(g), at.shape(at.x)))]
     size = at.sizes(at.x, [axis])[0]
     tensor, shape = at.whole(g), at.shape(at.x)
     if indices.ndim != 1:
@@ -75,11 +75,18 @@ def _gather(at: Site, g: Gradient) -> Owed:
 
 def _is_whole_axis(at: Site, axis: int) -> bool:
     """Whether the indices are 0, 1, 2, ... to the end of the axis, for any batch."""
-    if at.shape(at.x) != at.shape(at.y):
+    forward = at.tape.forward
+    seen = {
+        tensor
+        for node in forward.above(at.node.inputs[1])
+        if node.op not in ("Shape", "Size")
+        for tensor in node.inputs
+    }
+    if not seen.isdisjoint(forward.floats):
         return False
     for count in (2, 3):
-        (indices,) = _inputs(at, count, [1])
-        if not torch.equal(indices.long(), torch.arange(len(indices))):
+        x, indices = _inputs(at, count, [0, 1])
+        if not torch.equal(indices.reshape(-1).long(), torch.arange(x.shape[axis])):
             return False
     return True
 
