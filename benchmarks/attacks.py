@@ -10,16 +10,16 @@ from benchmarks.subjects import DEFENSES, ONE_THREAD, Subjects
 from benchmarks.tables import Row, ratios
 from benchmarks.timing import Work, compare
 from ccn_deploy.attacks import AttackSpec, suite
+from ccn_deploy.attacks.foolbox_model import foolbox_model, reference_model
 from ccn_deploy.attacks.perform import perform
-from ccn_deploy.attacks.surrogate import foolbox_model, twin_model
 from ccn_deploy.runtimes import open_runtime
-from ccn_deploy.runtimes.torch_runtime import load_twin
+from ccn_deploy.runtimes.torch_runtime import load_reference
 
 IMAGES = {"fgsm": 256, "pgd": 16, "deepfool": 16, "deepfool-fast": 16}
 
 
 def attacks(subjects: Subjects, rounds: int) -> Iterator[str]:
-    """Each attack on ONNX Runtime, with its own gradients and with the twin's, and on PyTorch."""
+    """Each attack on ONNX Runtime, with own and with reference gradients, and on PyTorch."""
     return ratios(_rows(subjects, max(3, rounds // 2)))
 
 
@@ -32,7 +32,10 @@ def _rows(subjects: Subjects, rounds: int) -> Iterator[Row]:
         ratio = compare(works["ccn"]["native"], works["sm"]["native"], rounds=rounds)
         yield what, "ONNX Runtime, native", "CCN", "SM", ratio
         for defense, own in works.items():
-            for other, title in (("torch", "PyTorch"), ("twin", "ONNX Runtime, the twin's")):
+            for other, title in (
+                ("torch", "PyTorch"),
+                ("reference", "ONNX Runtime, the reference's"),
+            ):
                 ratio = compare(own[other], own["native"], rounds=rounds)
                 yield what, defense.upper(), title, "ONNX Runtime, native", ratio
 
@@ -41,10 +44,10 @@ def _works(subjects: Subjects, defense: str, spec: AttackSpec) -> dict[str, Work
     n = IMAGES[spec.name]
     images, labels = subjects.images[:n], subjects.labels[:n]
     bundle = subjects.bundles[defense]
-    twin, runtime = load_twin(bundle), open_runtime(bundle, options=ONE_THREAD)
+    reference, runtime = load_reference(bundle), open_runtime(bundle, options=ONE_THREAD)
     models = {
-        "torch": twin_model(twin),
-        "twin": foolbox_model(runtime, twin, gradient="twin"),
+        "torch": reference_model(reference),
+        "reference": foolbox_model(runtime, reference, gradient="reference"),
         "native": foolbox_model(runtime, None, gradient="native"),
     }
     seeds = np.zeros((n, 1), dtype=np.int64)

@@ -12,7 +12,7 @@ from benchmarks.subjects import DEFENSES, ONE_THREAD, Subjects
 from benchmarks.tables import Row, ratios
 from benchmarks.timing import Work, compare
 from ccn_deploy.runtimes import open_runtime
-from ccn_deploy.runtimes.torch_runtime import load_twin
+from ccn_deploy.runtimes.torch_runtime import load_reference
 
 FORMATS = {"PyTorch": torch.contiguous_format, "PyTorch, channels last": torch.channels_last}
 
@@ -37,8 +37,8 @@ def _rows(subjects: Subjects, rounds: int) -> Iterator[Row]:
                 return runtime.vjp(images, cotangents)
 
             for title, memory_format in FORMATS.items():
-                twin = load_twin(bundle).to(memory_format=memory_format)
-                ratio = compare(_autograd(twin, images, cotangents), native, rounds=rounds)
+                reference = load_reference(bundle).to(memory_format=memory_format)
+                ratio = compare(_autograd(reference, images, cotangents), native, rounds=rounds)
                 what = f"forward and {count} gradient{'s'[: count - 1]}, batch {batch}"
                 yield what, defense.upper(), title, "ONNX Runtime", ratio
 

@@ -23,7 +23,7 @@ from ccn_deploy.latency import Latency, Program, Ratio, take_turns
 from ccn_deploy.machine import processor, this_machine
 from ccn_deploy.runtimes import RUNTIMES, RuntimeOptions
 from ccn_deploy.runtimes.base import Array
-from ccn_deploy.runtimes.fit import Fit, fits
+from ccn_deploy.runtimes.compatibility import Candidate, candidates_for
 from ccn_deploy.serving import Model, PassedOver, load
 
 SCHEMA = "ccn-deploy/bench/1"
@@ -231,7 +231,7 @@ def _targets(
     targets: dict[Target, list[str]] = {}
     passed_over: dict[str, list[PassedOver]] = {}
     for name, bundle in named.items():
-        found = [fit for fit in fits(bundle, this_machine()) if _wanted(fit, request)]
+        found = [fit for fit in candidates_for(bundle, this_machine()) if _wanted(fit, request)]
         for fit in found:
             if isinstance(fit.problem, IntegrityError):
                 raise fit.problem
@@ -254,7 +254,7 @@ def _targets(
     return targets, passed_over
 
 
-def _wanted(fit: Fit, request: BenchRequest) -> bool:
+def _wanted(fit: Candidate, request: BenchRequest) -> bool:
     return (not request.runtimes or fit.runtime in request.runtimes) and (
         not request.precisions or fit.precision in request.precisions
     )

@@ -14,15 +14,15 @@ from typing import Any
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.errors import CcnDeployError, EngineUnfitError, ExitCode, MissingExtraError
 from ccn_deploy.machine import Machine, release, this_machine
-from ccn_deploy.runtimes.fit import (
+from ccn_deploy.runtimes.compatibility import (
     PREFERENCE,
-    Fit,
-    fits,
+    Candidate,
+    candidates_for,
     no_gpu,
     onnxruntime_problem,
 )
-from ccn_deploy.runtimes.trt import LIBRARIES
-from ccn_deploy.trial import Trial, try_runtime
+from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
+from ccn_deploy.smoke_test import Trial, try_runtime
 
 SCHEMA = "ccn-deploy/doctor/1"
 TRIED = (*PREFERENCE, "torch-cuda", "torch")
@@ -66,7 +66,7 @@ class Problem:
 class Use:
     """Whether one file of a bundle runs here; the fix is empty if it does."""
 
-    fit: Fit
+    fit: Candidate
     problem: str = ""
     fix: str = ""
 
@@ -275,7 +275,7 @@ def _leftovers(module: str) -> Iterable[Problem]:
 def _uses(bundle: Bundle, machine: Machine, trials: Iterable[Trial]) -> Iterable[Use]:
     """Join what fits by the manifest with what works by trial."""
     of = {trial.runtime: trial for trial in trials}
-    for fit in fits(bundle, machine):
+    for fit in candidates_for(bundle, machine):
         trial = of[fit.runtime]
         if fit.problem is not None:
             yield Use(fit, fit.problem.what, fit.problem.hint)

@@ -12,8 +12,8 @@ from typing import Any
 from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.errors import CcnDeployError
 from ccn_deploy.machine import Machine
-from ccn_deploy.runtimes.fit import PREFERENCE, files_for, obstacle
-from ccn_deploy.runtimes.trt import LIBRARIES
+from ccn_deploy.runtimes.compatibility import PREFERENCE, files_for, incompatibility
+from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
 
 SCHEMA = "ccn-deploy/inspect/1"
 
@@ -55,7 +55,7 @@ def _file(bundle: Bundle, record: FileRecord, machine: Machine) -> dict[str, Any
         "made_by": record.made_by,
         "details": record.details,
         "here": [
-            {"runtime": runtime, **_told(obstacle(bundle, record, runtime, machine))}
+            {"runtime": runtime, **_told(incompatibility(bundle, record, runtime, machine))}
             for runtime in _runtimes(bundle, record)
         ],
     }

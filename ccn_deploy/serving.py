@@ -23,8 +23,8 @@ from ccn_deploy.errors import (
 from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import Runtime, RuntimeOptions, RuntimeSpec, open_runtime
 from ccn_deploy.runtimes.base import Array, Closing
-from ccn_deploy.runtimes.fit import ENGINE, Fit, fits
-from ccn_deploy.runtimes.trt import LIBRARIES
+from ccn_deploy.runtimes.compatibility import ENGINE, Candidate, candidates_for
+from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
 
 AUTO = "auto"
 """The runtime to ask for to get the best one that works on this machine."""
@@ -213,7 +213,7 @@ def load(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if runtime == AUTO:
         device = 0 if options is None else options.device
-        candidates = fits(opened, this_machine(), device=device)
+        candidates = candidates_for(opened, this_machine(), device=device)
         return first_usable(opened, candidates, precision, options)
     chosen = precision or _only_precision(opened, runtime)
     return _open(opened, Choice(runtime, chosen, "asked for by name"), options)
@@ -221,7 +221,7 @@ def load(
 
 def first_usable(
     bundle: Bundle,
-    candidates: Iterable[Fit],
+    candidates: Iterable[Candidate],
     precision: str | None = None,
     options: RuntimeOptions | None = None,
 ) -> Model:
@@ -229,7 +229,7 @@ def first_usable(
 
     Args:
         bundle: An open bundle.
-        candidates: In order of preference, as :func:`ccn_deploy.runtimes.fit.fits` gives them.
+        candidates: In order of preference, as :mod:`ccn_deploy.runtimes.compatibility` gives them.
         precision: The only one to take, if given.
         options: For the runtime.
 

@@ -121,7 +121,7 @@ def export(
     for module in ("torch", "safetensors", "onnx"):
         require(module, "train", "to export a run")
     from ccn_deploy.exporters import CalibrationRequest, export_run
-    from ccn_deploy.exporters.engines import Batches
+    from ccn_deploy.exporters.tensorrt.build import Batches
 
     request = CalibrationRequest(calibration, calibration_samples, seed, dataset, data_dir)
     notes: list[str] = []

@@ -57,13 +57,13 @@ def quickstart(
         require(module, "train", "for the quickstart")
     require("onnxruntime", "cpu", "for the quickstart")
 
-    roads = [Road(defense, output, epochs, samples, seed, threads) for defense in DEFENSES]
+    pipelines = [Pipeline(defense, output, epochs, samples, seed, threads) for defense in DEFENSES]
     console.err.print("Two networks side by side. For each of them, what these commands do:")
-    for command in roads[-1].commands():
+    for command in pipelines[-1].commands():
         console.err.print(f"[bold]$ {command}[/]", soft_wrap=True)
-    _go_together(roads)
+    _go_together(pipelines)
 
-    outcomes = [road.finish() for road in roads]
+    outcomes = [pipeline.finish() for pipeline in pipelines]
     if as_json:
         console.print_json(_document(outcomes))
     else:
@@ -86,7 +86,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Step:
-    """How far one step of a network's road is, from 0 to 1."""
+    """How far one step of a network's pipeline is, from 0 to 1."""
 
     defense: str
     what: str
@@ -112,7 +112,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Road:
+class Pipeline:
     """One network's way from training to attack; a step made before is not made again."""
 
     defense: str
@@ -253,8 +253,8 @@ def _silent(event: Note | Step) -> None:
     pass
 
 
-def _go_together(roads: list[Road]) -> None:
-    """Take all roads at once in a few processes, showing how far they are.
+def _go_together(pipelines: list[Pipeline]) -> None:
+    """Take all pipelines at once in a few processes, showing how far they are.
 
     Two processes of one thread finish sooner than one process of two: the layers are too small
     to be worth sharing, and threads that wait for one another burn the time they save. Each
@@ -267,15 +267,15 @@ def _go_together(roads: list[Road]) -> None:
     specs = attacks()
     context = multiprocessing.get_context("spawn")
     news: Any = context.SimpleQueue()
-    shower = Thread(target=_show, args=(news, roads, len(specs) + 2))
-    workers = min(len(roads), os.cpu_count() or 1)
+    shower = Thread(target=_show, args=(news, pipelines, len(specs) + 2))
+    workers = min(len(pipelines), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, context, _listen, (news,)) as pool:
         shower.start()
         try:
-            _all([pool.submit(_prepare, road) for road in roads])
+            _all([pool.submit(_prepare, pipeline) for pipeline in pipelines])
             work: list[Future[None]] = []
             for spec in sorted(specs, key=lambda spec: spec.name, reverse=True):
-                work += [pool.submit(_attack, road, spec) for road in reversed(roads)]
+                work += [pool.submit(_attack, pipeline, spec) for pipeline in reversed(pipelines)]
             _all(work)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -288,13 +288,15 @@ def _all(work: list[Future[None]]) -> None:
         future.result()
 
 
-def _show(news: Any, roads: list[Road], steps: int) -> None:
+def _show(news: Any, pipelines: list[Pipeline], steps: int) -> None:
     """Show events until None comes: a line for each note, a bar for each network."""
     from ccn_deploy.cli.console import progress
 
     parts: dict[tuple[str, str], float] = {}
     with progress() as bar:
-        tasks = {road.defense: bar.add_task(road.defense, total=100) for road in roads}
+        tasks = {
+            pipeline.defense: bar.add_task(pipeline.defense, total=100) for pipeline in pipelines
+        }
         while (event := news.get()) is not None:
             if isinstance(event, Note):
                 bar.console.print(f"{event.defense}: {event.text}", soft_wrap=True)
@@ -314,12 +316,12 @@ def _listen(news: Any) -> None:
     _news = news
 
 
-def _prepare(road: Road) -> None:
-    road.prepare(_news.put)
+def _prepare(pipeline: Pipeline) -> None:
+    pipeline.prepare(_news.put)
 
 
-def _attack(road: Road, spec: AttackSpec) -> None:
-    road.attack(spec, _news.put)
+def _attack(pipeline: Pipeline, spec: AttackSpec) -> None:
+    pipeline.attack(spec, _news.put)
 
 
 def _print(outcomes: list[Outcome]) -> None:

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ccn_deploy.robustness import PrecisionsResult, RobustnessResult
-    from ccn_deploy.robustness.effort import Efforts
-    from ccn_deploy.robustness.gate import Gate, Share
+    from ccn_deploy.robustness.non_inferiority import NonInferiorityTest, Proportion
     from ccn_deploy.robustness.precisions import Cell
-    from ccn_deploy.robustness.rows import MinimalRow
+    from ccn_deploy.robustness.query_stats import QueryStatsPair
+    from ccn_deploy.robustness.rows import MinimizationResult
     from ccn_deploy.verdict import Verdict
 
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
@@ -183,13 +183,14 @@ def _gradients(result: RobustnessResult) -> str:
         return said
     clean, attacked = agreement.clean, agreement.adversarial
     return (
-        f"{said}; native and twin agree on {clean.n} clean images (cosine {clean.cosine_mean:.4f}, "
+        f"{said}; native and reference agree on {clean.n} clean images (cosine "
+        f"{clean.cosine_mean:.4f}, "
         f"least {clean.cosine_min:.4f}; signs {100 * clean.sign_mean:.1f} %) and on them attacked "
         f"({attacked.cosine_mean:.4f}, {attacked.cosine_min:.4f}; {100 * attacked.sign_mean:.1f} %)"
     )
 
 
-def _smallest(row: MinimalRow) -> str:
+def _smallest(row: MinimizationResult) -> str:
     """Say in one line how far the images had to be moved, and how many could be."""
     where = "" if row.clip else " leaving [0, 1], not judged"
     runtime, reference = row.runtime, row.reference
@@ -201,7 +202,7 @@ def _smallest(row: MinimalRow) -> str:
     )
 
 
-def _efforts(efforts: dict[str, Efforts]) -> Table:
+def _efforts(efforts: dict[str, QueryStatsPair]) -> Table:
     """Lay out what each attack asked of the two, and how long it took."""
     from rich.markup import escape
 
@@ -220,12 +221,12 @@ def _efforts(efforts: dict[str, Efforts]) -> Table:
     return table
 
 
-def _share(share: Share) -> str:
+def _share(share: Proportion) -> str:
     low, high = share.ci95
     return f"{100 * share.value:.1f} \\[{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def _judged(gate: Gate) -> tuple[str, str, str]:
+def _judged(gate: NonInferiorityTest) -> tuple[str, str, str]:
     return (
         f"{100 * gate.drop:.1f} ({100 * gate.upper95:.1f})",
         str(gate.lost + gate.gained),

@@ -61,9 +61,9 @@ def verify_robustness(
         str | None,
         typer.Option(
             "--gradient",
-            help="Gradients of the attacks: native (the runtime's own), twin (of PyTorch) or "
+            help="Gradients of the attacks: native (the runtime's own), reference (of PyTorch) or "
             "transfer (crafted on PyTorch wholly).",
-            show_default="native where the bundle has the graph, else twin",
+            show_default="native where the bundle has the graph, else reference",
         ),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Images to attack.")] = SAMPLES,

@@ -13,10 +13,9 @@ import torch
 
 from ccn_deploy.bundle import MANIFEST, Bundle, NewFile, write_bundle
 from ccn_deploy.errors import DatasetNotFoundError, UsageError, unknown
-from ccn_deploy.exporters import graphs
+from ccn_deploy.exporters import bundle_graphs
+from ccn_deploy.exporters.bundle_draft import OURS, BundleDraft
 from ccn_deploy.exporters.calibration import CalibrationRequest, load_calibration
-from ccn_deploy.exporters.contents import OURS, Contents
-from ccn_deploy.exporters.engines import Batches, build_engine, find_targets
 from ccn_deploy.exporters.optimized import TARGETS, differs
 from ccn_deploy.exporters.precision import (
     GRADIENTS,
@@ -25,11 +24,12 @@ from ccn_deploy.exporters.precision import (
     NumericReport,
     numeric_report,
 )
+from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, find_targets
 from ccn_deploy.extras import require
 from ccn_deploy.models import Classifier
 from ccn_deploy.runs import TrainedRun
+from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
 from ccn_deploy.runtimes.torch_runtime import network_from
-from ccn_deploy.runtimes.trt import LIBRARIES
 
 TRITON = "triton"
 """The format that is a model repository, and the directory of the bundle that it is written to."""
@@ -126,7 +126,7 @@ def export_run(
     _check_names(wanted, formats, precisions)
     target = Path(output)
     _check_target(target, overwrite)
-    contents = Contents(source)
+    contents = BundleDraft(source)
     maker = _Maker(contents, wanted, progress)
     maker.make_graphs(keep_without_gradient=isinstance(source, Bundle))
     maker.make_engines()
@@ -159,7 +159,9 @@ def export_run(
 class _Maker:
     """Adds to the contents of a bundle what is wanted and not there."""
 
-    def __init__(self, contents: Contents, wanted: Wanted, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self, contents: BundleDraft, wanted: Wanted, progress: Callable[[str], None]
+    ) -> None:
         network = contents.network
         self.model: Classifier = network_from(
             network.architecture, network.defense, len(network.class_names), network.weights
@@ -175,12 +177,16 @@ class _Maker:
             keep_without_gradient: Whether contents without a gradient graph get none.
         """
         optimize = self._wanted.optimize
-        forward = self._graph("forward", lambda: graphs.forward_graph(self.model))
+        forward = self._graph("forward", lambda: bundle_graphs.forward_graph(self.model))
         if optimize is not None and differs(self.model):
-            self._graph(f"forward:{optimize}", lambda: graphs.optimized_graph(self.model, optimize))
+            self._graph(
+                f"forward:{optimize}", lambda: bundle_graphs.optimized_graph(self.model, optimize)
+            )
         gradient = self._contents.find("gradient", "fp32")
         if gradient is None and self._wanted.gradient and not keep_without_gradient:
-            gradient = self._graph("gradient", lambda: graphs.gradient_graph(self.model, forward))
+            gradient = self._graph(
+                "gradient", lambda: bundle_graphs.gradient_graph(self.model, forward)
+            )
         for precision in self._wanted.precisions:
             if precision == "fp32":
                 continue
@@ -202,18 +208,18 @@ class _Maker:
         """Return the float32 graph of a role, made if it is not there."""
         found = self._contents.find(role, "fp32")
         if found is None:
-            self._progress(f"Lowering and checking {graphs.path_of(role, 'fp32')}")
+            self._progress(f"Lowering and checking {bundle_graphs.path_of(role, 'fp32')}")
             found = self._contents.add(make())
         return found
 
     def _convert(self, graph: NewFile, precision: str) -> None:
         if self._contents.find(graph.role, precision) is not None:
             return
-        self._progress(f"Converting to {graphs.path_of(graph.role, precision)}")
+        self._progress(f"Converting to {bundle_graphs.path_of(graph.role, precision)}")
         calibration = self._images if precision not in GRADIENTS else None
         report = self._report if graph.role == "forward" else None
         self._contents.add(
-            graphs.converted_graph(graph, precision, self.model, calibration, report)
+            bundle_graphs.converted_graph(graph, precision, self.model, calibration, report)
         )
 
     @cached_property

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ccn_deploy.bundle import Bundle, FileRecord, NewFile, write_bundle
-from ccn_deploy.exporters.engines import Batches, BuiltEngine, build_engine
+from ccn_deploy.exporters.tensorrt.build import Batches, BuiltEngine, build_engine
 
 RTX = "tensorrt-rtx"
 

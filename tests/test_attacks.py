@@ -17,15 +17,15 @@ from torch import nn
 from ccn_deploy.attacks import AttackSpec, parse_epsilons, suite
 from ccn_deploy.attacks.deepfool import L2DeepFool
 from ccn_deploy.attacks.fgsm import LinfFGSM
-from ccn_deploy.attacks.passes import Counted, forward
+from ccn_deploy.attacks.foolbox_model import foolbox_model, reference_model
+from ccn_deploy.attacks.passes import QueryCounter, forward
 from ccn_deploy.attacks.perform import perform
 from ccn_deploy.attacks.pgd import LinfPGD
-from ccn_deploy.attacks.surrogate import foolbox_model, twin_model
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import RuntimeUnavailableError, UsageError
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
-from ccn_deploy.runtimes.torch_runtime import load_twin
+from ccn_deploy.runtimes.torch_runtime import load_reference
 
 ONE_THREAD = RuntimeOptions(threads=1)
 
@@ -114,9 +114,9 @@ def test_naming_attacks_loads_no_heavy_library() -> None:
 def test_fgsm_is_equation_7(bundle: Bundle) -> None:
     images, labels = digits(16)
     (spec,) = suite(["fgsm"], [0.2])
-    found = perform(spec, twin_model(load_twin(bundle)), images, labels, seeds=seeds(16))
+    found = perform(spec, reference_model(load_reference(bundle)), images, labels, seeds=seeds(16))
 
-    exact = load_twin(bundle, torch.float64)
+    exact = load_reference(bundle, torch.float64)
     x = torch.from_numpy(images).double().requires_grad_()
     picked = torch.log_softmax(exact(x), dim=1)[range(16), torch.from_numpy(labels)]
     (gradient,) = torch.autograd.grad(-picked.sum(), x)
@@ -135,7 +135,7 @@ def test_fgsm_is_equation_7(bundle: Bundle) -> None:
 
 def test_pgd_takes_foolbox_steps_and_loses_no_image_again(bundle: Bundle) -> None:
     images, labels = map(torch.from_numpy, digits(24))
-    model = twin_model(load_twin(bundle))
+    model = reference_model(load_reference(bundle))
     settings = {"steps": 10, "rel_stepsize": 0.1, "random_start": False}
     _, ours, fooled = LinfPGD(**settings)(model, images, labels, epsilons=0.2)
     _, theirs, fooled_too = fb.attacks.LinfPGD(**settings)(model, images, labels, epsilons=0.2)
@@ -148,14 +148,16 @@ def test_pgd_takes_foolbox_steps_and_loses_no_image_again(bundle: Bundle) -> Non
 def test_pgd_stays_in_the_box_and_within_epsilon(ccn_bundle: Bundle) -> None:
     images, labels = digits(8)
     spec = AttackSpec("pgd", "linf", 0.3, True, {"steps": 5, "rel_stepsize": 0.5, "restarts": 2})
-    found = perform(spec, twin_model(load_twin(ccn_bundle)), images, labels, seeds=seeds(8))
+    found = perform(
+        spec, reference_model(load_reference(ccn_bundle)), images, labels, seeds=seeds(8)
+    )
     assert found.min() >= 0 and found.max() <= 1
     assert np.abs(found - images).max() <= 0.3 + 1e-6
 
 
 def test_a_random_start_belongs_to_the_image(ccn_bundle: Bundle) -> None:
     images, labels = digits(6)
-    model = twin_model(load_twin(ccn_bundle))
+    model = reference_model(load_reference(ccn_bundle))
 
     def start(chosen: list[int]) -> np.ndarray:
         spec = AttackSpec("pgd", "linf", 0.1, True, {"steps": 0, "random_start": True})
@@ -171,7 +173,7 @@ def test_a_random_start_belongs_to_the_image(ccn_bundle: Bundle) -> None:
 
 def test_a_restart_keeps_what_an_earlier_start_fooled(sm_bundle: Bundle) -> None:
     images, labels = map(torch.from_numpy, digits(32))
-    model = twin_model(load_twin(sm_bundle))
+    model = reference_model(load_reference(sm_bundle))
     settings = {"steps": 1, "rel_stepsize": 0.1, "seeds": seeds(32)}
     _, _, once = LinfPGD(**settings)(model, images, labels, epsilons=0.4)
     _, _, often = LinfPGD(**settings, restarts=8)(model, images, labels, epsilons=0.4)
@@ -184,8 +186,8 @@ def test_a_restart_keeps_what_an_earlier_start_fooled(sm_bundle: Bundle) -> None
 
 def test_deepfool_finds_the_images_that_foolbox_finds(bundle: Bundle) -> None:
     images = torch.from_numpy(digits(16)[0])
-    twin = load_twin(bundle)
-    model, labels = twin_model(twin), twin(images).argmax(dim=1)
+    reference = load_reference(bundle)
+    model, labels = reference_model(reference), reference(images).argmax(dim=1)
     _, ours, fooled = L2DeepFool()(model, images, labels, epsilons=None)
     _, theirs, fooled_too = fb.attacks.L2DeepFoolAttack()(model, images, labels, epsilons=None)
     np.testing.assert_allclose(ours.numpy(), theirs.numpy(), atol=1e-5)
@@ -198,7 +200,7 @@ def test_deepfool_options_mean_what_they_mean_in_foolbox(
     ccn_bundle: Bundle, steps: int, candidates: int, overshoot: float
 ) -> None:
     images, labels = map(torch.from_numpy, digits(8))
-    model = twin_model(load_twin(ccn_bundle))
+    model = reference_model(load_reference(ccn_bundle))
     settings = {"steps": steps, "candidates": candidates, "overshoot": overshoot}
     _, ours, _ = L2DeepFool(**settings)(model, images, labels, epsilons=None)
     _, theirs, _ = fb.attacks.L2DeepFoolAttack(**settings)(model, images, labels, epsilons=None)
@@ -227,14 +229,14 @@ def test_unclipped_deepfool_on_a_linear_classifier_is_the_projection(
     network = nn.Sequential(nn.Flatten(), layer).eval().requires_grad_(False)
     images = torch.from_numpy(x).float()
     attack = L2DeepFool(clip=False, steps=1)
-    _, found, _ = attack(twin_model(network), images, torch.tensor([first]), epsilons=None)
+    _, found, _ = attack(reference_model(network), images, torch.tensor([first]), epsilons=None)
     np.testing.assert_allclose(found.numpy(), x + 1.02 * step.reshape(x.shape), atol=1e-4)
 
 
 def test_unclipped_deepfool_leaves_the_box_and_clipped_does_not(ccn_bundle: Bundle) -> None:
     images = torch.from_numpy(digits(8)[0])
-    twin = load_twin(ccn_bundle)
-    model, labels = twin_model(twin), twin(images).argmax(dim=1)
+    reference = load_reference(ccn_bundle)
+    model, labels = reference_model(reference), reference(images).argmax(dim=1)
     _, inside, _ = L2DeepFool()(model, images, labels, epsilons=None)
     _, outside, fooled = L2DeepFool(clip=False)(model, images, labels, epsilons=None)
     assert inside.min() >= 0 and inside.max() <= 1
@@ -244,7 +246,7 @@ def test_unclipped_deepfool_leaves_the_box_and_clipped_does_not(ccn_bundle: Bund
 
 def test_fgsm_is_foolboxs(bundle: Bundle) -> None:
     images, labels = map(torch.from_numpy, digits(16))
-    model = twin_model(load_twin(bundle))
+    model = reference_model(load_reference(bundle))
     _, ours, _ = LinfFGSM()(model, images, labels, epsilons=0.2)
     _, theirs, _ = fb.attacks.LinfFastGradientAttack()(model, images, labels, epsilons=0.2)
     assert ((ours - theirs).abs() > 1e-6).float().mean() < 1e-3  # signs of nothing but rounding
@@ -262,13 +264,13 @@ def runtime(bundle: Bundle):  # type: ignore[no-untyped-def]
 def test_logits_are_the_runtimes_and_gradients_the_twins(bundle: Bundle, runtime) -> None:  # type: ignore[no-untyped-def]
     images, _ = digits(5)
     cotangents = np.random.default_rng(0).standard_normal((5, 3, 10)).astype(np.float32)
-    twin = load_twin(bundle)
+    reference = load_reference(bundle)
     x = torch.from_numpy(images).requires_grad_()
-    logits = foolbox_model(runtime, twin)(x)
+    logits = foolbox_model(runtime, reference)(x)
     np.testing.assert_array_equal(logits.detach().numpy(), runtime.logits(images))
 
     leaf = torch.from_numpy(images).requires_grad_()
-    truth = twin(leaf)
+    truth = reference(leaf)
     for row in torch.from_numpy(cotangents).unbind(1):
         (ours,) = torch.autograd.grad(logits, x, row, retain_graph=True)
         (expected,) = torch.autograd.grad(truth, leaf, row, retain_graph=True)
@@ -293,7 +295,7 @@ def test_a_pass_on_a_runtime_asks_no_autograd_and_gives_the_same(bundle: Bundle)
     cotangents = torch.randn(3, 2, 10, generator=torch.Generator().manual_seed(0))
     with open_runtime(bundle, "onnxruntime-cpu", "fp32", ONE_THREAD) as opened:
         native = forward(foolbox_model(opened, None, gradient="native"), images)
-        by_twin = forward(foolbox_model(opened, load_twin(bundle)), images)
+        by_twin = forward(foolbox_model(opened, load_reference(bundle)), images)
         assert torch.equal(native.logits, by_twin.logits)
         ours, theirs = (p.gradients(rows, cotangents) for p in (native, by_twin))
         assert ours.shape == (3, 2, 1, 28, 28)
@@ -304,7 +306,7 @@ def test_a_pass_on_a_runtime_asks_no_autograd_and_gives_the_same(bundle: Bundle)
 
 def test_few_rows_of_a_pass_have_the_gradients_of_all(ccn_bundle: Bundle) -> None:
     images = torch.from_numpy(digits(12)[0])
-    here = forward(twin_model(load_twin(ccn_bundle)), images)
+    here = forward(reference_model(load_reference(ccn_bundle)), images)
     cotangents = torch.randn(12, 2, 10, generator=torch.Generator().manual_seed(0))
     whole = here.gradients(torch.arange(12), cotangents)
     few = torch.tensor([7, 2])
@@ -313,10 +315,10 @@ def test_few_rows_of_a_pass_have_the_gradients_of_all(ccn_bundle: Bundle) -> Non
 
 def test_deepfool_on_the_runtime_agrees_with_deepfool_on_the_twin(bundle: Bundle, runtime) -> None:  # type: ignore[no-untyped-def]
     images, labels = digits(12)
-    twin = load_twin(bundle)
+    reference = load_reference(bundle)
     spec = suite(["deepfool"])[0]
-    here = perform(spec, foolbox_model(runtime, twin), images, labels, seeds=seeds(12))
-    there = perform(spec, twin_model(twin), images, labels, seeds=seeds(12))
+    here = perform(spec, foolbox_model(runtime, reference), images, labels, seeds=seeds(12))
+    there = perform(spec, reference_model(reference), images, labels, seeds=seeds(12))
     close = np.abs(here - there).reshape(12, -1).max(axis=1) < 1e-3
     assert close.sum() >= 11  # rounding may choose another class now and then
 
@@ -326,10 +328,10 @@ def test_without_a_source_of_gradients_there_is_nothing_to_attack(ccn_bundle: Bu
     files = tuple(file for file in ccn_bundle.manifest.files if file.role != "gradient")
     served = replace(ccn_bundle, manifest=replace(ccn_bundle.manifest, files=files))
     with open_runtime(served, "onnxruntime-cpu", "fp32", ONE_THREAD) as runtime:
-        with pytest.raises(RuntimeUnavailableError, match="no PyTorch twin"):
+        with pytest.raises(RuntimeUnavailableError, match="no reference was given"):
             foolbox_model(runtime, None)
         with pytest.raises(RuntimeUnavailableError, match="no gradients of its own"):
-            foolbox_model(runtime, load_twin(ccn_bundle), gradient="native")
+            foolbox_model(runtime, load_reference(ccn_bundle), gradient="native")
 
 
 def test_carlini_wagner_through_the_runtime_returns_no_black_image(sm_bundle: Bundle) -> None:
@@ -339,7 +341,7 @@ def test_carlini_wagner_through_the_runtime_returns_no_black_image(sm_bundle: Bu
         attack = fb.attacks.L2CarliniWagnerAttack(
             binary_search_steps=2, steps=40, stepsize=0.1, initial_const=10.0
         )
-        model = foolbox_model(runtime, load_twin(sm_bundle))
+        model = foolbox_model(runtime, load_reference(sm_bundle))
         tensors = torch.from_numpy(images), torch.from_numpy(labels)
         _, found, fooled = attack(model, *tensors, epsilons=None)
         chosen = found[fooled].numpy()
@@ -349,32 +351,32 @@ def test_carlini_wagner_through_the_runtime_returns_no_black_image(sm_bundle: Bu
 
 
 def test_a_network_that_would_learn_or_drop_out_is_refused(ccn_bundle: Bundle) -> None:
-    twin = load_twin(ccn_bundle)
+    reference = load_reference(ccn_bundle)
     with pytest.raises(ValueError, match="eval"):
-        twin_model(twin.train())
+        reference_model(reference.train())
     with pytest.raises(ValueError, match="requires_grad"):
-        twin_model(twin.eval().requires_grad_())
+        reference_model(reference.eval().requires_grad_())
 
 
 def test_a_gpu_in_the_machine_does_not_take_the_model(
     ccn_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    twin = load_twin(ccn_bundle)
-    assert twin_model(twin).device == torch.device("cpu")
+    reference = load_reference(ccn_bundle)
+    assert reference_model(reference).device == torch.device("cpu")
     with open_runtime(ccn_bundle, "onnxruntime-cpu", "fp32", ONE_THREAD) as runtime:
-        assert foolbox_model(runtime, twin).device == torch.device("cpu")
+        assert foolbox_model(runtime, reference).device == torch.device("cpu")
 
 
 def test_fast_deepfool_skips_candidates_and_finds_the_same(bundle: Bundle) -> None:
     images, _ = digits(40)
-    twin = load_twin(bundle)
-    labels = twin(torch.from_numpy(images)).argmax(dim=1).numpy()
+    reference = load_reference(bundle)
+    labels = reference(torch.from_numpy(images)).argmax(dim=1).numpy()
     asked, rho = {}, {}
     for name in ("deepfool", "deepfool-fast"):
-        counted = Counted(twin_model(twin), 40)
+        counted = QueryCounter(reference_model(reference), 40)
         found = perform(suite([name])[0], counted, images, labels, seeds=seeds(40))
-        assert (twin(torch.from_numpy(found)).argmax(dim=1).numpy() != labels).all()
+        assert (reference(torch.from_numpy(found)).argmax(dim=1).numpy() != labels).all()
         asked[name] = counted.queries.backward.sum()
         sizes = np.linalg.norm(images.reshape(40, -1), axis=1)
         rho[name] = (np.linalg.norm((found - images).reshape(40, -1), axis=1) / sizes).mean()
@@ -384,8 +386,8 @@ def test_fast_deepfool_skips_candidates_and_finds_the_same(bundle: Bundle) -> No
 
 def test_a_slack_that_skips_nothing_changes_nothing(ccn_bundle: Bundle) -> None:
     images = torch.from_numpy(digits(12)[0])
-    twin = load_twin(ccn_bundle)
-    model, labels = twin_model(twin), twin(images).argmax(dim=1)
+    reference = load_reference(ccn_bundle)
+    model, labels = reference_model(reference), reference(images).argmax(dim=1)
     exact = L2DeepFool().run(model, images, labels)
     loose = L2DeepFool(slack=1e9).run(model, images, labels)
     np.testing.assert_allclose(loose.numpy(), exact.numpy(), atol=1e-5)
@@ -395,11 +397,11 @@ def test_a_slack_that_skips_nothing_changes_nothing(ccn_bundle: Bundle) -> None:
 
 def test_a_model_without_gradients_is_refused_by_every_attack(ccn_bundle: Bundle) -> None:
     images, labels = digits(2)
-    twin = load_twin(ccn_bundle)
+    reference = load_reference(ccn_bundle)
 
     def answer(x: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return twin(torch.from_numpy(x)).numpy()
+            return reference(torch.from_numpy(x)).numpy()
 
     blind = fb.NumPyModel(answer, bounds=(0, 1))
     for attack, epsilon in ((LinfFGSM(), 0.1), (LinfPGD(), 0.1), (L2DeepFool(), None)):
@@ -408,7 +410,7 @@ def test_a_model_without_gradients_is_refused_by_every_attack(ccn_bundle: Bundle
 
     class Detached(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return twin(x).detach()
+            return reference(x).detach()
 
     detached = fb.PyTorchModel(Detached().eval(), bounds=(0, 1), device="cpu")
     with pytest.raises(RuntimeUnavailableError, match="no gradients"):

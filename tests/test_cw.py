@@ -15,15 +15,15 @@ from torch import nn
 
 from ccn_deploy.attacks import suite
 from ccn_deploy.attacks.cw import L2CarliniWagner
-from ccn_deploy.attacks.passes import Counted
+from ccn_deploy.attacks.foolbox_model import foolbox_model, reference_model
+from ccn_deploy.attacks.passes import QueryCounter
 from ccn_deploy.attacks.perform import perform
-from ccn_deploy.attacks.surrogate import foolbox_model, twin_model
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import RuntimeUnavailableError
 from ccn_deploy.robustness import RobustnessRequest, collect, judge
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
-from ccn_deploy.runtimes.torch_runtime import load_twin
+from ccn_deploy.runtimes.torch_runtime import load_reference
 
 ONE_THREAD = RuntimeOptions(threads=1)
 SHORT = {"steps": 60, "binary_search_steps": 3, "stepsize": 0.1}
@@ -41,7 +41,7 @@ def distances(found: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 def linear(weights: np.ndarray, biases: np.ndarray) -> fb.PyTorchModel:
     layer = nn.Linear(weights.shape[1], len(weights))
     layer.weight.data, layer.bias.data = map(torch.from_numpy, (weights, biases))
-    return twin_model(nn.Sequential(nn.Flatten(), layer).eval().requires_grad_(False))
+    return reference_model(nn.Sequential(nn.Flatten(), layer).eval().requires_grad_(False))
 
 
 class Terms(nn.Module):
@@ -60,21 +60,21 @@ class Terms(nn.Module):
 
 def test_the_first_steps_are_adam_on_equation_11(ccn_bundle: Bundle) -> None:
     images = digits(3)
-    twin = load_twin(ccn_bundle)
-    watched = Terms(twin).eval()
-    labels = twin(images).argmax(dim=1)
+    reference = load_reference(ccn_bundle)
+    watched = Terms(reference).eval()
+    labels = reference(images).argmax(dim=1)
     settings = {"steps": 4, "binary_search_steps": 1, "stepsize": 0.01, "initial_const": 5.0}
-    L2CarliniWagner(**settings).run(twin_model(watched), images, labels)
+    L2CarliniWagner(**settings).run(reference_model(watched), images, labels)
     *_, final = watched.seen
 
-    second = twin(images).argsort(dim=1)[:, -2]
+    second = reference(images).argsort(dim=1)[:, -2]
     w = ((2 * images - 1) * 0.999999).arctanh().requires_grad_()
     origin = (0.5 * (w.detach().tanh() + 1)).clone()
     adam = torch.optim.Adam([w], lr=0.01)
     for _ in range(3):
         adam.zero_grad()
         x = 0.5 * (w.tanh() + 1)
-        logits = twin(x)
+        logits = reference(x)
         others = logits.clone()
         others[range(3), second] = -torch.inf
         margin = (others.max(dim=1).values - logits[range(3), second]).clamp(min=0)
@@ -124,9 +124,9 @@ def test_it_finds_no_fewer_and_no_farther_images_than_foolboxs(
     defense: str, stepsize: float, copy_bundle: Callable[[str], Bundle]
 ) -> None:
     images = digits(10)
-    twin = load_twin(copy_bundle(defense))
-    labels = twin(images).argmax(dim=1)
-    model = twin_model(twin)
+    reference = load_reference(copy_bundle(defense))
+    labels = reference(images).argmax(dim=1)
+    model = reference_model(reference)
     same = {"steps": 60, "binary_search_steps": 3, "stepsize": stepsize, "initial_const": 1.0}
     _, ours, fooled = L2CarliniWagner(**same, follow=True)(model, images, labels, epsilons=None)
     _, theirs, claimed = fb.attacks.L2CarliniWagnerAttack(**same)(
@@ -144,21 +144,23 @@ def test_it_finds_no_fewer_and_no_farther_images_than_foolboxs(
 
 def test_targets_are_reached(sm_bundle: Bundle) -> None:
     images = digits(4)
-    twin = load_twin(sm_bundle)
-    wanted = (twin(images).argmax(dim=1) + 3) % 10
+    reference = load_reference(sm_bundle)
+    wanted = (reference(images).argmax(dim=1) + 3) % 10
     goal = fb.criteria.TargetedMisclassification(wanted)
-    _, found, fooled = L2CarliniWagner(**SHORT)(twin_model(twin), images, goal, epsilons=None)
+    _, found, fooled = L2CarliniWagner(**SHORT)(
+        reference_model(reference), images, goal, epsilons=None
+    )
     assert fooled.all()
-    assert torch.equal(twin(found).argmax(dim=1), wanted)
+    assert torch.equal(reference(found).argmax(dim=1), wanted)
 
 
 def test_confidence_is_a_margin_of_the_logits(sm_bundle: Bundle) -> None:
     images = digits(4)
-    twin = load_twin(sm_bundle)
-    labels = twin(images).argmax(dim=1)
+    reference = load_reference(sm_bundle)
+    labels = reference(images).argmax(dim=1)
     attack = L2CarliniWagner(**SHORT, confidence=2.0, follow=True)
-    found = attack.run(twin_model(twin), images, labels)
-    logits = twin(found)
+    found = attack.run(reference_model(reference), images, labels)
+    logits = reference(found)
     mine = logits[range(4), labels].clone()
     logits[range(4), labels] = -torch.inf
     assert (logits.max(dim=1).values - mine > 2.0 - 1e-4).all()
@@ -185,9 +187,9 @@ def test_a_failure_is_the_image_as_it_came() -> None:
 
 def test_foolbox_calls_black_images_a_success_and_this_does_not(ccn_bundle: Bundle) -> None:
     images = digits(8)
-    twin = load_twin(ccn_bundle)
-    labels = twin(images).argmax(dim=1)
-    model = twin_model(twin)
+    reference = load_reference(ccn_bundle)
+    labels = reference(images).argmax(dim=1)
+    model = reference_model(reference)
     # Too little of everything for either to find something.
     hopeless = {"steps": 3, "binary_search_steps": 1, "stepsize": 1e-4, "initial_const": 1e-3}
     _, theirs, fooled = fb.attacks.L2CarliniWagnerAttack(**hopeless)(
@@ -269,31 +271,31 @@ def test_nonsense_settings_are_refused() -> None:
 
 def test_on_a_runtime_it_finds_what_it_finds_on_the_twin(ccn_bundle: Bundle) -> None:
     images = digits(6)
-    twin = load_twin(ccn_bundle)
+    reference = load_reference(ccn_bundle)
     with open_runtime(ccn_bundle, "onnxruntime-cpu", "fp32", ONE_THREAD) as runtime:
         labels = torch.from_numpy(runtime.logits(images.numpy()).argmax(axis=1))
         native = foolbox_model(runtime, None, gradient="native")
         here = L2CarliniWagner(**SHORT).run(native, images, labels)
         assert (runtime.logits(here.numpy()).argmax(axis=1) != labels.numpy()).all()
-    there = L2CarliniWagner(**SHORT).run(twin_model(twin), images, labels)
+    there = L2CarliniWagner(**SHORT).run(reference_model(reference), images, labels)
     ratio = distances(here, images) / distances(there, images)
     assert (ratio - 1).abs().median() < 0.05
 
 
 def test_no_gradient_is_asked_where_the_margin_is_won(sm_bundle: Bundle) -> None:
     images = digits(8)
-    twin = load_twin(sm_bundle)
-    labels = twin(images).argmax(dim=1)
-    counted = Counted(twin_model(twin), 8)
+    reference = load_reference(sm_bundle)
+    labels = reference(images).argmax(dim=1)
+    counted = QueryCounter(reference_model(reference), 8)
     L2CarliniWagner(**SHORT, initial_const=100.0).run(counted, images, labels)
     assert counted.queries.backward.sum() < 0.8 * counted.queries.forward.sum()
 
 
 def test_a_sample_at_rest_leaves_by_itself(sm_bundle: Bundle) -> None:
     images = digits(4)
-    twin = load_twin(sm_bundle)
-    labels = twin(images).argmax(dim=1)
-    counted = Counted(twin_model(twin), 4)
+    reference = load_reference(sm_bundle)
+    labels = reference(images).argmax(dim=1)
+    counted = QueryCounter(reference_model(reference), 4)
     L2CarliniWagner(steps=1000, binary_search_steps=1, stepsize=0.1).run(counted, images, labels)
     assert (counted.queries.forward < 0.7 * 1000).all()
 
@@ -305,8 +307,10 @@ def test_it_can_be_asked_for_by_name(sm_bundle: Bundle) -> None:
     assert "cw" not in {s.name for s in suite()}
     quick = type(spec)(spec.name, spec.norm, None, True, {**spec.parameters, **SHORT})
     images = digits(2).numpy()
-    twin = load_twin(sm_bundle)
-    labels = twin(torch.from_numpy(images)).argmax(dim=1).numpy()
-    found = perform(quick, twin_model(twin), images, labels, seeds=np.zeros((2, 1), np.int64))
-    assert (twin(torch.from_numpy(found)).argmax(dim=1).numpy() != labels).all()
+    reference = load_reference(sm_bundle)
+    labels = reference(torch.from_numpy(images)).argmax(dim=1).numpy()
+    found = perform(
+        quick, reference_model(reference), images, labels, seeds=np.zeros((2, 1), np.int64)
+    )
+    assert (reference(torch.from_numpy(found)).argmax(dim=1).numpy() != labels).all()
     assert found.min() >= 0 and found.max() <= 1

@@ -23,14 +23,14 @@ from packaging.requirements import Requirement as Packaging
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from ccn_deploy import trial
+from ccn_deploy import smoke_test
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.diagnosis import TRIED, Diagnosis, Requirement, read_requirements, satisfies
 from ccn_deploy.errors import ExitCode
 from ccn_deploy.machine import Gpu, release, this_machine
 from ccn_deploy.runtimes import RUNTIMES
-from ccn_deploy.runtimes.fit import check_engine
-from ccn_deploy.trial import Trial, build, engine_file, try_runtime
+from ccn_deploy.runtimes.compatibility import check_engine
+from ccn_deploy.smoke_test import Trial, build, engine_file, try_runtime
 
 ROOT = Path(__file__).parent.parent
 STATES = {"works", "builds", "absent", "broken"}
@@ -308,20 +308,20 @@ class TestTheNetwork:
                 helper.make_node("Flatten", ["scores"], ["logits"]),
             ],
             "trial",
-            [ends("images", *trial.SHAPE)],
+            [ends("images", *smoke_test.SHAPE)],
             [ends("logits", 2)],
-            [numpy_helper.from_array(trial.WEIGHT, "weight")],
+            [numpy_helper.from_array(smoke_test.WEIGHT, "weight")],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
         onnx.checker.check_model(model, full_check=True)
-        assert onnx.load_model_from_string(trial.GRAPH) == model
+        assert onnx.load_model_from_string(smoke_test.GRAPH) == model
 
     def test_answers_are_exact(self) -> None:
-        (logits,) = ReferenceEvaluator(onnx.load_model_from_string(trial.GRAPH)).run(
-            None, {"images": trial.IMAGES}
+        (logits,) = ReferenceEvaluator(onnx.load_model_from_string(smoke_test.GRAPH)).run(
+            None, {"images": smoke_test.IMAGES}
         )
-        assert np.array_equal(logits, trial.LOGITS)
-        assert np.array_equal(trial.LOGITS, [[2.5, 1.25], [7.5, 6.25]])
+        assert np.array_equal(logits, smoke_test.LOGITS)
+        assert np.array_equal(smoke_test.LOGITS, [[2.5, 1.25], [7.5, 6.25]])
 
     @pytest.mark.gpu
     def test_runs_on_the_gpu(self) -> None:

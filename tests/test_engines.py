@@ -27,14 +27,14 @@ from ccn_deploy.errors import (
 )
 from ccn_deploy.exporters import CalibrationRequest, engines, export_run
 from ccn_deploy.exporters.calibration import load_calibration
-from ccn_deploy.exporters.engine_log import read_log, worth_keeping
-from ccn_deploy.exporters.engines import Batches, build_engine, known_targets
 from ccn_deploy.exporters.gradient import lower_gradient
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import PRECISIONS, Calibration, convert
+from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, known_targets
+from ccn_deploy.exporters.tensorrt.log import read_log, worth_keeping
 from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.runs import TrainedRun
-from ccn_deploy.runtimes.trt import LIBRARIES, capture, load_library, logger
+from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, capture, load_library, logger
 from ccn_deploy.storage import sha256
 from tests.networks import DEFENSES, as_run, random_network, write_run
 from tests.test_cli import assert_clear_error, ccn_deploy
@@ -319,7 +319,7 @@ def test_capture_belongs_to_a_thread_and_nests() -> None:
 
 
 def test_library_has_what_both_have() -> None:
-    """The calls that :mod:`ccn_deploy.exporters.engine_worker` makes, by name."""
+    """The calls that :mod:`ccn_deploy.exporters.tensorrt.worker` makes, by name."""
     worker = runpy.run_path(str(engines.WORKER))
     assert "Build" in worker
     trt = load_library(RTX, "to test")

@@ -26,7 +26,7 @@ from ccn_deploy.errors import LoweringError, UsageError
 from ccn_deploy.exporters import export_run
 from ccn_deploy.exporters.checks import check_graph, check_size
 from ccn_deploy.exporters.lowering import lower
-from ccn_deploy.exporters.probes import check_probe
+from ccn_deploy.exporters.reference_check import check_probe
 from ccn_deploy.layers import CompactConv2d, CompactLinear
 from ccn_deploy.models import Classifier
 from ccn_deploy.runtimes import open_runtime

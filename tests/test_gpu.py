@@ -20,13 +20,13 @@ import pytest
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import EngineUnfitError, IntegrityError
-from ccn_deploy.exporters.engines import BuiltEngine
+from ccn_deploy.exporters.tensorrt.build import BuiltEngine
 from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
-from ccn_deploy.runtimes.cuda import CudaError, Device
-from ccn_deploy.runtimes.fit import choose_engine
-from ccn_deploy.runtimes.tensorrt import kernels_file
-from ccn_deploy.runtimes.trt import LIBRARIES, load_library
+from ccn_deploy.runtimes.compatibility import choose_engine
+from ccn_deploy.runtimes.tensorrt.cuda import CudaError, Device
+from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, load_library
+from ccn_deploy.runtimes.tensorrt.runtime import kernels_file
 from tests.engines import engine_file, with_files
 
 pytestmark = pytest.mark.gpu
@@ -297,8 +297,8 @@ import numpy as np
 from ccn_deploy.bundle import open_bundle
 from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import open_runtime
-from ccn_deploy.runtimes.trt import capture, load_library, logger
-from ccn_deploy.exporters.engines import Batches
+from ccn_deploy.runtimes.tensorrt.library import capture, load_library, logger
+from ccn_deploy.exporters.tensorrt.build import Batches
 from tests.engines import build_rtx, engine_file, with_files
 
 bundle = open_bundle(sys.argv[1])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccn_deploy.architectures import Architecture
-from ccn_deploy.attacks.surrogate import foolbox_model
+from ccn_deploy.attacks.foolbox_model import foolbox_model
 from ccn_deploy.bundle import Bundle, NewFile, write_bundle
 from ccn_deploy.data import load_dataset
 from ccn_deploy.defenses import DEFENSES as BY_NAME
@@ -34,7 +34,7 @@ from ccn_deploy.exporters import export_run
 from ccn_deploy.exporters.checks import check_gradient_graph, check_size
 from ccn_deploy.exporters.gradient import lower_gradient
 from ccn_deploy.exporters.lowering import lower
-from ccn_deploy.exporters.probes import check_gradient_probe
+from ccn_deploy.exporters.reference_check import check_gradient_probe
 from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear, SubtractMean, guarded_sqrt
 from ccn_deploy.models import Classifier
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime

@@ -1,4 +1,4 @@
-"""Attacks with the runtime's own gradients, with its twin's, and crafted on the twin."""
+"""Attacks with the runtime's own gradients, with its reference's, and crafted on the reference."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import pytest
 from typer.testing import CliRunner
 
 from ccn_deploy.attacks import ATTACKS, AttackSpec, suite
+from ccn_deploy.attacks.foolbox_model import foolbox_model, reference_model
 from ccn_deploy.attacks.perform import perform
-from ccn_deploy.attacks.surrogate import foolbox_model, twin_model
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.cli.main import app
 from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError, UsageError
 from ccn_deploy.robustness import Evidence, RobustnessRequest, collect, judge
 from ccn_deploy.robustness.agreement import Agreement, GradientAgreement, compare_gradients
-from ccn_deploy.robustness.laboratory import Laboratory
+from ccn_deploy.robustness.attack_session import AttackSession
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
-from ccn_deploy.runtimes.torch_runtime import load_twin
+from ccn_deploy.runtimes.torch_runtime import load_reference
 from tests.faults import drop_delta, reorder_classes
 
 ONE_THREAD = RuntimeOptions(threads=1)
@@ -67,8 +67,8 @@ def test_native_is_used_where_the_graph_is_there_and_the_twin_elsewhere(
     ccn_bundle: Bundle,
 ) -> None:
     assert collect(ccn_bundle, request(2)).gradient == "native"
-    assert collect(without_gradient(ccn_bundle), request(2)).gradient == "twin"
-    assert collect(ccn_bundle, request(2, gradient="twin")).gradient == "twin"
+    assert collect(without_gradient(ccn_bundle), request(2)).gradient == "reference"
+    assert collect(ccn_bundle, request(2, gradient="reference")).gradient == "reference"
     assert collect(ccn_bundle, request(2, runtime="torch")).gradient == "native"
 
 
@@ -82,7 +82,7 @@ def test_native_without_a_graph_is_refused_before_anything_is_measured(ccn_bundl
 
 
 def test_every_source_has_evidence_of_its_own_and_one_reference(ccn_bundle: Bundle) -> None:
-    for gradient in ("native", "twin", "transfer"):
+    for gradient in ("native", "reference", "transfer"):
         measurement = collect(ccn_bundle, request(2, gradient=gradient))
         assert measurement.pairs[0].runtime.header["gradient"] == gradient
         assert measurement.pairs[0].reference.header["gradient"] == "native"
@@ -94,24 +94,24 @@ def test_native_evidence_never_asks_the_twin_for_a_gradient(
     ccn_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise AssertionError("the twin was asked")
+        raise AssertionError("the reference was asked")
 
     collect(ccn_bundle, request(4, runtime="torch"))  # the reference, attacked with its own
-    monkeypatch.setattr("ccn_deploy.attacks.surrogate.TwinGradient.record", refuse)
+    monkeypatch.setattr("ccn_deploy.attacks.foolbox_model.ReferenceGradient.record", refuse)
     collect(ccn_bundle, request(4, gradient="native"))
     with pytest.raises(AssertionError, match="asked"):
-        collect(ccn_bundle, request(4, gradient="twin"))
+        collect(ccn_bundle, request(4, gradient="reference"))
 
 
 def test_a_transferred_image_is_crafted_on_the_twin_and_scored_on_the_runtime(
     ccn_bundle: Bundle, tmp_path: Path
 ) -> None:
-    # The runtime swaps two classes; the twin does not know.
+    # The runtime swaps two classes; the reference does not know.
     broken = reorder_classes(ccn_bundle, tmp_path / "broken")
     evidence = collect(broken, request(20, gradient="transfer")).pairs[0].runtime
     right = evidence.status != "already-wrong"
     images, labels = load_dataset("mnist5k", "test").images(evidence.index), evidence.label
-    made = perform(FGSM, twin_model(load_twin(broken)), images, labels, seeds=seeds(20))
+    made = perform(FGSM, reference_model(load_reference(broken)), images, labels, seeds=seeds(20))
     with open_runtime(broken, *TARGET, ONE_THREAD) as runtime:
         scored = runtime.logits(made).argmax(axis=1)
     np.testing.assert_array_equal(evidence.adversarial_runtime[right], scored[right])
@@ -149,8 +149,8 @@ def test_a_gradient_that_vanished_or_is_not_finite_agrees_with_nothing() -> None
 
 
 def test_a_healthy_bundles_gradients_agree_with_its_twins(bundle: Bundle) -> None:
-    with Laboratory(bundle, ONE_THREAD) as laboratory:
-        found = compare_gradients(laboratory, TARGET, *digits(24))
+    with AttackSession(bundle, ONE_THREAD) as session:
+        found = compare_gradients(session, TARGET, *digits(24))
     for at in (found.clean, found.adversarial):
         assert (at.n, at.vanished) == (24, 0)
         assert at.cosine_mean > 0.999  # rounding may turn a ReLU or a tie in a pool
@@ -165,8 +165,8 @@ def test_gradients_of_another_function_are_seen_to_disagree(
     broken = reorder_classes(ccn_bundle, tmp_path / "broken")
     images, labels = digits(60)
     some = labels < 2
-    with Laboratory(broken, ONE_THREAD) as laboratory:
-        found = compare_gradients(laboratory, TARGET, images[some], labels[some])
+    with AttackSession(broken, ONE_THREAD) as session:
+        found = compare_gradients(session, TARGET, images[some], labels[some])
     assert found.clean.cosine_mean < 0.95
 
 
@@ -200,8 +200,8 @@ def test_logits_that_are_not_finite_agree_with_nothing_and_stop_nothing(
 ) -> None:
     broken = drop_delta(ccn_bundle, tmp_path / "broken")
     gray = np.full((4, 1, 28, 28), 0.5, np.float32)
-    with Laboratory(broken, ONE_THREAD) as laboratory:
-        found = compare_gradients(laboratory, TARGET, gray, np.arange(4))
+    with AttackSession(broken, ONE_THREAD) as session:
+        found = compare_gradients(session, TARGET, gray, np.arange(4))
     assert found.clean.n == 4
 
 
@@ -216,8 +216,8 @@ def test_the_command_says_whose_gradients_were_used_and_how_far_they_agree(
     shown = CliRunner().invoke(app, given)
     assert shown.exit_code == 0, shown.output
     assert "native, the runtime's own" in shown.output
-    assert "native and twin agree on 4 clean images" in " ".join(shown.output.split())
-    for gradient in ("native", "twin", "transfer"):
+    assert "native and reference agree on 4 clean images" in " ".join(shown.output.split())
+    for gradient in ("native", "reference", "transfer"):
         result = CliRunner().invoke(app, [*given, "--gradient", gradient, "--json"])
         document = json.loads(result.stdout)
         assert document["gradient"] == gradient
@@ -237,14 +237,14 @@ def test_the_judgement_keeps_the_agreement(ccn_bundle: Bundle) -> None:
 
 def test_deepfool_with_native_gradients_is_deepfool_on_the_twin(bundle: Bundle) -> None:
     images, _ = digits(50)
-    twin = load_twin(bundle)
+    reference = load_reference(bundle)
     (spec, _) = suite(["deepfool"])
     with open_runtime(bundle, *TARGET, ONE_THREAD) as runtime:
         labels = runtime.logits(images).argmax(axis=1)
         native = foolbox_model(runtime, None, gradient="native")
         here = perform(spec, native, images, labels, seeds=seeds(50))
         assert (runtime.logits(here).argmax(axis=1) != labels).all()
-    there = perform(spec, twin_model(twin), images, labels, seeds=seeds(50))
+    there = perform(spec, reference_model(reference), images, labels, seeds=seeds(50))
     moved = [np.linalg.norm((x - images).reshape(50, -1), axis=1) for x in (here, there)]
     close = np.abs(moved[0] / moved[1] - 1) <= 0.01
     assert close.mean() >= 0.98

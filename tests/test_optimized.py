@@ -28,7 +28,7 @@ from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear
 from ccn_deploy.models import Classifier
 from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
 from ccn_deploy.runtimes import open_runtime
-from ccn_deploy.runtimes.activations import open_activations
+from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
 from ccn_deploy.verdict import Verdict
 from tests.networks import DEFENSES, as_run, difficult_images, random_network
 
@@ -223,8 +223,8 @@ def test_only_its_runtime_executes_it_and_says_so(tmp_path: Path) -> None:
     for bundle in (plain, faster):
         with open_runtime(bundle, TARGET) as runtime:
             assert runtime.spec.graph == bundle.forward(TARGET, "fp32").path
-        with open_runtime(bundle, "torch") as twin:
-            assert twin.spec.graph == ""
+        with open_runtime(bundle, "torch") as reference:
+            assert reference.spec.graph == ""
 
 
 @pytest.mark.parametrize("defense", ["sm", "ls", "brelu"])
@@ -247,8 +247,8 @@ def test_layers_that_have_a_tensor_are_shown(tmp_path: Path) -> None:
     bundle = export_run(as_run(model), tmp_path / "bundle", gradient=False, optimize=TARGET)
     images = difficult_images(model.architecture.input_shape)
 
-    shown = open_activations(bundle, TARGET)(images)
-    truth = open_activations(bundle, "torch", "fp64")(images)
+    shown = open_layer_outputs(bundle, TARGET)(images)
+    truth = open_layer_outputs(bundle, "torch", "fp64")(images)
 
     joined = {"conv1", "conv2", "conv3", "conv4"}
     assert set(shown) == set(truth) - joined

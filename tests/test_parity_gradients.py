@@ -32,12 +32,12 @@ from ccn_deploy.parity.gradients import (
 )
 from ccn_deploy.parity.judge import LEAST_NEAR, MAX_NEAR, ParityResult, judge
 from ccn_deploy.parity.kinks import measure_shifts
-from ccn_deploy.parity.policy import policy_for
+from ccn_deploy.parity.tolerances import tolerance_for
 from ccn_deploy.verdict import Verdict
 from tests.networks import random_network
 from tests.test_gradient_graph import autograd, even_handed, noise, slopes, tied_images
 
-POLICY = policy_for("fp32")
+POLICY = tolerance_for("fp32")
 ALLOWED = POLICY.max_gradient
 SETTING = {"runtime": {"name": "made-up", "precision": "fp32", "versions": {}}}
 

@@ -11,13 +11,13 @@ from ccn_deploy.errors import IntegrityError, UsageError
 from ccn_deploy.parity.collect import measure_inputs
 from ccn_deploy.parity.comparison import compare_logits
 from ccn_deploy.parity.evidence import InputRow, LayerRow, ParityEvidence
+from ccn_deploy.parity.inputs import Probe
 from ccn_deploy.parity.invariance import Claim, measure_invariance
 from ccn_deploy.parity.judge import judge
-from ccn_deploy.parity.policy import policy_for
-from ccn_deploy.parity.probes import Probe
+from ccn_deploy.parity.tolerances import tolerance_for
 from ccn_deploy.verdict import Verdict
 
-POLICY = policy_for("fp32")
+POLICY = tolerance_for("fp32")
 SETTING = {"runtime": {"name": "made-up", "precision": "fp32", "versions": {}}}
 SAMPLES = 16
 WEIGHTS = np.random.default_rng(0).standard_normal((4, 5))
@@ -185,4 +185,4 @@ class TestEvidenceFile:
 
 def test_an_unknown_precision_names_those_known() -> None:
     with pytest.raises(UsageError, match="fp32"):
-        policy_for("fp23")
+        tolerance_for("fp23")

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from ccn_deploy.parity.policy import Arithmetic, policy_for
 from ccn_deploy.parity.rounding import noisy_forward, rounding_units, sum_error_std
+from ccn_deploy.parity.tolerances import Arithmetic, tolerance_for
 from tests.networks import random_network
 
-FP32 = policy_for("fp32").arithmetic
+FP32 = tolerance_for("fp32").arithmetic
 
 
 def images(n: int = 6, seed: int = 0) -> torch.Tensor:
@@ -99,6 +99,6 @@ def test_tensor_float_32_is_far_more_than_rounding_in_float32_explains(channels:
         return float(np.abs((a @ b).astype(np.float64) - exact).max())
 
     short = [(v.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for v in (x, w)]
-    bound = policy_for("fp32").max_units
+    bound = tolerance_for("fp32").max_units
     assert error(x, w) / unit < 1.0
     assert error(*short) / unit > 5 * bound

@@ -37,10 +37,10 @@ from ccn_deploy.graph.signature import COTANGENTS, INPUT
 from ccn_deploy.layers import CompactConv2d, CompactLinear, SubtractMean
 from ccn_deploy.models import Classifier
 from ccn_deploy.parity.collect import measure_inputs
+from ccn_deploy.parity.inputs import Probe
 from ccn_deploy.parity.judge import _finding
-from ccn_deploy.parity.policy import policy_for
-from ccn_deploy.parity.probes import Probe
 from ccn_deploy.parity.rounding import rounding_units
+from ccn_deploy.parity.tolerances import tolerance_for
 from ccn_deploy.runtimes.base import RuntimeOptions
 from ccn_deploy.runtimes.onnx_runtime import make_session
 from tests.networks import DEFENSES, difficult_images, random_network
@@ -228,7 +228,7 @@ def test_512_channels_of_deviation_6_need_the_protected_branch() -> None:
     graph = lower(model)
     inputs = (0.5 + 6 * np.random.default_rng(0).standard_normal((8, 512, 5, 5))).astype(np.float32)
     reference = model.double()(torch.from_numpy(inputs).double()).numpy()
-    policy = policy_for("fp16")
+    policy = tolerance_for("fp16")
     units = rounding_units(model, torch.from_numpy(inputs[:2]).double(), policy.arithmetic)
 
     def reasons(candidate: onnx.ModelProto) -> list[str]:
@@ -374,10 +374,10 @@ def test_int8_keeps_labels_and_robustness(exported: Callable[[str], Path]) -> No
     graph = forward_graph(bundle)
     data = load_dataset("mnist5k", "test")
     images, labels = data.images(np.arange(len(data))), data.labels
-    from ccn_deploy.runtimes.torch_runtime import load_twin
+    from ccn_deploy.runtimes.torch_runtime import load_reference
 
     leaf = torch.from_numpy(images).requires_grad_(True)
-    nn.functional.cross_entropy(load_twin(bundle)(leaf), torch.from_numpy(labels)).backward()
+    nn.functional.cross_entropy(load_reference(bundle)(leaf), torch.from_numpy(labels)).backward()
     assert leaf.grad is not None
     attacked = np.clip(images + np.float32(0.3) * leaf.grad.sign().numpy(), 0, 1)
     int8 = convert(graph, "int8", digits()).graph

@@ -19,8 +19,8 @@ from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import Calibration, convert
 from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
-from ccn_deploy.parity.policy import Arithmetic, policy_for
 from ccn_deploy.parity.rounding import noisy_forward, rounding_units
+from ccn_deploy.parity.tolerances import Arithmetic, tolerance_for
 from ccn_deploy.verdict import Verdict
 from tests import faults
 from tests.networks import random_network
@@ -214,7 +214,7 @@ def test_units_grow_with_the_coarseness_of_the_format() -> None:
             rounding_units(
                 model,
                 torch.from_numpy(images).double(),
-                policy_for(precision).arithmetic,
+                tolerance_for(precision).arithmetic,
                 ranges=calibration["ranges"] if precision in ("int8", "fp8") else None,
             ).values()
         )[-1]

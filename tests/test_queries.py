@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ccn_deploy.attacks import ATTACKS, AttackSpec, suite
-from ccn_deploy.attacks.passes import Counted
+from ccn_deploy.attacks.foolbox_model import NativeModel, reference_model
+from ccn_deploy.attacks.passes import QueryCounter
 from ccn_deploy.attacks.perform import perform
-from ccn_deploy.attacks.surrogate import NativeModel, twin_model
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data import load_dataset
 from ccn_deploy.robustness import RobustnessRequest, collect
@@ -68,8 +68,10 @@ def line(seed: int, n: int = 6, classes: int = 4) -> tuple[Line, NDArray[np.int6
     return runtime, runtime.answer(images).argmax(axis=1)
 
 
-def counted(runtime: Line, labels: NDArray[np.int64], spec: AttackSpec) -> tuple[Array, Counted]:
-    model = Counted(NativeModel(runtime), len(labels))  # type: ignore[arg-type]
+def counted(
+    runtime: Line, labels: NDArray[np.int64], spec: AttackSpec
+) -> tuple[Array, QueryCounter]:
+    model = QueryCounter(NativeModel(runtime), len(labels))  # type: ignore[arg-type]
     n = np.arange(len(labels))[:, None]
     return perform(spec, model, runtime.images, labels, seeds=n), model
 
@@ -156,7 +158,7 @@ def test_on_a_torch_network_they_are_its_own_passes() -> None:
             return logits
 
     network = Counting().eval()
-    model = Counted(twin_model(network), 3)
+    model = QueryCounter(reference_model(network), 3)
     images = np.full((3, 1, 2, 2), 0.6, np.float32)
     perform(
         quick("pgd", 0.01, steps=5),

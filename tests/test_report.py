@@ -68,7 +68,7 @@ def measured(lost: int = 0, n: int = N) -> Measurement:
     return Measurement(
         runtime="onnxruntime-cpu",
         precision="fp32",
-        gradient="twin",
+        gradient="reference",
         dataset={"name": "digits", "split": "test", "digest": "d" * 64},
         seed=7,
         n=n,

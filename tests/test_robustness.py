@@ -18,9 +18,9 @@ from ccn_deploy.bundle import Bundle
 from ccn_deploy.data import dataset_from_arrays, load_dataset
 from ccn_deploy.errors import ExitCode, IntegrityError, UsageError
 from ccn_deploy.robustness import Measurement, RobustnessRequest, collect, judge
-from ccn_deploy.robustness.trial import _legal
+from ccn_deploy.robustness.attack_job import _legal
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
-from ccn_deploy.runtimes.torch_runtime import load_twin
+from ccn_deploy.runtimes.torch_runtime import load_reference
 from ccn_deploy.verdict import Verdict
 from tests.faults import drop_delta, edited, reorder_classes
 
@@ -58,7 +58,7 @@ def sample_lines(data: bytes) -> list[bytes]:
 def test_evidence_is_what_the_attacked_images_do_to_the_runtime(ccn_bundle: Bundle) -> None:
     measurement = collect(ccn_bundle, request(20, FGSM, *DEEPFOOL))
     dataset = load_dataset("mnist5k", "test")
-    twin = load_twin(ccn_bundle)
+    reference = load_reference(ccn_bundle)
     with open_runtime(ccn_bundle, "onnxruntime-cpu", "fp32", ONE_THREAD) as runtime:
         for pair in measurement.pairs:
             evidence = pair.runtime
@@ -77,11 +77,11 @@ def test_evidence_is_what_the_attacked_images_do_to_the_runtime(ccn_bundle: Bund
     evidence = measurement.pairs[0].runtime
     images, labels = dataset.images(evidence.index), torch.from_numpy(evidence.label)
     x = torch.from_numpy(images).requires_grad_()
-    loss = torch.nn.functional.cross_entropy(twin(x), labels, reduction="sum")
+    loss = torch.nn.functional.cross_entropy(reference(x), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, x)
     attacked = (x.detach() + 0.2 * gradient.sign()).clamp(0, 1)
     right = evidence.status != "already-wrong"
-    labels_there = twin(attacked).argmax(dim=1).numpy()
+    labels_there = reference(attacked).argmax(dim=1).numpy()
     assert (labels_there == evidence.adversarial_reference)[right].mean() > 0.9
     moved = (attacked.double() - x.detach().double()).abs().flatten(1).amax(1).numpy()
     np.testing.assert_allclose(evidence.linf[right], moved[right], atol=1e-6)

@@ -39,7 +39,7 @@ def measured(*pairs: Pair, runtime: str = "onnxruntime-cpu") -> Measurement:
     return Measurement(
         runtime=runtime,
         precision="fp32",
-        gradient="twin",
+        gradient="reference",
         dataset={"name": "d", "split": "test", "digest": "0"},
         seed=0,
         n=len(pairs[0].runtime),

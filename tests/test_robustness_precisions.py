@@ -143,14 +143,14 @@ def test_other_images_attacks_or_runtimes_cannot_be_compared() -> None:
 
 
 def test_gradients_of_two_kinds_are_a_warning() -> None:
-    fp32, int8 = judged("fp32", "hf"), judged("int8", "hf", gradient="twin")
+    fp32, int8 = judged("fp32", "hf"), judged("int8", "hf", gradient="reference")
     (warning,) = compare([fp32, int8]).warnings
-    assert "twin gradients on int8 and native ones on fp32" in warning
+    assert "reference gradients on int8 and native ones on fp32" in warning
     assert compare([fp32, judged("int8", "hf")]).warnings == ()
 
 
 def test_the_document_is_one_for_all() -> None:
-    result = compare([judged("fp32", "hhff"), judged("int8", "hfff", gradient="twin")])
+    result = compare([judged("fp32", "hhff"), judged("int8", "hfff", gradient="reference")])
     document = json.loads(json.dumps(result.document(), allow_nan=False))
     assert document["schema"] == "ccn-deploy/robustness-precisions/1"
     assert (document["runtime"], document["baseline"]) == ("onnxruntime-cpu", "fp32")
@@ -172,7 +172,7 @@ def test_the_report_has_the_table_and_every_precision(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     fp32 = judged("fp32", "h" * 50 + "f" * 10)
     int8 = judged("int8", "f" * 6 + "h" * 44 + "f" * 10, reference="h" * 50 + "f" * 10,
-                  gradient="twin", max_drop=0.01)  # fmt: skip
+                  gradient="reference", max_drop=0.01)  # fmt: skip
     result = compare([fp32, int8])
     page = write_report(bundle, result, [], "ccn-deploy …", parity()).read_text("utf-8")
     seen = Seen(page)
@@ -235,9 +235,9 @@ def test_int8_is_attacked_with_the_twins_gradients_and_says_so(quantised: Bundle
     both = document["precisions"]
     assert {name: one["gradient"] for name, one in both.items()} == {
         "fp32": "native",
-        "int8": "twin",
+        "int8": "reference",
     }
-    assert "twin gradients on int8" in document["warnings"][0]
+    assert "reference gradients on int8" in document["warnings"][0]
     assert "What each precision costs" in (quantised.path / "report.html").read_text()
 
     # The reference was attacked once for both, and each precision has evidence of its own.
@@ -254,7 +254,7 @@ def test_int8_is_attacked_with_the_twins_gradients_and_says_so(quantised: Bundle
     code, table = command(quantised, *names, "--no-report")
     assert table.count("verdict") >= 1
     assert "drop to fp32" in table and "DeepFool 0.5" in table
-    assert "int8: gradients twin, of the PyTorch twin" in table
+    assert "int8: gradients reference, of the PyTorch reference" in table
     assert "FGSM 0.2" in table
 
 

@@ -23,9 +23,9 @@ from ccn_deploy.errors import (
 )
 from ccn_deploy.exporters import export_run
 from ccn_deploy.runtimes import RUNTIMES, RuntimeOptions, RuntimeSpec, open_runtime
-from ccn_deploy.runtimes.activations import open_activations
 from ccn_deploy.runtimes.base import check_images
-from ccn_deploy.runtimes.torch_runtime import load_twin
+from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
+from ccn_deploy.runtimes.torch_runtime import load_reference
 from tests.networks import as_run, difficult_images, random_network
 
 HERE = ["onnxruntime-cpu", "torch"]
@@ -118,8 +118,8 @@ def test_pieces_fit_the_caches_of_the_threads(bundle: Bundle, threads: int, larg
     with open_runtime(bundle, options=RuntimeOptions(threads=1)) as runtime:
         pieces = [runtime.logits(x[at : at + 16]) for at in (0, 16, 32)]
         assert np.array_equal(runtime.logits(x), np.concatenate(pieces))
-    with open_runtime(bundle, "torch", options=RuntimeOptions(threads=threads)) as twin:
-        assert twin.spec.max_batch == 256
+    with open_runtime(bundle, "torch", options=RuntimeOptions(threads=threads)) as reference:
+        assert reference.spec.max_batch == 256
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -209,10 +209,10 @@ def test_a_forward_graph_has_no_gradients(bundle: Bundle) -> None:
 
 def test_every_layer_is_shown_under_one_name_and_agrees(bundle: Bundle) -> None:
     x = difficult_images(SHAPE)
-    deployed = open_activations(bundle)(x)
-    reference = open_activations(bundle, "torch", "fp64")(x)
+    deployed = open_layer_outputs(bundle)(x)
+    reference = open_layer_outputs(bundle, "torch", "fp64")(x)
     assert list(deployed) == list(reference)
-    assert list(reference) == [name for name, _ in load_twin(bundle).named_layers()]
+    assert list(reference) == [name for name, _ in load_reference(bundle).named_layers()]
     assert np.array_equal(reference["mean"], x.astype(np.float64) - 0.5)
     assert np.array_equal(reference["act1"], np.maximum(reference["conv1"], 0))
     for name, layer in reference.items():
@@ -225,9 +225,9 @@ def test_every_layer_is_shown_under_one_name_and_agrees(bundle: Bundle) -> None:
 def test_layers_check_their_images_too(bundle: Bundle) -> None:
     for name in HERE:
         with pytest.raises(InputError):
-            open_activations(bundle, name)(images(1) + 1)
+            open_layer_outputs(bundle, name)(images(1) + 1)
     with pytest.raises(UsageError, match="Did you mean"):
-        open_activations(bundle, "torhc")
+        open_layer_outputs(bundle, "torhc")
 
 
 # Refusals
@@ -381,11 +381,11 @@ def test_weights_of_another_network_are_refused(bundle: Bundle, tmp_path: Path) 
         files=[NewFile("weights.safetensors", run.weights, "weights")],
     )
     with pytest.raises(IntegrityError, match=r"conv1\.alpha"):
-        load_twin(mixed)
+        load_reference(mixed)
 
 
 def test_the_twin_is_frozen_and_in_eval_mode(bundle: Bundle) -> None:
-    twin = load_twin(bundle, torch.float64)
-    assert not twin.training
-    assert not any(parameter.requires_grad for parameter in twin.parameters())
-    assert {parameter.dtype for parameter in twin.parameters()} == {torch.float64}
+    reference = load_reference(bundle, torch.float64)
+    assert not reference.training
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    assert {parameter.dtype for parameter in reference.parameters()} == {torch.float64}

@@ -31,10 +31,10 @@ from ccn_deploy.errors import (
     UsageError,
 )
 from ccn_deploy.exporters import export_run
-from ccn_deploy.exporters.engines import Batches
+from ccn_deploy.exporters.tensorrt.build import Batches
 from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
-from ccn_deploy.runtimes.fit import Fit
+from ccn_deploy.runtimes.compatibility import Candidate
 from ccn_deploy.serving import first_usable
 from tests.engines import build_rtx, engine_file, with_files
 from tests.networks import as_run, random_network
@@ -204,7 +204,7 @@ class TestChoice:
         bundle = open_bundle(path)
         graph = bundle.file("forward", "fp32")
         candidates = [
-            Fit(name, "fp32", graph, None) for name in ("onnxruntime-cuda", "onnxruntime-cpu")
+            Candidate(name, "fp32", graph, None) for name in ("onnxruntime-cuda", "onnxruntime-cpu")
         ]
         with caplog.at_level(logging.WARNING, "ccn_deploy"):
             model = first_usable(bundle, candidates)
@@ -234,8 +234,8 @@ class TestChoice:
         bundle = open_bundle(path)
         graph = bundle.file("forward", "fp32")
         candidates = [
-            Fit("tensorrt", "fp32", graph, IntegrityError("No engine.")),
-            Fit("onnxruntime-cpu", "fp32", graph, None),
+            Candidate("tensorrt", "fp32", graph, IntegrityError("No engine.")),
+            Candidate("onnxruntime-cpu", "fp32", graph, None),
         ]
         with pytest.raises(IntegrityError, match="No engine"):
             first_usable(bundle, candidates)
@@ -246,8 +246,8 @@ class TestChoice:
         bundle = open_bundle(path)
         graph = bundle.file("forward", "fp32")
         candidates = [
-            Fit("onnxruntime-cpu", "fp32", graph, RuntimeUnavailableError("Another GPU.")),
-            Fit("onnxruntime-cpu", "fp32", graph, None),
+            Candidate("onnxruntime-cpu", "fp32", graph, RuntimeUnavailableError("Another GPU.")),
+            Candidate("onnxruntime-cpu", "fp32", graph, None),
         ]
         assert first_usable(bundle, candidates).choice.passed_over == ()
 
@@ -255,7 +255,7 @@ class TestChoice:
         bundle = open_bundle(path)
         graph = bundle.file("forward", "fp32")
         candidates = [
-            Fit(name, "fp32", graph, RuntimeUnavailableError(f"No {name}.", "Do something."))
+            Candidate(name, "fp32", graph, RuntimeUnavailableError(f"No {name}.", "Do something."))
             for name in ("tensorrt", "onnxruntime-cpu")
         ]
         with pytest.raises(RuntimeUnavailableError) as error:

@@ -26,25 +26,31 @@ from ccn_deploy.errors import (
     UsageError,
 )
 from ccn_deploy.exporters import export_run
-from ccn_deploy.exporters.engines import Batches, BuiltEngine
+from ccn_deploy.exporters.tensorrt.build import Batches, BuiltEngine
 from ccn_deploy.machine import Gpu, Machine, this_machine
-from ccn_deploy.runtimes import RuntimeOptions, engine, open_runtime
-from ccn_deploy.runtimes import cuda as cuda_module
-from ccn_deploy.runtimes.activations import open_activations
-from ccn_deploy.runtimes.cuda import CudaError, Device, floats_at
-from ccn_deploy.runtimes.engine import Engine
-from ccn_deploy.runtimes.fit import choose_engine
-from ccn_deploy.runtimes.kernels import cache_directory, kernel_path, load_kernels, store_kernels
-from ccn_deploy.runtimes.pool import Pool
-from ccn_deploy.runtimes.profile import (
+from ccn_deploy.runtimes import RuntimeOptions, open_runtime
+from ccn_deploy.runtimes.compatibility import choose_engine
+from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
+from ccn_deploy.runtimes.tensorrt import cuda as cuda_module
+from ccn_deploy.runtimes.tensorrt import engine
+from ccn_deploy.runtimes.tensorrt.cuda import CudaError, Device, floats_at
+from ccn_deploy.runtimes.tensorrt.engine import Engine
+from ccn_deploy.runtimes.tensorrt.kernel_cache import (
+    cache_directory,
+    kernel_path,
+    load_kernels,
+    store_kernels,
+)
+from ccn_deploy.runtimes.tensorrt.pool import Pool
+from ccn_deploy.runtimes.tensorrt.runtime import kernels_file
+from ccn_deploy.runtimes.tensorrt.shapes import (
     Range,
     Tensor,
-    forward_ends,
-    gradient_ends,
+    forward_signature,
+    gradient_signature,
     pieces,
     read_limits,
 )
-from ccn_deploy.runtimes.tensorrt import kernels_file
 from tests.engines import RTX, build_rtx, engine_file, with_files
 from tests.networks import as_run, random_network
 
@@ -168,7 +174,7 @@ def test_options_and_views_that_an_engine_does_not_have(bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="memory limit"):
         open_runtime(bundle, RTX, options=RuntimeOptions(memory_limit=1 << 30))
     with pytest.raises(RuntimeUnavailableError, match="no single layers"):
-        open_activations(bundle, RTX)
+        open_layer_outputs(bundle, RTX)
 
 
 @no_gpu_here
@@ -177,7 +183,7 @@ def test_a_machine_whose_gpu_vanished_is_a_cuda_error(bundle: Bundle, built: Bui
     record = bundle.file("engine:tensorrt-rtx", "fp32")
     with pytest.raises(CudaError, match="cudaSetDevice") as refused:
         Engine(
-            b"vtrt and no plan", record, RTX, Device(0, "rtx"), forward_ends(SHAPE, 10),
+            b"vtrt and no plan", record, RTX, Device(0, "rtx"), forward_signature(SHAPE, 10),
             cuda_graphs=True, kernels=None,
         )  # fmt: skip
     assert "doctor" in refused.value.hint
@@ -186,8 +192,8 @@ def test_a_machine_whose_gpu_vanished_is_a_cuda_error(bundle: Bundle, built: Bui
 # What an engine takes and gives
 
 
-FORWARD = forward_ends(SHAPE, 10)
-GRADIENT = gradient_ends(SHAPE, 10)
+FORWARD = forward_signature(SHAPE, 10)
+GRADIENT = gradient_signature(SHAPE, 10)
 
 
 def tensors(low: int = 1, high: int = 8, candidates: tuple[int, int] = (1, 9)) -> dict[str, Tensor]:
@@ -573,7 +579,7 @@ def test_the_library_without_a_driver_refuses_by_none_and_a_log(built: BuiltEngi
     """What the runtime relies on: no exception, no crash, and the reason in the log."""
     if this_machine().gpus:
         pytest.skip("this machine has a GPU")
-    from ccn_deploy.runtimes.trt import capture, load_library, logger
+    from ccn_deploy.runtimes.tensorrt.library import capture, load_library, logger
 
     trt = load_library(RTX, "for a test")
     with capture() as log:

@@ -24,9 +24,10 @@ from ccn_deploy.errors import (
 )
 from ccn_deploy.machine import Gpu as GpuFacts
 from ccn_deploy.machine import Machine
-from ccn_deploy.runtimes import RuntimeOptions, open_runtime, tensorrt
-from ccn_deploy.runtimes.cuda import CudaError
-from ccn_deploy.runtimes.engine import GRAPHS
+from ccn_deploy.runtimes import RuntimeOptions, open_runtime
+from ccn_deploy.runtimes.tensorrt import runtime as tensorrt
+from ccn_deploy.runtimes.tensorrt.cuda import CudaError
+from ccn_deploy.runtimes.tensorrt.engine import GRAPHS
 from tests.simulated_gpu import Gpu, cuda_module, trt_module
 
 IMAGE = (2, 3, 3)
@@ -359,7 +360,7 @@ def test_kernels_are_kept_and_taken_back(world: World, tmp_path: Path) -> None:
 
 
 def test_kernels_that_the_library_refuses_are_replaced(world: World, tmp_path: Path) -> None:
-    from ccn_deploy.runtimes.kernels import load_kernels, store_kernels
+    from ccn_deploy.runtimes.tensorrt.kernel_cache import load_kernels, store_kernels
 
     bundle = world.bundle("tensorrt-rtx")
     with open_runtime(bundle, "tensorrt-rtx") as runtime:
@@ -374,7 +375,7 @@ def test_kernels_that_the_library_refuses_are_replaced(world: World, tmp_path: P
 def test_kernels_are_written_ever_more_rarely(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ccn_deploy.runtimes import engine
+    from ccn_deploy.runtimes.tensorrt import engine
 
     written = []
     monkeypatch.setattr(engine, "store_kernels", lambda path, blob: written.append(blob))

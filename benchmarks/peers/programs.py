@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from benchmarks.peers.libraries import PACKAGES, library
 from benchmarks.subjects import ONE_THREAD
 from ccn_deploy.attacks import ATTACKS, AttackSpec
+from ccn_deploy.attacks.foolbox_model import foolbox_model, reference_model
 from ccn_deploy.attacks.perform import perform
-from ccn_deploy.attacks.surrogate import foolbox_model, twin_model
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.runtimes import open_runtime
-from ccn_deploy.runtimes.torch_runtime import load_twin
+from ccn_deploy.runtimes.torch_runtime import load_reference
 
 EPSILON = 0.2
 PGD_STEPS, PGD_STEP = 40, 1 / 30
@@ -70,8 +70,8 @@ class Network:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self.tuned = load_twin(bundle)
-        self.plain = load_twin(bundle).to(memory_format=torch.contiguous_format)
+        self.tuned = load_reference(bundle)
+        self.plain = load_reference(bundle).to(memory_format=torch.contiguous_format)
         self.plain.requires_grad_(True)
         self._runtime = open_runtime(bundle, options=ONE_THREAD)
         self.native = foolbox_model(self._runtime, None, gradient="native")
@@ -203,7 +203,7 @@ def _ours(
         return run
 
     yield Program(f"{name}, ONNX Runtime", craft(network.native), network.deployed, rounds)
-    yield Program(f"{name}, PyTorch", craft(twin_model(network.tuned)), network.tuned, rounds)
+    yield Program(f"{name}, PyTorch", craft(reference_model(network.tuned)), network.tuned, rounds)
 
 
 def _spec(name: str, epsilon: float | None = None) -> AttackSpec:

@@ -18,7 +18,7 @@ class Score:
     """Of the last word of an attack on N images.
 
     Attributes:
-        adversarial: Share that is finite, in the box, near enough and not given its label.
+        adversarial: Proportion that is finite, in the box, near enough and not given its label.
         rho: Mean of the perturbation's L2 norm in the image's, over the adversarial.
         l2: Mean L2 norm of the perturbation, over the adversarial.
         black: How many images are zero everywhere.

@@ -48,5 +48,5 @@ class LinfFGSM(FixedEpsilonAttack):
         images, restore_type = tensor_of(inputs)
         everything = torch.arange(len(images), device=images.device)
         labels = criterion.labels.raw
-        direction = forward(model, images, labels=labels).ascent(everything, labels).sign()
+        direction = forward(model, images, labels=labels).loss_gradient(everything, labels).sign()
         return restore_type((images + epsilon * direction).clamp(*model.bounds))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ccn_deploy.attacks.loss import slope
 from ccn_deploy.errors import RuntimeUnavailableError
-from ccn_deploy.runtimes.base import Climbs, Runtime
+from ccn_deploy.runtimes.base import LossGradient, Runtime
 
 
 class Pass(Protocol):
@@ -42,7 +42,7 @@ class Pass(Protocol):
         """
         ...
 
-    def ascent(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def loss_gradient(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Return where the cross-entropy rises: its input gradients [n, C, H, W].
 
         It is the last thing that a pass is asked for.
@@ -82,14 +82,14 @@ def forward(
         model: A Foolbox model over torch.
         images: Iterates of images that are still attacked.
         places: Whose iterates they are, int64 [N] in the batch that the attack was given; the
-            whole batch if None. Only a :class:`Counted` model asks.
-        labels: Of the images, int64 [N], if :meth:`Pass.ascent` will be asked for most of them: a
+            whole batch if None. Only a :class:`QueryCounter` model asks.
+        labels: Of the images, int64 [N], if their :meth:`Pass.loss_gradient` will be asked for: a
             runtime may then compute it with the logits.
 
     Raises:
         RuntimeUnavailableError: The model gives no gradients.
     """
-    if isinstance(model, Counted):
+    if isinstance(model, QueryCounter):
         return model.counted_pass(images, places, labels)
     own: Callable[[Tensor, Tensor | None], Pass] | None = getattr(model, "forward_pass", None)
     return _AutogradPass(model, images) if own is None else own(images, labels)
@@ -117,7 +117,7 @@ class _AutogradPass:
     def gradients(self, rows: Tensor, cotangents: Tensor) -> Tensor:
         return self._back(rows, cotangents, keep=True)
 
-    def ascent(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def loss_gradient(self, rows: Tensor, labels: Tensor) -> Tensor:
         # Buffers that are freed on the way back make it 3 to 8 % faster.
         cotangents = slope(self.logits[rows], labels)[:, None]
         return self._back(rows, cotangents, keep=False)[:, 0]
@@ -137,11 +137,11 @@ class _AutogradPass:
 
 
 class NativePass:
-    """By the runtime itself, in its own arithmetic: no autograd and no twin.
+    """By the runtime itself, in its own arithmetic: no autograd and no reference.
 
     Logits come from the forward graph, which costs a fraction of the gradient graph: an image
     that is done by then needs no gradient. A runtime that climbs the cross-entropy by itself gives
-    logits and ascent at once, if the ascent is announced.
+    logits and the loss gradient at once, if that is announced.
 
     Args:
         runtime: A differentiable runtime.
@@ -152,9 +152,9 @@ class NativePass:
     def __init__(self, runtime: Runtime, images: Tensor, labels: Tensor | None = None) -> None:
         self._runtime = runtime
         self._images = images.detach()
-        self._labels = labels if labels is not None and isinstance(runtime, Climbs) else None
+        self._labels = labels if labels is not None and isinstance(runtime, LossGradient) else None
         self._logits: Tensor | None = None
-        self._ascent: Tensor | None = None
+        self._loss_gradient: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -163,32 +163,32 @@ class NativePass:
             if self._labels is None:
                 self._logits = self._answer(self._images)
             else:
-                self._logits, self._ascent = self._climb(self._labels)
+                self._logits, self._loss_gradient = self._with_logits(self._labels)
         return self._logits
 
     def _answer(self, images: Tensor) -> Tensor:
         logits = self._runtime.logits(images.contiguous().cpu().numpy())
         return torch.from_numpy(logits).to(images)
 
-    def _climb(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_logits(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits [N, classes] and the gradients of the cross-entropy [N, C, H, W]."""
-        assert isinstance(self._runtime, Climbs)
+        assert isinstance(self._runtime, LossGradient)
         images = self._images.contiguous().cpu().numpy()
         found = self._runtime.cross_entropy(images, labels.cpu().numpy())
-        logits, ascent = (torch.from_numpy(array).to(self._images) for array in found)
-        ascent[~logits.isfinite().all(dim=1)] = torch.nan
+        logits, loss_gradient = (torch.from_numpy(array).to(self._images) for array in found)
+        loss_gradient[~logits.isfinite().all(dim=1)] = torch.nan
         # Whether an image fools the runtime is for its forward graph to say, which may round
         # otherwise.
         gone = logits.argmax(dim=-1) != labels
         if gone.any():
             logits[gone] = self._answer(self._images[gone])
-        return logits, ascent
+        return logits, loss_gradient
 
-    def ascent(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def loss_gradient(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Return what came with the logits, or ask."""
         logits = self.logits[rows]
-        if self._ascent is not None:
-            return self._ascent[rows]
+        if self._loss_gradient is not None:
+            return self._loss_gradient[rows]
         return self.gradients(rows, slope(logits, labels)[:, None])[:, 0]
 
     def gradients(self, rows: Tensor, cotangents: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class NativePass:
 def _no_gradients(what: str) -> RuntimeUnavailableError:
     return RuntimeUnavailableError(
         f"{what} gives no gradients, which this attack needs.",
-        "Attack a torch model, or a runtime as foolbox_model(runtime, twin) makes it.",
+        "Attack a torch model, or a runtime as foolbox_model(runtime) makes it.",
     )
 
 
@@ -244,7 +244,7 @@ class Queries:
         return self._backward.cpu().numpy()
 
 
-class Counted(Model):
+class QueryCounter(Model):
     """A Foolbox model that counts what is asked of it, for attacks that use :func:`forward`.
 
     Args:
@@ -275,10 +275,10 @@ class Counted(Model):
         """Begin a pass of the model; see :func:`forward`."""
         if places is None:
             places = torch.arange(len(images), device=images.device)
-        return _CountedPass(forward(self._model, images, labels=labels), places, self.queries)
+        return _CountingPass(forward(self._model, images, labels=labels), places, self.queries)
 
 
-class _CountedPass:
+class _CountingPass:
     def __init__(self, inner: Pass, places: Tensor, queries: Queries) -> None:
         self._inner = inner
         self._places = places
@@ -299,7 +299,7 @@ class _CountedPass:
         self._queries.add(self._places[rows], backward=cotangents.shape[1])
         return self._inner.gradients(rows, cotangents)
 
-    def ascent(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def loss_gradient(self, rows: Tensor, labels: Tensor) -> Tensor:
         self._count_forward()  # the slope is made of the logits
         self._queries.add(self._places[rows], backward=1)
-        return self._inner.ascent(rows, labels)
+        return self._inner.loss_gradient(rows, labels)

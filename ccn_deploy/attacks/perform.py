@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ccn_deploy.attacks.cw import L2CarliniWagner
 from ccn_deploy.attacks.deepfool import L2DeepFool
 from ccn_deploy.attacks.fgsm import LinfFGSM
-from ccn_deploy.attacks.passes import Counted
+from ccn_deploy.attacks.passes import QueryCounter
 from ccn_deploy.attacks.pgd import LinfPGD
 from ccn_deploy.attacks.spec import AttackSpec
 
@@ -23,7 +23,7 @@ Array = NDArray[Any]
 
 def perform(
     spec: AttackSpec,
-    model: PyTorchModel | Counted,
+    model: PyTorchModel | QueryCounter,
     images: Array,
     labels: Array,
     *,
@@ -36,8 +36,8 @@ def perform(
 
     Args:
         spec: The attack.
-        model: From :func:`ccn_deploy.attacks.surrogate.foolbox_model` or ``twin_model``, or one of
-            those :class:`~ccn_deploy.attacks.passes.Counted`.
+        model: From :mod:`ccn_deploy.attacks.foolbox_model`, or one of
+            those :class:`~ccn_deploy.attacks.passes.QueryCounter`.
         images: float32 [N, C, H, W] in [0, 1].
         labels: int64 [N]; the label to leave.
         seeds: int64 [N, m]; the random state of each image.

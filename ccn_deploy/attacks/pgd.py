@@ -74,9 +74,9 @@ class LinfPGD(FixedEpsilonAttack):
         if not isinstance(criterion, Misclassification):
             raise ValueError(f"PGD here is untargeted and cannot serve {criterion!r}")
         images, restore_type = tensor_of(inputs)
-        return restore_type(self._climb(model, images, criterion.labels.raw, epsilon))
+        return restore_type(self._with_logits(model, images, criterion.labels.raw, epsilon))
 
-    def _climb(self, model: Model, origin: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+    def _with_logits(self, model: Model, origin: Tensor, labels: Tensor, epsilon: float) -> Tensor:
         seeds = np.arange(len(origin)) if self.seeds is None else self.seeds
         generators = [np.random.default_rng(seed) for seed in seeds]
         result = origin.clone()
@@ -92,7 +92,7 @@ class LinfPGD(FixedEpsilonAttack):
                 if not len(holding):
                     return result
                 active = active[holding]
-                direction = here.ascent(holding, labels[active]).sign()
+                direction = here.loss_gradient(holding, labels[active]).sign()
                 moved = result[active] + self.rel_stepsize * epsilon * direction
                 moved = origin[active] + (moved - origin[active]).clamp(-epsilon, epsilon)
                 result[active] = moved.clamp(*model.bounds)

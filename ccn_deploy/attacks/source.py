@@ -8,13 +8,13 @@ from typing import Literal
 
 from ccn_deploy.errors import RuntimeUnavailableError, unknown
 
-Gradient = Literal["native", "twin", "transfer"]
+Gradient = Literal["native", "reference", "transfer"]
 
 GRADIENTS: Mapping[Gradient, str] = MappingProxyType(
     {
         "native": "the runtime's own",
-        "twin": "of the PyTorch twin, at the images that the runtime answers for",
-        "transfer": "of the PyTorch twin, on which the images were crafted wholly",
+        "reference": "of the PyTorch reference, at the images that the runtime answers for",
+        "transfer": "of the PyTorch reference, on which the images were crafted wholly",
     }
 )
 """Every source, with a line for people. In all of them the runtime has the last word."""
@@ -37,5 +37,5 @@ def no_gradients(target: str) -> RuntimeUnavailableError:
     return RuntimeUnavailableError(
         f"{target} gives no gradients of its own.",
         "Export the run again without --no-gradient, or attack with gradients of the PyTorch "
-        "twin, which the bundle's weights make (--gradient twin).",
+        "reference, which the bundle's weights make (--gradient reference).",
     )

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ccn_deploy.parity.judge import AnyFinding, GradientFinding, KinkFinding
 from ccn_deploy.parity.judge import Finding as ParityFinding
-from ccn_deploy.parity.policy import Policy
-from ccn_deploy.robustness.gate import Gate, Share
-from ccn_deploy.robustness.rows import BoundedRow, MinimalRow
+from ccn_deploy.parity.tolerances import Tolerance
+from ccn_deploy.robustness.non_inferiority import NonInferiorityTest, Proportion
+from ccn_deploy.robustness.rows import FixedEpsilonResult, MinimizationResult
 from ccn_deploy.verdict import Verdict
 
 
@@ -44,7 +44,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Wording:
+class ClaimText:
     """Puts rows into words that name the bundle and the runtime.
 
     Attributes:
@@ -65,7 +65,7 @@ class Wording:
     def parity(
         self,
         findings: Sequence[ParityFinding],
-        policy: Policy,
+        policy: Tolerance,
         gradients: Sequence[GradientFinding] = (),
         kinks: KinkFinding | None = None,
     ) -> Finding:
@@ -101,20 +101,20 @@ class Wording:
             f"{self._verify_parity()} names the first layer that departs.",
         )
 
-    def bounded(self, row: BoundedRow) -> Finding:
+    def bounded(self, row: FixedEpsilonResult) -> Finding:
         """Put an attack at one epsilon, or no attack, into words."""
         return self._gate(row.gate, self._shares(row.reference, row.runtime))
 
-    def minimal(self, row: MinimalRow) -> Finding:
+    def minimal(self, row: MinimizationResult) -> Finding:
         """Put a search for the smallest perturbation into words, at the d that decides."""
         d = next(d for d, gate in row.gates.items() if gate == row.gate)
         shares = self._shares(row.reference.accuracy_at[d], row.runtime.accuracy_at[d])
         return self._gate(row.gate, f"at d = {d:g}, {shares}")
 
-    def _shares(self, reference: Share, runtime: Share) -> str:
+    def _shares(self, reference: Proportion, runtime: Proportion) -> str:
         return f"reference {_percent(reference)}, {self.target} {_percent(runtime)}"
 
-    def _gate(self, gate: Gate, shares: str) -> Finding:
+    def _gate(self, gate: NonInferiorityTest, shares: str) -> Finding:
         return Finding(
             gate.verdict,
             f"{shares}; of {gate.n} images {gate.lost} lost and {gate.gained} gained: a drop of "
@@ -123,7 +123,7 @@ class Wording:
             self._advice(gate),
         )
 
-    def _advice(self, gate: Gate) -> str:
+    def _advice(self, gate: NonInferiorityTest) -> str:
         if gate.invalid:
             return (
                 f"{gate.invalid} attacks returned no legal image; {self._verify_parity()} shows "
@@ -148,6 +148,6 @@ class Wording:
         )
 
 
-def _percent(share: Share) -> str:
+def _percent(share: Proportion) -> str:
     low, high = share.ci95
     return f"{100 * share.value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"

@@ -22,7 +22,7 @@ from ccn_deploy.attacks.spec import (
 )
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.certification.copies import TemporaryCopy, writable
-from ccn_deploy.certification.findings import Finding, Wording
+from ccn_deploy.certification.findings import ClaimText, Finding
 from ccn_deploy.data import Dataset
 from ccn_deploy.errors import CcnDeployError, IntegrityError, StorageError, UsageError, unknown
 from ccn_deploy.evaluation import evaluation_data
@@ -32,7 +32,7 @@ from ccn_deploy.parity.evidence import KINDS
 from ccn_deploy.parity.invariance import DETERMINISTIC
 from ccn_deploy.parity.judge import ParityResult
 from ccn_deploy.parity.judge import judge as judge_parity
-from ccn_deploy.parity.policy import policy_for
+from ccn_deploy.parity.tolerances import tolerance_for
 from ccn_deploy.robustness import RobustnessRequest, RobustnessResult
 from ccn_deploy.robustness import collect as collect_robustness
 from ccn_deploy.robustness import judge as judge_robustness
@@ -100,7 +100,7 @@ class Options:
         samples = RobustnessRequest.samples if samples is None else samples
         if runtime not in RUNTIMES:
             raise unknown("runtime", runtime, RUNTIMES)
-        policy_for(precision)
+        tolerance_for(precision)
         if not 0.0 < max_drop <= 1.0:
             raise UsageError(
                 f"--ccn-max-drop {max_drop:g} is no share of images that could be shown.",
@@ -137,7 +137,7 @@ class Certification:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._say = Wording(options.bundle, options.runtime, options.precision)
+        self._say = ClaimText(options.bundle, options.runtime, options.precision)
         self._bundle = _Once(partial(open_bundle, options.bundle))
         self._copy = _Once(lambda: TemporaryCopy.of(self._bundle()))
         self._parity = _Once(self._judged_parity)

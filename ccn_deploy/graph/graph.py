@@ -60,7 +60,7 @@ class Graph:
     @cached_property
     def opset(self) -> int:
         """Version of ONNX's default operator set."""
-        return next(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
+        return next(int(o.version) for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Activations and the input shift."""
+"""LayerOutputs and the input shift."""
 
 from __future__ import annotations
 

@@ -7,14 +7,14 @@
 from ccn_deploy.parity.collect import ParityRequest, collect
 from ccn_deploy.parity.evidence import ParityEvidence
 from ccn_deploy.parity.judge import ParityResult, judge
-from ccn_deploy.parity.policy import Policy, policy_for
+from ccn_deploy.parity.tolerances import Tolerance, tolerance_for
 
 __all__ = [
     "ParityEvidence",
     "ParityRequest",
     "ParityResult",
-    "Policy",
+    "Tolerance",
     "collect",
     "judge",
-    "policy_for",
+    "tolerance_for",
 ]

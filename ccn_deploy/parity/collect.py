@@ -29,14 +29,14 @@ from ccn_deploy.parity.gradients import (
     measure_gradients,
 )
 from ccn_deploy.parity.invariance import Claim, measure_invariance
-from ccn_deploy.parity.policy import Arithmetic, policy_for
+from ccn_deploy.parity.tolerances import Arithmetic, tolerance_for
 from ccn_deploy.runtimes import Runtime, RuntimeOptions, open_runtime
-from ccn_deploy.runtimes.activations import open_activations
 from ccn_deploy.runtimes.base import Array
+from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
 
 if TYPE_CHECKING:
     from ccn_deploy.models import Classifier
-    from ccn_deploy.parity.probes import Probe
+    from ccn_deploy.parity.inputs import Probe
 
 ODD_BATCH = 7
 SINGLES = 8
@@ -112,7 +112,7 @@ def collect(
         StorageError: Evidence cannot be written.
         MissingExtraError: Something is to be measured and torch is not installed.
     """
-    policy_for(request.precision)
+    tolerance_for(request.precision)
     data = request.dataset
     check_fits(bundle, data)
     samples = _samples(request, data)
@@ -175,15 +175,15 @@ class _Measurement:
         """Measure every kind of input, then the same images under other circumstances."""
         import torch
 
-        from ccn_deploy.parity.probes import make_probes
-        from ccn_deploy.runtimes.torch_runtime import load_twin
+        from ccn_deploy.parity.inputs import make_inputs
+        from ccn_deploy.runtimes.torch_runtime import load_reference
 
         samples: int = self.setting["samples"]
         parts = 2 + self.request.per_layer + self.runtime.differentiable
         step = _Steps(2 + len(KINDS) * parts, progress)
         step("crafting inputs")
-        probes = make_probes(load_twin(self.bundle), data, samples, self.request.seed)
-        exact = load_twin(self.bundle, torch.float64)
+        probes = make_inputs(load_reference(self.bundle), data, samples, self.request.seed)
+        exact = load_reference(self.bundle, torch.float64)
         units: dict[str, dict[str, float]] = {}
         logits: dict[str, Array] = {}
         inputs: list[InputRow] = []
@@ -232,7 +232,7 @@ class _Measurement:
 
     @property
     def _arithmetic(self) -> Arithmetic:
-        return policy_for(self.request.precision).arithmetic
+        return tolerance_for(self.request.precision).arithmetic
 
     def _ranges(self) -> dict[str, float]:
         """Return the calibrated ranges, which stand in the manifest apart from the graph."""
@@ -280,7 +280,7 @@ class _Measurement:
         """Compare the input gradients of a few images of every kind."""
         from ccn_deploy.parity.kinks import measure_shifts
 
-        policy, seed = policy_for(self.request.precision), self.request.seed
+        policy, seed = tolerance_for(self.request.precision), self.request.seed
         rows: list[GradientRow] = []
         near: list[float] = []
         for probe in probes:
@@ -314,8 +314,8 @@ class _Measurement:
     ) -> tuple[LayerRow, ...]:
         """Compare every layer that the runtime shows, on an odd batch of every kind."""
         name, precision = self.request.runtime, self.request.precision
-        deployed = open_activations(self.bundle, name, precision, self.options)
-        reference = open_activations(self.bundle, "torch", "fp64", self.options)
+        deployed = open_layer_outputs(self.bundle, name, precision, self.options)
+        reference = open_layer_outputs(self.bundle, "torch", "fp64", self.options)
         rows: dict[str, list[LayerRow]] = {}
         clean: dict[str, Array] = {}
         for probe in probes:

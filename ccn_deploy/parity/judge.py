@@ -10,7 +10,7 @@ from ccn_deploy.parity.comparison import Deviation, finite_or_none
 from ccn_deploy.parity.evidence import InputRow, LayerRow, ParityEvidence
 from ccn_deploy.parity.gradients import GradientEvidence, GradientRow, KinkRow
 from ccn_deploy.parity.invariance import DETERMINISTIC, Claim
-from ccn_deploy.parity.policy import Policy, policy_for
+from ccn_deploy.parity.tolerances import Tolerance, tolerance_for
 from ccn_deploy.verdict import Verdict
 
 SCHEMA = "ccn-deploy/parity/2"
@@ -152,7 +152,7 @@ class ParityResult:
     """
 
     evidence: ParityEvidence
-    policy: Policy
+    policy: Tolerance
     inputs: tuple[Finding, ...]
     invariance: tuple[Finding, ...]
     gradients: tuple[GradientFinding, ...] | None
@@ -207,13 +207,13 @@ class ParityResult:
         return document
 
 
-def judge(evidence: ParityEvidence, policy: Policy | None = None) -> ParityResult:
+def judge(evidence: ParityEvidence, policy: Tolerance | None = None) -> ParityResult:
     """Compare evidence with the policy of its precision, or with another.
 
     Raises:
         UsageError: No policy for that precision.
     """
-    policy = policy or policy_for(evidence.precision)
+    policy = policy or tolerance_for(evidence.precision)
     layers, gradients = evidence.layers, evidence.gradients
     return ParityResult(
         evidence=evidence,
@@ -228,7 +228,7 @@ def judge(evidence: ParityEvidence, policy: Policy | None = None) -> ParityResul
     )
 
 
-def _finding(row: InputRow | Claim | LayerRow, policy: Policy) -> Finding:
+def _finding(row: InputRow | Claim | LayerRow, policy: Tolerance) -> Finding:
     deviation = row.deviation
     reasons = _reasons(deviation, policy)
     if isinstance(row, Claim) and row.claim == DETERMINISTIC and row.differing:
@@ -236,7 +236,7 @@ def _finding(row: InputRow | Claim | LayerRow, policy: Policy) -> Finding:
     return Finding(row, tuple(reasons), policy.stated_error(deviation.scale))
 
 
-def _reasons(deviation: Deviation, policy: Policy) -> list[str]:
+def _reasons(deviation: Deviation, policy: Tolerance) -> list[str]:
     """Say everything that is wrong, the gravest first."""
     reasons = []
     if not math.isfinite(deviation.scale):
@@ -264,7 +264,7 @@ def _reasons(deviation: Deviation, policy: Policy) -> list[str]:
     return reasons
 
 
-def _gradient_finding(row: GradientRow, policy: Policy) -> GradientFinding:
+def _gradient_finding(row: GradientRow, policy: Tolerance) -> GradientFinding:
     slopes, allowed = row.slopes, policy.max_gradient
     reasons = []
     if not math.isfinite(slopes.scale):

@@ -18,8 +18,8 @@ from ccn_deploy.data import Images
 from ccn_deploy.models import Classifier
 from ccn_deploy.parity.comparison import scale_of
 from ccn_deploy.parity.gradients import untied
-from ccn_deploy.parity.policy import Arithmetic, Policy
 from ccn_deploy.parity.rounding import RoundingModel, images_at_once
+from ccn_deploy.parity.tolerances import Arithmetic, Tolerance
 from ccn_deploy.runtimes.base import Array
 
 PAIRS = 4
@@ -51,7 +51,7 @@ def measure_shifts(
     images: Images,
     cotangents: Array,
     truth: Array,
-    policy: Policy,
+    policy: Tolerance,
     *,
     seed: int = 0,
 ) -> Shifts:
@@ -136,7 +136,7 @@ def _noisy_pair(
     return found
 
 
-def _larger(policy: Policy) -> Arithmetic:
+def _larger(policy: Tolerance) -> Arithmetic:
     """Return the arithmetic with errors as large as the policy lets a runtime's be."""
     own, factor = policy.arithmetic, policy.max_units
     return replace(

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear, SubtractMean, guarded_sqrt
 from ccn_deploy.models import Classifier
-from ccn_deploy.parity.policy import Arithmetic
+from ccn_deploy.parity.tolerances import Arithmetic
 
 _EXACT = (nn.ReLU, BoundedReLU, nn.MaxPool2d, nn.Flatten, nn.Dropout)
 """Layers that choose among their inputs and round nothing."""

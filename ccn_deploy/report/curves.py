@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ccn_deploy.report.claim_text import Json, norm, title
 from ccn_deploy.report.figures import Curve, Point
-from ccn_deploy.report.wording import Json, norm, title
 
 
 def bounded_curves(document: Json, rows: Sequence[Json]) -> list[Curve]:

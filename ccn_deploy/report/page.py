@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.defenses import DEFENSES
+from ccn_deploy.report.claim_text import Json, interval, percent, reason, target, title
 from ccn_deploy.report.curves import bounded_curves, minimal_curve
 from ccn_deploy.report.examples import Example
 from ccn_deploy.report.pictures import pictures_of
@@ -18,7 +19,6 @@ from ccn_deploy.report.tables import (
     precision_table,
 )
 from ccn_deploy.report.view import Fact, Mark, Page, Target
-from ccn_deploy.report.wording import Json, interval, percent, reason, target, title
 from ccn_deploy.robustness import PrecisionsResult, RobustnessResult
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from ccn_deploy.architectures import ARCHITECTURES
 from ccn_deploy.attacks.source import GRADIENTS
 from ccn_deploy.bundle import Bundle
+from ccn_deploy.report.claim_text import Json
 from ccn_deploy.report.view import Fact
-from ccn_deploy.report.wording import Json
 from ccn_deploy.robustness import Evidence, Measurement
 from ccn_deploy.storage import sha256_file
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ccn_deploy.report.claim_text import Json, interval, norm, number, percent, target, title
 from ccn_deploy.report.view import Cell, Mark, Row, Table
-from ccn_deploy.report.wording import Json, interval, norm, number, percent, target, title
 from ccn_deploy.verdict import Verdict
 
 

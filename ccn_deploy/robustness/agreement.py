@@ -1,7 +1,7 @@
-"""How well the gradients of a runtime and those of its PyTorch twin agree.
+"""How well the gradients of a runtime and those of its PyTorch reference agree.
 
 Where they do, it matters little which of the two an attack walks along; where they do not, an
-evaluation with the twin's gradients attacks another function than the one that is deployed.
+evaluation with the reference's gradients attacks another function than the one that is deployed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ccn_deploy.attacks.spec import AttackSpec
 from ccn_deploy.errors import IntegrityError
 from ccn_deploy.extras import require
-from ccn_deploy.robustness.laboratory import REFERENCE, Laboratory, Target
+from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession, Target
 from ccn_deploy.runtimes.base import Runtime
 from ccn_deploy.storage import canonical_json, sha256, write_atomic
 
@@ -45,7 +45,7 @@ class Agreement:
             They count with a cosine of 0.
         cosine_mean: Of the angle between the two.
         cosine_min: The worst point's.
-        sign_mean: Share of pixels where both have the same sign.
+        sign_mean: Proportion of pixels where both have the same sign.
         sign_min: The worst point's.
     """
 
@@ -80,7 +80,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class GradientAgreement:
-    """Native against twin gradients of the cross-entropy, each at its own logits.
+    """Native against reference gradients of the cross-entropy, each at its own logits.
 
     Attributes:
         clean: At images of the data set.
@@ -140,12 +140,12 @@ def agreement_path(directory: Path, setting: Mapping[str, Any], target: Target) 
 
 
 def compare_gradients(
-    laboratory: Laboratory, target: Target, images: Array, labels: Array
+    session: AttackSession, target: Target, images: Array, labels: Array
 ) -> GradientAgreement:
-    """Compare a runtime's own gradients with its twin's, on clean and on attacked images.
+    """Compare a runtime's own gradients with its reference's, on clean and on attacked images.
 
     Args:
-        laboratory: Has both.
+        session: Has both.
         target: A runtime with gradients of its own.
         images: float32 [N, C, H, W].
         labels: int64 [N].
@@ -158,12 +158,12 @@ def compare_gradients(
         require(package, "train", "to compare gradients")
     from ccn_deploy.attacks.perform import perform
 
-    native, twin = laboratory.runtime(target), laboratory.runtime(REFERENCE)
-    model = laboratory.model(target, True, "native")
+    native, reference = session.runtime(target), session.runtime(REFERENCE)
+    model = session.model(target, True, "native")
     seeds = np.arange(len(images))[:, None]
     attacked = perform(PROBE, model, images, labels, seeds=seeds)
     clean, adversarial = (
-        Agreement.between(_slope(native, points, labels), _slope(twin, points, labels))
+        Agreement.between(_slope(native, points, labels), _slope(reference, points, labels))
         for points in (images, attacked)
     )
     return GradientAgreement(clean, adversarial)

@@ -17,7 +17,9 @@ from ccn_deploy.errors import UsageError, unknown
 from ccn_deploy.evaluation import check_fits
 from ccn_deploy.robustness import agreement
 from ccn_deploy.robustness.agreement import GradientAgreement
-from ccn_deploy.robustness.circumstances import circumstances, differentiable
+from ccn_deploy.robustness.attack_job import Trial, attack
+from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession, Target
+from ccn_deploy.robustness.cache_key import cache_key, differentiable
 from ccn_deploy.robustness.evidence import (
     SCHEMA,
     Evidence,
@@ -25,8 +27,6 @@ from ccn_deploy.robustness.evidence import (
     read_evidence,
     writing,
 )
-from ccn_deploy.robustness.laboratory import REFERENCE, Laboratory, Target
-from ccn_deploy.robustness.trial import Trial, attack
 from ccn_deploy.runtimes import RUNTIMES
 from ccn_deploy.runtimes.base import RuntimeOptions
 
@@ -42,7 +42,7 @@ class RobustnessRequest:
         attacks: Each is run on the reference and on the runtime.
         gradient: Where the gradients of attacks on the runtime come from, a name in
             :data:`ccn_deploy.attacks.source.GRADIENTS`; the runtime's own if it has some and else
-            the twin's, if None. The reference is always attacked with its own.
+            the reference's, if None. The reference is always attacked with its own.
         samples: How many images; all if there are fewer.
         seed: Of the selection and of the attacks.
         options: Threads and memory of the runtimes.
@@ -92,8 +92,8 @@ class Measurement:
         seed: Of the selection and of the attacks.
         n: How many images.
         pairs: One per attack, in order of the request.
-        agreement: How well the runtime's own gradients and its twin's agree; None if it has none
-            of its own, or is its twin.
+        agreement: How well its own and the reference's gradients agree; None if it has none
+            of its own, or is its reference.
     """
 
     runtime: str
@@ -140,20 +140,20 @@ def collect(
     n = request.n
     total, done = float(sum(job.trial.spec.cost * n for job in jobs)), 0.0
     found: dict[tuple[str, Target], Evidence] = {}
-    with Laboratory(bundle, request.options) as laboratory:
+    with AttackSession(bundle, request.options) as session:
         for job in jobs:
             spec, target = job.trial.spec, job.trial.target
             what = f"{spec.label} on {'-'.join(target)}"
             path = evidence_path(bundle.evidence, job.header, spec.label)
             evidence = read_evidence(path, job.header, n)
             if len(evidence) < n:
-                for count in _extend(laboratory, request, job):
+                for count in _extend(session, request, job):
                     if progress is not None:
                         progress(what, done + spec.cost * count, total)
                 evidence = read_evidence(path, job.header, n)
             found[spec.label, target] = evidence
             done += spec.cost * n
-        compared = _agreement(laboratory, request)
+        compared = _agreement(session, request)
     dataset = request.dataset
     return Measurement(
         runtime=request.runtime,
@@ -200,9 +200,9 @@ def _plan(bundle: Bundle, request: RobustnessRequest) -> tuple[Gradient, list[_J
     return gradient, [_Job(trial, _header(bundle, request, trial)) for trial in trials]
 
 
-def _extend(laboratory: Laboratory, request: RobustnessRequest, job: _Job) -> Iterator[int]:
+def _extend(session: AttackSession, request: RobustnessRequest, job: _Job) -> Iterator[int]:
     """Measure what is missing of one job, yielding the count of samples after every batch."""
-    path = evidence_path(laboratory.bundle.evidence, job.header, job.trial.spec.label)
+    path = evidence_path(session.bundle.evidence, job.header, job.trial.spec.label)
     order = request.dataset.order(request.seed)
     with writing(path, job.header) as writer:
         yield min(writer.count, request.n)
@@ -212,7 +212,7 @@ def _extend(laboratory: Laboratory, request: RobustnessRequest, job: _Job) -> It
             positions = np.arange(writer.count, end)
             started = time.perf_counter()
             samples = attack(
-                laboratory,
+                session,
                 job.trial,
                 request.dataset,
                 order[positions],
@@ -242,21 +242,21 @@ def _gradient(bundle: Bundle, request: RobustnessRequest) -> Gradient:
         RuntimeUnavailableError: Its own are asked for, and it has none.
     """
     if request.target == REFERENCE:
-        return "native"  # its twin is itself
+        return "native"  # it is the reference
     native = differentiable(bundle, request.target, device=request.options.device)
     if request.gradient == "native" and not native:
         raise no_gradients("-".join(request.target))
-    return request.gradient or ("native" if native else "twin")
+    return request.gradient or ("native" if native else "reference")
 
 
-def _agreement(laboratory: Laboratory, request: RobustnessRequest) -> GradientAgreement | None:
-    """Return how well native and twin gradients agree, measured if it is not kept yet."""
-    bundle, target, dataset = laboratory.bundle, request.target, request.dataset
+def _agreement(session: AttackSession, request: RobustnessRequest) -> GradientAgreement | None:
+    """Return how well native and reference gradients agree, measured if it is not kept yet."""
+    bundle, target, dataset = session.bundle, request.target, request.dataset
     if target == REFERENCE or not differentiable(bundle, target, device=request.options.device):
         return None
     indices = dataset.order(request.seed)[: min(request.n, agreement.SAMPLES)]
     setting = {
-        **_circumstances(bundle, request, target, "native"),
+        **_cache_key(bundle, request, target, "native"),
         "samples": len(indices),
         "probe": agreement.PROBE.document(),
     }
@@ -264,7 +264,7 @@ def _agreement(laboratory: Laboratory, request: RobustnessRequest) -> GradientAg
     if path.is_file():
         return GradientAgreement.read(path, setting)
     images, labels = dataset.images(indices), dataset.labels[indices]
-    found = agreement.compare_gradients(laboratory, target, images, labels)
+    found = agreement.compare_gradients(session, target, images, labels)
     found.write(path, setting)
     return found
 
@@ -274,15 +274,13 @@ def _header(bundle: Bundle, request: RobustnessRequest, trial: Trial) -> dict[st
     return {
         "schema": SCHEMA,
         "attack": trial.spec.document(),
-        **_circumstances(bundle, request, trial.target, trial.gradient),
+        **_cache_key(bundle, request, trial.target, trial.gradient),
         "batch": request.batch,
     }
 
 
-def _circumstances(
+def _cache_key(
     bundle: Bundle, request: RobustnessRequest, target: Target, gradient: Gradient
 ) -> dict[str, Any]:
     device = request.options.device
-    return circumstances(
-        bundle, target, gradient, request.dataset, seed=request.seed, device=device
-    )
+    return cache_key(bundle, target, gradient, request.dataset, seed=request.seed, device=device)

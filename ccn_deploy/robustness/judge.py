@@ -8,13 +8,13 @@ import numpy as np
 
 from ccn_deploy.attacks import AttackSpec
 from ccn_deploy.robustness.collect import Measurement, Pair
-from ccn_deploy.robustness.doubts import doubts
-from ccn_deploy.robustness.effort import Effort, Efforts
 from ccn_deploy.robustness.evidence import Evidence
-from ccn_deploy.robustness.gate import Gate, Share
-from ccn_deploy.robustness.outcomes import held, held_at, invalid, right
+from ccn_deploy.robustness.non_inferiority import NonInferiorityTest, Proportion
+from ccn_deploy.robustness.outcomes import invalid, right, robust, robust_at
+from ccn_deploy.robustness.query_stats import QueryStats, QueryStatsPair
 from ccn_deploy.robustness.result import RobustnessResult
-from ccn_deploy.robustness.rows import BoundedRow, MinimalRow, MinimalSide
+from ccn_deploy.robustness.rows import FixedEpsilonResult, MinimizationResult, MinimizationSide
+from ccn_deploy.robustness.sanity import sanity_findings
 
 MAX_DROP = 0.01
 DISTANCES = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -39,47 +39,47 @@ def judge(measurement: Measurement, max_drop: float = MAX_DROP) -> RobustnessRes
         clean=clean,
         bounded=tuple(bounded),
         minimal=_nested(smallest),
-        warnings=tuple(doubts(measurement, clean, bounded)),
+        warnings=tuple(sanity_findings(measurement, clean, bounded)),
     )
 
 
-def _clean(pair: Pair, max_drop: float) -> BoundedRow:
+def _clean(pair: Pair, max_drop: float) -> FixedEpsilonResult:
     reference, runtime = right(pair.reference), right(pair.runtime)
-    return BoundedRow(
+    return FixedEpsilonResult(
         name="clean",
         norm=None,
         epsilon=0.0,
-        reference=Share.of(reference),
-        runtime=Share.of(runtime),
+        reference=Proportion.of(reference),
+        runtime=Proportion.of(runtime),
         already_wrong=int((~runtime).sum()),
         invalid=0,
         flips=int((reference != runtime).sum()),
-        gate=Gate.between(reference, runtime, max_drop),
-        effort=Efforts(),
+        gate=NonInferiorityTest.between(reference, runtime, max_drop),
+        effort=QueryStatsPair(),
     )
 
 
-def _bounded(pair: Pair, max_drop: float) -> BoundedRow:
+def _bounded(pair: Pair, max_drop: float) -> FixedEpsilonResult:
     # Wrong before the attack counts as not robust, and so does a runtime that was not attacked.
-    reference, runtime = held(pair.reference), held(pair.runtime)
-    return BoundedRow(
+    reference, runtime = robust(pair.reference), robust(pair.runtime)
+    return FixedEpsilonResult(
         name=pair.spec.name,
         norm=pair.spec.norm,
         epsilon=float(pair.spec.epsilon or 0.0),
-        reference=Share.of(reference),
-        runtime=Share.of(runtime),
+        reference=Proportion.of(reference),
+        runtime=Proportion.of(runtime),
         already_wrong=int((pair.runtime.status == "already-wrong").sum()),
         invalid=invalid(pair.runtime),
         flips=int((reference != runtime).sum()),
-        gate=Gate.between(reference, runtime, max_drop, _doubtful(pair)),
+        gate=NonInferiorityTest.between(reference, runtime, max_drop, _doubtful(pair)),
         effort=_efforts(pair),
     )
 
 
-def _minimal(pair: Pair, max_drop: float) -> MinimalRow:
-    robust = {d: (held_at(pair.reference, d), held_at(pair.runtime, d)) for d in DISTANCES}
+def _minimal(pair: Pair, max_drop: float) -> MinimizationResult:
+    robust = {d: (robust_at(pair.reference, d), robust_at(pair.runtime, d)) for d in DISTANCES}
     differ = np.any([reference != runtime for reference, runtime in robust.values()], axis=0)
-    return MinimalRow(
+    return MinimizationResult(
         name=pair.spec.name,
         norm=pair.spec.norm,
         clip=pair.spec.clip,
@@ -89,7 +89,7 @@ def _minimal(pair: Pair, max_drop: float) -> MinimalRow:
         invalid=invalid(pair.runtime),
         flips=int(differ.sum()),
         gates={
-            d: Gate.between(reference, runtime, max_drop, _doubtful(pair))
+            d: NonInferiorityTest.between(reference, runtime, max_drop, _doubtful(pair))
             for d, (reference, runtime) in robust.items()
         },
         effort=_efforts(pair),
@@ -100,32 +100,34 @@ def _doubtful(pair: Pair) -> int:
     return invalid(pair.runtime) + invalid(pair.reference)
 
 
-def _efforts(pair: Pair) -> Efforts:
-    return Efforts(Effort.of(pair.reference), Effort.of(pair.runtime))
+def _efforts(pair: Pair) -> QueryStatsPair:
+    return QueryStatsPair(QueryStats.of(pair.reference), QueryStats.of(pair.runtime))
 
 
-def _nested(rows: Sequence[tuple[AttackSpec, MinimalRow]]) -> tuple[MinimalRow, ...]:
+def _nested(
+    rows: Sequence[tuple[AttackSpec, MinimizationResult]],
+) -> tuple[MinimizationResult, ...]:
     """Put the unclipped run of an attack below its clipped one."""
     unclipped = {spec.name: row for spec, row in rows if not spec.clip}
     clipped = [
-        MinimalRow(**{**row.__dict__, "unclipped": unclipped.pop(spec.name, None)})
+        MinimizationResult(**{**row.__dict__, "unclipped": unclipped.pop(spec.name, None)})
         for spec, row in rows
         if spec.clip
     ]
     return (*clipped, *unclipped.values())
 
 
-def _side(evidence: Evidence) -> MinimalSide:
+def _side(evidence: Evidence) -> MinimizationSide:
     attackable = evidence.status != "already-wrong"
     found = np.isfinite(evidence.rho)
     failed = ~found & (evidence.status != "invalid")
-    return MinimalSide(
+    return MinimizationSide(
         already_wrong=int((~attackable).sum()),
         failed=int(failed.sum()),
         failed_correct=int((failed & attackable).sum()),
-        found=Share.of(found),
+        found=Proportion.of(found),
         rho=evidence.rho[found],
         l2=evidence.l2[found],
         rho_correct=evidence.rho[found & attackable],
-        accuracy_at={d: Share.of(held_at(evidence, d)) for d in DISTANCES},
+        accuracy_at={d: Proportion.of(robust_at(evidence, d)) for d in DISTANCES},
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ccn_deploy.robustness.evidence import Evidence
-from ccn_deploy.robustness.gate import Mask
+from ccn_deploy.robustness.non_inferiority import Mask
 
 
 def right(evidence: Evidence) -> Mask:
@@ -13,12 +13,12 @@ def right(evidence: Evidence) -> Mask:
     return np.asarray(evidence.clean_runtime == evidence.label)
 
 
-def held(evidence: Evidence) -> Mask:
+def robust(evidence: Evidence) -> Mask:
     """Right, and right under an attack with an epsilon; not so where nothing was shown."""
     return np.asarray(evidence.status == "held")
 
 
-def held_at(evidence: Evidence, d: float) -> Mask:
+def robust_at(evidence: Evidence, d: float) -> Mask:
     """Right, and the attack failed or needed more than d (paper, equation 8)."""
     far = (evidence.status == "fooled") & (evidence.rho > d)
     return np.asarray((evidence.status == "held") | far)

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from ccn_deploy.robustness.attack_session import REFERENCE
 from ccn_deploy.robustness.collect import Measurement
 from ccn_deploy.robustness.evidence import Evidence
-from ccn_deploy.robustness.gate import Mask, Paired, Share
 from ccn_deploy.robustness.judge import DISTANCES
-from ccn_deploy.robustness.laboratory import REFERENCE
-from ccn_deploy.robustness.outcomes import held, held_at, invalid, right
+from ccn_deploy.robustness.non_inferiority import Mask, PairedDifference, Proportion
+from ccn_deploy.robustness.outcomes import invalid, right, robust, robust_at
 from ccn_deploy.robustness.result import RobustnessResult
 from ccn_deploy.verdict import Verdict
 
@@ -34,8 +34,8 @@ class Cell:
         invalid: Attacks that returned no legal image: those images count as not robust.
     """
 
-    share: Share
-    cost: Paired | None
+    share: Proportion
+    cost: PairedDifference | None
     invalid: int
 
     def document(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class PrecisionsResult:
 
     results: Mapping[str, RobustnessResult]
     baseline: str
-    agreement: Mapping[str, Share]
+    agreement: Mapping[str, Proportion]
     rows: tuple[PrecisionRow, ...]
 
     @property
@@ -170,8 +170,8 @@ def compare(results: Sequence[RobustnessResult]) -> PrecisionsResult:
         first = mask(evidence[baseline])
         cells = {
             name: Cell(
-                share=Share.of(mask(e)),
-                cost=None if name == baseline else Paired.of(first, mask(e)),
+                share=Proportion.of(mask(e)),
+                cost=None if name == baseline else PairedDifference.of(first, mask(e)),
                 invalid=0 if attack is None else invalid(e),
             )
             for name, e in evidence.items()
@@ -179,14 +179,16 @@ def compare(results: Sequence[RobustnessResult]) -> PrecisionsResult:
         return PrecisionRow(attack, title, epsilon, d, cells)
 
     labels = {name: m.pairs[0].runtime.clean_runtime for name, m in measurements.items()}
-    agreement = {name: Share.of(own == labels[baseline]) for name, own in labels.items()}
+    agreement = {name: Proportion.of(own == labels[baseline]) for name, own in labels.items()}
     rows = [row(None, results[0].clean.title, 0, right)]
     for at, pair in enumerate(results[0].measurement.pairs):
         spec = pair.spec
         if spec.epsilon is not None:
-            rows.append(row(spec.name, spec.title, at, held, epsilon=spec.epsilon))
+            rows.append(row(spec.name, spec.title, at, robust, epsilon=spec.epsilon))
         elif spec.clip:
-            rows += [row(spec.name, spec.title, at, partial(held_at, d=d), d=d) for d in DISTANCES]
+            rows += [
+                row(spec.name, spec.title, at, partial(robust_at, d=d), d=d) for d in DISTANCES
+            ]
     return PrecisionsResult(by_precision, baseline, agreement, tuple(rows))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ccn_deploy.robustness.attack_session import REFERENCE
 from ccn_deploy.robustness.collect import Measurement
-from ccn_deploy.robustness.effort import Efforts
-from ccn_deploy.robustness.gate import Gate
-from ccn_deploy.robustness.laboratory import REFERENCE
-from ccn_deploy.robustness.rows import BoundedRow, MinimalRow
+from ccn_deploy.robustness.non_inferiority import NonInferiorityTest
+from ccn_deploy.robustness.query_stats import QueryStatsPair
+from ccn_deploy.robustness.rows import FixedEpsilonResult, MinimizationResult
 from ccn_deploy.verdict import Verdict
 
 SCHEMA = "ccn-deploy/robustness/1"
@@ -30,9 +30,9 @@ class RobustnessResult:
 
     measurement: Measurement
     max_drop: float
-    clean: BoundedRow
-    bounded: tuple[BoundedRow, ...]
-    minimal: tuple[MinimalRow, ...]
+    clean: FixedEpsilonResult
+    bounded: tuple[FixedEpsilonResult, ...]
+    minimal: tuple[MinimizationResult, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -41,7 +41,7 @@ class RobustnessResult:
         return Verdict.all_of(gate.verdict for gate in self.gates.values())
 
     @property
-    def gates(self) -> dict[str, Gate]:
+    def gates(self) -> dict[str, NonInferiorityTest]:
         """Every gate that is judged, by the name of its row."""
         named = {self.clean.title: self.clean.gate}
         named |= {f"{row.title} at epsilon {row.epsilon:g}": row.gate for row in self.bounded}
@@ -51,10 +51,10 @@ class RobustnessResult:
         return named
 
     @property
-    def efforts(self) -> dict[str, Efforts]:
+    def efforts(self) -> dict[str, QueryStatsPair]:
         """What each attack took, all its strengths together, by its title."""
         found = {
-            title: Efforts.sum(row.effort for row in self.bounded if row.title == title)
+            title: QueryStatsPair.sum(row.effort for row in self.bounded if row.title == title)
             for title in dict.fromkeys(row.title for row in self.bounded)
         }
         for row in self.minimal:

@@ -9,20 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccn_deploy.attacks.spec import title_of
-from ccn_deploy.robustness.effort import Efforts
-from ccn_deploy.robustness.gate import Gate, Share
+from ccn_deploy.robustness.non_inferiority import NonInferiorityTest, Proportion
+from ccn_deploy.robustness.query_stats import QueryStatsPair
 from ccn_deploy.verdict import Verdict
 
 
 @dataclass(frozen=True)
-class BoundedRow:
+class FixedEpsilonResult:
     """One attack at one epsilon, or no attack at all.
 
     Attributes:
         name: ``"clean"``, or that of an attack with an epsilon.
         norm: In which epsilon is measured; None without an attack.
         epsilon: Strength; 0 without an attack.
-        reference: Share of images that are right and stay right on the reference.
+        reference: Proportion of images that are right and stay right on the reference.
         runtime: The same on the runtime.
         already_wrong: Images that the runtime gets wrong without an attack.
         invalid: Attacks on the runtime that returned no legal image.
@@ -34,13 +34,13 @@ class BoundedRow:
     name: str
     norm: str | None
     epsilon: float
-    reference: Share
-    runtime: Share
+    reference: Proportion
+    runtime: Proportion
     already_wrong: int
     invalid: int
     flips: int
-    gate: Gate
-    effort: Efforts
+    gate: NonInferiorityTest
+    effort: QueryStatsPair
 
     @property
     def title(self) -> str:
@@ -67,14 +67,14 @@ class BoundedRow:
 
 
 @dataclass(frozen=True)
-class MinimalSide:
+class MinimizationSide:
     """What the smallest perturbations say of one target (paper, equations 8 and 9).
 
     Attributes:
         already_wrong: Images wrong without an attack.
         failed: Images for which nothing was found; their rho stands for infinity.
         failed_correct: Those among them that are right without an attack.
-        found: Share of all images for which something was found: the attack's success.
+        found: Proportion of all images for which something was found: the attack's success.
         rho: Of the images where something was found.
         l2: Likewise, the Euclidean norm of the perturbation.
         rho_correct: Those among them that are right without an attack.
@@ -84,11 +84,11 @@ class MinimalSide:
     already_wrong: int
     failed: int
     failed_correct: int
-    found: Share
+    found: Proportion
     rho: NDArray[np.float64]
     l2: NDArray[np.float64]
     rho_correct: NDArray[np.float64]
-    accuracy_at: dict[float, Share]
+    accuracy_at: dict[float, Proportion]
 
     @property
     def rho_adv(self) -> float | None:
@@ -124,7 +124,7 @@ class MinimalSide:
 
 
 @dataclass(frozen=True)
-class MinimalRow:
+class MinimizationResult:
     """An attack that looks for the smallest perturbation.
 
     Attributes:
@@ -145,13 +145,13 @@ class MinimalRow:
     norm: str
     clip: bool
     n: int
-    reference: MinimalSide
-    runtime: MinimalSide
+    reference: MinimizationSide
+    runtime: MinimizationSide
     invalid: int
     flips: int
-    gates: dict[float, Gate]
-    effort: Efforts
-    unclipped: MinimalRow | None = None
+    gates: dict[float, NonInferiorityTest]
+    effort: QueryStatsPair
+    unclipped: MinimizationResult | None = None
 
     @property
     def title(self) -> str:
@@ -159,7 +159,7 @@ class MinimalRow:
         return title_of(self.name)
 
     @property
-    def gate(self) -> Gate:
+    def gate(self) -> NonInferiorityTest:
         """The gate that decides: the first that fails, else the first in doubt, else the worst."""
         rank = [Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.PASS]
         return min(self.gates.values(), key=lambda gate: (rank.index(gate.verdict), -gate.upper95))

@@ -75,7 +75,7 @@ def open_runtime(
             "Use --runtime torch for float64, or --precision fp32.",
         )
     if name.startswith("tensorrt"):
-        from ccn_deploy.runtimes.tensorrt import TensorRtRuntime
+        from ccn_deploy.runtimes.tensorrt.runtime import TensorRtRuntime
 
         return TensorRtRuntime(opened, name=name, precision=precision, options=options)
     from ccn_deploy.runtimes.onnx_runtime import OnnxRuntime

@@ -173,7 +173,7 @@ class Closing(ABC):
 
 
 @runtime_checkable
-class Climbs(Protocol):
+class LossGradient(Protocol):
     """A runtime that finds the slope of the cross-entropy by itself, with one forward pass."""
 
     def cross_entropy(self, images: Array, labels: Array) -> tuple[Array, Array]:

@@ -28,7 +28,7 @@ from ccn_deploy.runtimes.base import (
     check_images,
     in_batches,
 )
-from ccn_deploy.runtimes.climbing import LABELS, climbing
+from ccn_deploy.runtimes.loss_gradient import LABELS, with_loss_gradient
 
 PROVIDERS = {
     "onnxruntime-cpu": "CPUExecutionProvider",
@@ -163,7 +163,7 @@ class OnnxRuntime(Closing):
             IntegrityError: The graph is not the one of the manifest, or no gradient graph.
             MissingExtraError: onnx is not installed.
         """
-        session = self._climbing()
+        session = self._with_loss_gradient()
         check_images(images, self._spec, check_range=self._options.check_range)
         labels = check_labels(labels, self._spec.classes)
         if len(labels) != len(images):
@@ -207,12 +207,12 @@ class OnnxRuntime(Closing):
         }
         return self._backwards(COTANGENTS, inputs, lambda graph: graph)
 
-    def _climbing(self) -> Any:
+    def _with_loss_gradient(self) -> Any:
         """Return the session of the gradient graph that goes back along the cross-entropy."""
         classes = self._spec.classes
         inputs: Shapes = {INPUT: self._spec.input_shape, LABELS: []}
         return self._backwards(
-            LABELS, inputs, lambda graph: climbing(graph, COTANGENTS, OUTPUTS[0], classes)
+            LABELS, inputs, lambda graph: with_loss_gradient(graph, COTANGENTS, OUTPUTS[0], classes)
         )
 
     def _backwards(self, name: str, inputs: Shapes, rewrite: Callable[[bytes], bytes]) -> Any:
@@ -226,7 +226,7 @@ class OnnxRuntime(Closing):
                 f"The runtime {self._spec.name} has no input gradients: the bundle has no gradient "
                 f"graph in {self._spec.precision}.",
                 "Export the run again without --no-gradient, or take gradients from the runtime "
-                "'torch', the twin of the deployed network.",
+                "'torch', the reference of the deployed network.",
             )
         with self._lock:
             if self._session is None:

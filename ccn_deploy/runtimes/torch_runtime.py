@@ -1,4 +1,4 @@
-"""The PyTorch twin of a deployed network: the reference, and the source of gradients."""
+"""The reference network of a bundle in PyTorch: what runtimes are compared with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ccn_deploy.runtimes.base import (
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 
 
-def load_twin(bundle: Bundle, dtype: torch.dtype = torch.float32) -> Classifier:
+def load_reference(bundle: Bundle, dtype: torch.dtype = torch.float32) -> Classifier:
     """Return a bundle's network in PyTorch: on the CPU, in eval mode, parameters frozen.
 
     Args:
@@ -106,7 +106,7 @@ class TorchRuntime(Closing):
             )
         self._dtype = PRECISIONS[precision]
         self._device = _device(name, self._options)
-        self._model: Classifier | None = load_twin(bundle, self._dtype).to(self._device)
+        self._model: Classifier | None = load_reference(bundle, self._dtype).to(self._device)
         self._spec = RuntimeSpec(
             name=name,
             precision=precision,

@@ -6,7 +6,7 @@ Whatever the precision, the norm branch of a compact layer stays float32 by a st
 
 from ccn_deploy.exporters.precision.calibration import METHODS, Calibration
 from ccn_deploy.exporters.precision.convert import GRADIENTS, PRECISIONS, Converted, convert
-from ccn_deploy.exporters.precision.numeric import NumericReport, numeric_report
+from ccn_deploy.exporters.precision.ranges import NumericReport, numeric_report
 from ccn_deploy.exporters.precision.structure import check_precision
 
 __all__ = [

@@ -9,9 +9,9 @@ import onnx
 
 from ccn_deploy.errors import UsageError, unknown
 from ccn_deploy.exporters.precision.calibration import Calibration, ranges
+from ccn_deploy.exporters.precision.cast import half_layers, to_half
 from ccn_deploy.exporters.precision.formats import GRIDS, HALVES
-from ccn_deploy.exporters.precision.half import half_layers, to_half
-from ccn_deploy.exporters.precision.quantized import quantized_layers, to_grid
+from ccn_deploy.exporters.precision.qdq import quantized_layers, to_grid
 from ccn_deploy.graph.signature import COTANGENTS
 
 PRECISIONS = (*HALVES, *GRIDS)
@@ -64,7 +64,7 @@ def convert(
     if any(value.name == COTANGENTS for value in graph.graph.input):
         raise UsageError(
             f"There is no gradient graph in {precision}: rounding to a grid has slope zero.",
-            "Attack it with gradients of the twin: --gradient twin.",
+            "Attack it with gradients of the reference: --gradient reference.",
         )
     if calibration is None:
         raise UsageError(

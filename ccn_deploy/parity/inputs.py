@@ -41,11 +41,11 @@ class Probe:
         return np.arange(n) % len(self.images)
 
 
-def make_probes(twin: Classifier, data: Dataset, samples: int, seed: int) -> list[Probe]:
+def make_inputs(reference: Classifier, data: Dataset, samples: int, seed: int) -> list[Probe]:
     """Return every kind of input, ``samples`` images of each.
 
     Args:
-        twin: The float32 network that the adversarial images are crafted on.
+        reference: The float32 network that the adversarial images are crafted on.
         data: Where clean images and labels come from.
         samples: Images of each kind; fewer if the data set has fewer.
         seed: Of the selection and of the noise.
@@ -57,7 +57,7 @@ def make_probes(twin: Classifier, data: Dataset, samples: int, seed: int) -> lis
     near_mean = 0.5 + NEAR_MEAN_NOISE * rng.uniform(-1.0, 1.0, shape)
     images = (
         clean,
-        craft(twin, clean, labels),
+        craft(reference, clean, labels),
         rng.random(shape, dtype=np.float32),
         np.zeros((1, *data.input_shape), np.float32),
         np.ones((1, *data.input_shape), np.float32),
@@ -66,14 +66,14 @@ def make_probes(twin: Classifier, data: Dataset, samples: int, seed: int) -> lis
     return [Probe(kind, array) for kind, array in zip(KINDS, images, strict=True)]
 
 
-def craft(twin: Classifier, images: Images, labels: NDArray[np.int64]) -> Images:
+def craft(reference: Classifier, images: Images, labels: NDArray[np.int64]) -> Images:
     """Return adversarial images: one gradient step and ten in turn, at each of :data:`EPSILONS`.
 
     They are inputs for a comparison of arithmetic, not a measure of robustness, so a few
     signed gradient steps on the cross-entropy do.
 
     Args:
-        twin: float32, in eval mode.
+        reference: float32, in eval mode.
         images: float32 [N, C, H, W] in [0, 1].
         labels: int64 [N].
     """
@@ -83,7 +83,7 @@ def craft(twin: Classifier, images: Images, labels: NDArray[np.int64]) -> Images
     for start in range(0, len(images), _CRAFT_BATCH):
         piece = slice(start, start + _CRAFT_BATCH)
         crafted[piece] = _signed_steps(
-            twin,
+            reference,
             crafted[piece],
             torch.from_numpy(labels)[piece],
             eps[piece].view(-1, 1, 1, 1),
@@ -94,7 +94,7 @@ def craft(twin: Classifier, images: Images, labels: NDArray[np.int64]) -> Images
 
 
 def _signed_steps(
-    twin: Classifier, images: Tensor, labels: Tensor, eps: Tensor, steps: Tensor
+    reference: Classifier, images: Tensor, labels: Tensor, eps: Tensor, steps: Tensor
 ) -> Tensor:
     """Climb the loss within ``eps`` of the images; a single step is as long as ``eps``."""
     low, high = (images - eps).clamp(min=0.0), (images + eps).clamp(max=1.0)
@@ -103,7 +103,7 @@ def _signed_steps(
     for step in range(int(steps.max())):
         leaf = x.clone().requires_grad_(True)
         with torch.enable_grad():
-            loss = F.cross_entropy(twin(leaf), labels, reduction="sum")
+            loss = F.cross_entropy(reference(leaf), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, leaf)
         moved = (x + size * gradient.sign()).clamp(low, high)
         x = torch.where(step < steps, moved, x)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ccn_deploy.errors import EngineBuildError
-from ccn_deploy.runtimes.trt import Library
+from ccn_deploy.runtimes.tensorrt.library import Library
 
 LINES = 4
 """Lines of the log that an error shows."""
@@ -44,7 +44,7 @@ def refusal(kind: Library, answer: Mapping[str, Any], log: Sequence[Line]) -> En
 
     Args:
         kind: Which library it was.
-        answer: Of the worker; see :data:`ccn_deploy.exporters.engine_worker.Answer`.
+        answer: Of the worker; see :data:`ccn_deploy.exporters.tensorrt.worker.Answer`.
         log: What the library said.
     """
     lines = _telling(log, "FE")[:LINES]

@@ -23,7 +23,7 @@ from ccn_deploy.errors import (
     RuntimeUnavailableError,
 )
 from ccn_deploy.machine import NO_CUDA_PYTHON, NO_DRIVER, Gpu, Machine
-from ccn_deploy.runtimes.fit import check_engine, choose_engine, engines, fits
+from ccn_deploy.runtimes.compatibility import candidates_for, check_engine, choose_engine, engines
 
 RTX = {
     "library": "tensorrt-rtx",
@@ -368,7 +368,7 @@ class TestFits:
             engine(TRT),
             NewFile("weights.safetensors", b"", "weights"),
         )
-        found = fits(bundle, WITH_L4)
+        found = candidates_for(bundle, WITH_L4)
         assert [(fit.runtime, fit.precision, fit.problem is None) for fit in found] == [
             ("tensorrt", "fp32", False),
             ("tensorrt-rtx", "fp32", True),
@@ -384,7 +384,7 @@ class TestFits:
 
     def test_without_a_gpu_only_the_cpu_is_left(self, bundle_of: Callable[..., Bundle]) -> None:
         bundle = bundle_of(graph("fp32"), graph("bf16"), engine(RTX))
-        found = fits(bundle, NO_GPU)
+        found = candidates_for(bundle, NO_GPU)
         assert [(f.runtime, f.precision) for f in found if f.problem is None] == [
             ("onnxruntime-cpu", "fp32")
         ]
@@ -406,7 +406,7 @@ class TestFits:
         cpu: str | None,
         cuda: str | None,
     ) -> None:
-        found = fits(bundle_of(graph("fp32")), replace(WITH_L4, packages=packages))
+        found = candidates_for(bundle_of(graph("fp32")), replace(WITH_L4, packages=packages))
         for fit, words in zip(found, (cuda, cpu), strict=True):
             if words is None:
                 assert fit.problem is None
@@ -416,7 +416,7 @@ class TestFits:
                 assert fit.problem.exit_code == ExitCode.ENVIRONMENT
 
     def test_garbage_is_a_problem_and_no_crash(self, bundle_of: Callable[..., Bundle]) -> None:
-        (fit,) = fits(bundle_of(engine(RTX, data=b"x")), WITH_L4)
+        (fit,) = candidates_for(bundle_of(engine(RTX, data=b"x")), WITH_L4)
         assert isinstance(fit.problem, IntegrityError)
 
 

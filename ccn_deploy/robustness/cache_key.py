@@ -1,6 +1,6 @@
 """Everything but the attack that a measurement depends on, told without opening a runtime.
 
-It is the key of the evidence: what was measured under other circumstances is never taken for this.
+It is the key of the evidence: what was measured under other cache_key is never taken for this.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.errors import EnvironmentUnfitError
 from ccn_deploy.machine import Machine, this_machine
-from ccn_deploy.robustness.laboratory import Target
-from ccn_deploy.runtimes.fit import choose_engine, no_gpu
-from ccn_deploy.runtimes.trt import LIBRARIES
+from ccn_deploy.robustness.attack_session import Target
+from ccn_deploy.runtimes.compatibility import choose_engine, no_gpu
+from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
 
 
 def differentiable(
@@ -42,7 +42,7 @@ def differentiable(
     return runtime.startswith("torch") or ("gradient", precision) in files
 
 
-def circumstances(
+def cache_key(
     bundle: Bundle,
     target: Target,
     gradient: Gradient,

@@ -42,8 +42,8 @@ def kernel_path(
         gpu: That they were compiled for.
         driver: Of NVIDIA.
     """
-    circumstances = f"{version} {gpu.name} {gpu.compute_capability} {driver or 'unknown'}"
-    place = re.sub(r"[^A-Za-z0-9.]+", "-", circumstances).strip("-.")
+    cache_key = f"{version} {gpu.name} {gpu.compute_capability} {driver or 'unknown'}"
+    place = re.sub(r"[^A-Za-z0-9.]+", "-", cache_key).strip("-.")
     return directory / "tensorrt-rtx" / place / f"{engine}.kernels"
 
 

@@ -22,22 +22,22 @@ from ccn_deploy.runtimes.base import (
     check_cotangents,
     check_images,
 )
-from ccn_deploy.runtimes.cuda import Device
-from ccn_deploy.runtimes.engine import Engine, Execution
-from ccn_deploy.runtimes.fit import HEAD, check_engine, choose_engine, engines
-from ccn_deploy.runtimes.kernels import cache_directory, kernel_path
-from ccn_deploy.runtimes.pool import Pool
-from ccn_deploy.runtimes.profile import (
+from ccn_deploy.runtimes.compatibility import HEAD, check_engine, choose_engine, engines
+from ccn_deploy.runtimes.tensorrt.cuda import Device
+from ccn_deploy.runtimes.tensorrt.engine import Engine, Execution
+from ccn_deploy.runtimes.tensorrt.kernel_cache import cache_directory, kernel_path
+from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
+from ccn_deploy.runtimes.tensorrt.pool import Pool
+from ccn_deploy.runtimes.tensorrt.shapes import (
     BATCH,
     CANDIDATES,
-    Ends,
     Range,
+    Signature,
     Sizes,
-    forward_ends,
-    gradient_ends,
+    forward_signature,
+    gradient_signature,
     pieces,
 )
-from ccn_deploy.runtimes.trt import LIBRARIES
 
 GRADIENT_ENGINE = "gradient-engine"
 
@@ -83,7 +83,7 @@ class TensorRtRuntime(Closing):
         self._gradient_record = _gradient_engine(bundle, name, precision, machine, options.device)
         self._gradient: _Loaded | None = None
         self._lock = threading.Lock()
-        self._forward = self._load(record, forward_ends(self._image, self._classes))
+        self._forward = self._load(record, forward_signature(self._image, self._classes))
         gpu = machine.gpus[options.device]
         self._spec = RuntimeSpec(
             name=name,
@@ -190,10 +190,10 @@ class TensorRtRuntime(Closing):
             if self._forward.closed:
                 raise already_closed(self._name)
             if self._gradient is None:
-                self._gradient = self._load(record, gradient_ends(self._image, self._classes))
+                self._gradient = self._load(record, gradient_signature(self._image, self._classes))
             return self._gradient
 
-    def _load(self, record: FileRecord, ends: Ends) -> _Loaded:
+    def _load(self, record: FileRecord, ends: Signature) -> _Loaded:
         """Deserialize one of the bundle's engines: the very bytes that were checked."""
         plan = self._bundle.read(record)
         check_engine(record, plan[:HEAD], self._machine, device=self._options.device)

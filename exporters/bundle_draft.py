@@ -32,7 +32,7 @@ class Network:
     weights: bytes
 
 
-class Contents:
+class BundleDraft:
     """The files of a bundle that is being made.
 
     Attributes:

@@ -24,8 +24,8 @@ from ccn_deploy.bundle import Bundle, NewFile, write_bundle
 from ccn_deploy.errors import CcnDeployError, EngineBuildError, GateError
 from ccn_deploy.machine import Machine, this_machine
 from ccn_deploy.runtimes.base import Array
-from ccn_deploy.runtimes.fit import no_gpu
-from ccn_deploy.runtimes.trt import LIBRARIES, capture, load_library, logger
+from ccn_deploy.runtimes.compatibility import no_gpu
+from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, capture, load_library, logger
 
 PATIENCE = 300
 """Seconds that a trial may take; reading a library of gigabytes from a slow disk takes minutes."""
@@ -78,7 +78,9 @@ def try_runtime(runtime: str, *, patience: float = PATIENCE) -> Trial:
         runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
         patience: Seconds after which it counts as broken.
     """
-    program = f"import sys; sys.path[:] = {sys.path!r}; from ccn_deploy.trial import main; main()"
+    program = (
+        f"import sys; sys.path[:] = {sys.path!r}; from ccn_deploy.smoke_test import main; main()"
+    )
     with tempfile.TemporaryDirectory(prefix="ccn-deploy-trial-") as directory:
         report = Path(directory) / "report"
         ended = "it did not say how it ended"

@@ -19,10 +19,10 @@ from typing import Any
 from ccn_deploy.bundle import FileRecord
 from ccn_deploy.errors import EngineUnfitError, RuntimeUnavailableError
 from ccn_deploy.runtimes.base import Array
-from ccn_deploy.runtimes.cuda import Device, floats_at
-from ccn_deploy.runtimes.kernels import load_kernels, store_kernels
-from ccn_deploy.runtimes.profile import Ends, Range, Shape, Sizes, Tensor, read_limits
-from ccn_deploy.runtimes.trt import Log, capture, load_library, logger
+from ccn_deploy.runtimes.tensorrt.cuda import Device, floats_at
+from ccn_deploy.runtimes.tensorrt.kernel_cache import load_kernels, store_kernels
+from ccn_deploy.runtimes.tensorrt.library import Log, capture, load_library, logger
+from ccn_deploy.runtimes.tensorrt.shapes import Range, Shape, Signature, Sizes, Tensor, read_limits
 
 GRAPHS = 8
 """Sizes whose CUDA graphs one execution keeps; the first that come twice. Others run without."""
@@ -64,7 +64,7 @@ class Engine:
         record: FileRecord,
         library: str,
         device: Device,
-        ends: Ends,
+        ends: Signature,
         *,
         cuda_graphs: bool,
         kernels: Path | None,

@@ -16,7 +16,7 @@ from ccn_deploy.data import dataset_from_arrays
 from ccn_deploy.errors import EngineUnfitError, EnvironmentUnfitError, RuntimeUnavailableError
 from ccn_deploy.machine import NO_DRIVER, Gpu, Machine
 from ccn_deploy.robustness import RobustnessRequest, collect
-from ccn_deploy.robustness.circumstances import circumstances, differentiable
+from ccn_deploy.robustness.cache_key import cache_key, differentiable
 from ccn_deploy.storage import sha256
 
 ADA = Gpu(0, "NVIDIA L4", "8.9", 24 << 30)
@@ -78,9 +78,9 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def of(bundle: Bundle, runtime: str, precision: str = "fp32", **more: Any) -> dict[str, Any]:
-    settings = {"gradient": "twin", "seed": 0, "machine": MACHINE, **more}
+    settings = {"gradient": "reference", "seed": 0, "machine": MACHINE, **more}
     gradient = settings.pop("gradient")
-    return circumstances(bundle, (runtime, precision), gradient, DATA, **settings)
+    return cache_key(bundle, (runtime, precision), gradient, DATA, **settings)
 
 
 def test_the_program_is_the_file_that_the_runtime_executes(bundle: Bundle) -> None:

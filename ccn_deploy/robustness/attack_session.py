@@ -24,7 +24,7 @@ REFERENCE: Target = ("torch", "fp32")
 """The target that deployed ones are compared with: the PyTorch network, attacked itself."""
 
 
-class Laboratory:
+class AttackSession:
     """The runtimes of a bundle, and the models of them that attacks take.
 
     Args:
@@ -37,10 +37,10 @@ class Laboratory:
         self._options = options
         self._open: dict[tuple[Target, bool], Runtime] = {}
         self._models: dict[tuple[Target, bool, Gradient], PyTorchModel] = {}
-        self._twin: Classifier | None = None
+        self._reference: Classifier | None = None
         self._stack = ExitStack()
 
-    def __enter__(self) -> Laboratory:
+    def __enter__(self) -> AttackSession:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,26 +55,26 @@ class Laboratory:
         return self._open[target, clip]
 
     def model(self, target: Target, clip: bool, gradient: Gradient) -> PyTorchModel:
-        """Return what Foolbox attacks: the twin itself, or a runtime with gradients.
+        """Return what Foolbox attacks: the reference itself, or a runtime with gradients.
 
-        The reference is the twin itself, and so is every target whose images are to be crafted
-        on the twin.
+        The reference is attacked itself, and so is every target whose images are to be crafted
+        on the reference.
 
         Raises:
             RuntimeUnavailableError: The runtime has no gradients of its own and is asked for them.
         """
-        from ccn_deploy.attacks.surrogate import foolbox_model, twin_model
-        from ccn_deploy.runtimes.torch_runtime import load_twin
+        from ccn_deploy.attacks.foolbox_model import foolbox_model, reference_model
+        from ccn_deploy.runtimes.torch_runtime import load_reference
 
-        if self._twin is None:
+        if self._reference is None:
             self._stack.enter_context(_torch_threads(self._options.threads))
-            self._twin = load_twin(self.bundle)
+            self._reference = load_reference(self.bundle)
         key = target, clip, gradient
         if key not in self._models:
             self._models[key] = (
-                twin_model(self._twin)
+                reference_model(self._reference)
                 if target == REFERENCE or gradient == "transfer"
-                else foolbox_model(self.runtime(target, clip), self._twin, gradient=gradient)
+                else foolbox_model(self.runtime(target, clip), self._reference, gradient=gradient)
             )
         return self._models[key]
 

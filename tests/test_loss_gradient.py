@@ -12,17 +12,17 @@ import torch
 from onnx import TensorProto, helper
 
 from ccn_deploy.attacks import suite
+from ccn_deploy.attacks.foolbox_model import NativeModel
 from ccn_deploy.attacks.loss import slope
 from ccn_deploy.attacks.passes import NativePass, forward
 from ccn_deploy.attacks.perform import perform
-from ccn_deploy.attacks.surrogate import NativeModel
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import InputError, RuntimeUnavailableError, UsageError
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
-from ccn_deploy.runtimes.climbing import climbing
+from ccn_deploy.runtimes.loss_gradient import with_loss_gradient
 from ccn_deploy.runtimes.onnx_runtime import OnnxRuntime
-from ccn_deploy.runtimes.torch_runtime import load_twin
+from ccn_deploy.runtimes.torch_runtime import load_reference
 
 ONE_THREAD = RuntimeOptions(threads=1)
 
@@ -55,9 +55,9 @@ class Halves:
 
 def test_it_is_the_gradient_of_the_cross_entropy_in_float64(bundle: Bundle) -> None:
     images, labels = digits(40)
-    twin = load_twin(bundle, torch.float64)
+    reference = load_reference(bundle, torch.float64)
     x = torch.from_numpy(images).double().requires_grad_()
-    expected = twin(x)
+    expected = reference(x)
     loss = torch.nn.functional.cross_entropy(expected, torch.from_numpy(labels), reduction="sum")
     (exact,) = torch.autograd.grad(loss, x)
     with opened(bundle) as runtime:
@@ -96,7 +96,7 @@ def _cotangents(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     ]
     graph = helper.make_graph(nodes, "identity", ends[:2], ends[2:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-    made = climbing(model.SerializeToString(), "cotangents", "logits", count)
+    made = with_loss_gradient(model.SerializeToString(), "cotangents", "logits", count)
     session = onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"])
     found: np.ndarray = session.run(["gradients"], {"images": logits, "labels": labels})[0]
     return found[:, 0]
@@ -165,7 +165,7 @@ def test_the_forward_graph_says_who_is_fooled_and_no_slope_is_made_of_nan() -> N
     images[2] = 1.0
     here = NativePass(Torn(), images, torch.tensor([1, 0, 0]))  # type: ignore[arg-type]
     assert here.logits[:2].argmax(dim=1).tolist() == [1, 0]  # asked only where they seem fooled
-    rises = here.ascent(torch.tensor([0, 1, 2]), torch.tensor([1, 0, 0]))
+    rises = here.loss_gradient(torch.tensor([0, 1, 2]), torch.tensor([1, 0, 0]))
     assert rises[:2].isfinite().all() and rises[2].isnan().all()
 
 
@@ -173,8 +173,8 @@ def test_a_pass_that_was_not_announced_asks_for_nothing_in_advance(ccn_bundle: B
     images, labels = (torch.from_numpy(array) for array in digits(4))
     with opened(ccn_bundle) as runtime:
         rows = torch.arange(4)
-        announced = forward(NativeModel(runtime), images, labels=labels).ascent(rows, labels)
-        asked = forward(NativeModel(runtime), images).ascent(rows, labels)
+        announced = forward(NativeModel(runtime), images, labels=labels).loss_gradient(rows, labels)
+        asked = forward(NativeModel(runtime), images).loss_gradient(rows, labels)
     torch.testing.assert_close(announced, asked, rtol=1e-3, atol=1e-5)
 
 
@@ -199,7 +199,7 @@ def test_the_logits_may_stand_anywhere_in_the_graph() -> None:
     graph = helper.make_graph(nodes, "line", [images, cotangents], outputs, constants)
     opset = [helper.make_opsetid("", 20)]
     model = helper.make_model(graph, opset_imports=opset, ir_version=9)
-    changed = climbing(model.SerializeToString(), "cotangents", "logits", 3)
+    changed = with_loss_gradient(model.SerializeToString(), "cotangents", "logits", 3)
     onnx.checker.check_model(onnx.load_model_from_string(changed), full_check=True)
     session = onnxruntime.InferenceSession(changed, providers=["CPUExecutionProvider"])
     x = np.random.default_rng(1).standard_normal((5, 4)).astype(np.float32)

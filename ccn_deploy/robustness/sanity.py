@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from ccn_deploy.robustness.attack_session import REFERENCE
 from ccn_deploy.robustness.collect import Measurement
-from ccn_deploy.robustness.laboratory import REFERENCE
-from ccn_deploy.robustness.rows import BoundedRow
+from ccn_deploy.robustness.rows import FixedEpsilonResult
 
 FLATTERY = 0.1
 """FGSM accuracy this far above PGD's at the same epsilon is worth a warning."""
 
 
-def doubts(measurement: Measurement, clean: BoundedRow, bounded: Sequence[BoundedRow]) -> list[str]:
+def sanity_findings(
+    measurement: Measurement, clean: FixedEpsilonResult, bounded: Sequence[FixedEpsilonResult]
+) -> list[str]:
     """Return what the numbers themselves give away, one sentence each.
 
     Args:

@@ -19,7 +19,7 @@ from ccn_deploy.errors import (
     RuntimeUnavailableError,
 )
 from ccn_deploy.machine import NO_CUDA_PYTHON, Gpu, Machine, release
-from ccn_deploy.runtimes.trt import LIBRARIES, Library
+from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, Library
 
 ENGINE = "engine"
 PREFERENCE = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu")
@@ -43,7 +43,7 @@ _REPLACE = "Do not use this bundle; get it again from where it was made, or expo
 
 
 @dataclass(frozen=True)
-class Fit:
+class Candidate:
     """Whether a machine can run one file of a bundle.
 
     Attributes:
@@ -59,7 +59,7 @@ class Fit:
     problem: CcnDeployError | None
 
 
-def fits(bundle: Bundle, machine: Machine, *, device: int = 0) -> tuple[Fit, ...]:
+def candidates_for(bundle: Bundle, machine: Machine, *, device: int = 0) -> tuple[Candidate, ...]:
     """Return every way to run the bundle's network, in order of preference.
 
     Runtimes in the order of :data:`PREFERENCE`, then precisions in that of :data:`PRECISIONS`,
@@ -71,7 +71,12 @@ def fits(bundle: Bundle, machine: Machine, *, device: int = 0) -> tuple[Fit, ...
         device: Index of the GPU.
     """
     return tuple(
-        Fit(runtime, precision, record, obstacle(bundle, record, runtime, machine, device=device))
+        Candidate(
+            runtime,
+            precision,
+            record,
+            incompatibility(bundle, record, runtime, machine, device=device),
+        )
         for runtime in PREFERENCE
         for precision in _precisions(bundle)
         for record in files_for(bundle, runtime, precision)
@@ -370,7 +375,7 @@ def files_for(bundle: Bundle, runtime: str, precision: str) -> tuple[FileRecord,
     return own or tuple(r for r in files if (r.role, r.precision) == ("forward", precision))
 
 
-def obstacle(
+def incompatibility(
     bundle: Bundle, record: FileRecord, runtime: str, machine: Machine, *, device: int = 0
 ) -> CcnDeployError | None:
     """Return why a runtime cannot run a file of a bundle here, or None if nothing is known.

@@ -19,7 +19,7 @@ Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """A proportion with its exact 95 % interval.
 
     Attributes:
@@ -31,7 +31,7 @@ class Share:
     n: int
 
     @classmethod
-    def of(cls, successes: Mask) -> Share:
+    def of(cls, successes: Mask) -> Proportion:
         """Count the true ones."""
         return cls(int(successes.sum()), len(successes))
 
@@ -51,7 +51,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedDifference:
     """By how much a second program is worse than a first, on the same images.
 
     Attributes:
@@ -65,9 +65,11 @@ class Paired:
     n: int
 
     @classmethod
-    def of(cls, first: Mask, second: Mask) -> Paired:
+    def of(cls, first: Mask, second: Mask) -> PairedDifference:
         """Compare the same images on both."""
-        return Paired(int((first & ~second).sum()), int((second & ~first).sum()), len(first))
+        return PairedDifference(
+            int((first & ~second).sum()), int((second & ~first).sum()), len(first)
+        )
 
     @property
     def drop(self) -> float:
@@ -90,7 +92,7 @@ class Paired:
 
 
 @dataclass(frozen=True)
-class Gate(Paired):
+class NonInferiorityTest(PairedDifference):
     """Whether the runtime is worse than the reference, the first, by more than is allowed.
 
     Attributes:
@@ -102,9 +104,11 @@ class Gate(Paired):
     invalid: int = 0
 
     @classmethod
-    def between(cls, reference: Mask, runtime: Mask, max_drop: float, invalid: int = 0) -> Gate:
+    def between(
+        cls, reference: Mask, runtime: Mask, max_drop: float, invalid: int = 0
+    ) -> NonInferiorityTest:
         """Compare the same images on both."""
-        pair = Paired.of(reference, runtime)
+        pair = PairedDifference.of(reference, runtime)
         return cls(pair.lost, pair.gained, pair.n, max_drop, invalid)
 
     @property

@@ -8,21 +8,22 @@ from collections.abc import Callable
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.errors import RuntimeUnavailableError, unknown
 from ccn_deploy.extras import require
+from ccn_deploy.graph.signature import INPUT
 from ccn_deploy.runtimes import RUNTIMES
 from ccn_deploy.runtimes.base import Array, RuntimeOptions, check_images
 
-Activations = Callable[[Array], dict[str, Array]]
+LayerOutputs = Callable[[Array], dict[str, Array]]
 """Maps images [N, C, H, W] to the output of every layer by its name, in order of execution.
 
 The last entry is the last linear layer's: the logits. Batches are not split."""
 
 
-def open_activations(
+def open_layer_outputs(
     bundle: Bundle | str | os.PathLike[str],
     name: str = "onnxruntime-cpu",
     precision: str = "fp32",
     options: RuntimeOptions | None = None,
-) -> Activations:
+) -> LayerOutputs:
     """Open a bundle so that every layer's output can be seen; for the reference, torch in fp64.
 
     In ONNX Runtime the layers' tensors are added to the outputs of a copy of the graph. A tensor
@@ -61,8 +62,8 @@ def open_activations(
 
 def _in_onnx_runtime(
     bundle: Bundle, name: str, precision: str, options: RuntimeOptions
-) -> Activations:
-    from ccn_deploy.runtimes.onnx_runtime import INPUT, load_library, make_session, make_spec
+) -> LayerOutputs:
+    from ccn_deploy.runtimes.onnx_runtime import load_library, make_session, make_spec
 
     onnx = require("onnx", "train", "to look at single layers")
     record = bundle.forward(name, precision)

@@ -10,7 +10,7 @@ from ccn_deploy.robustness.evidence import Evidence
 
 
 @dataclass(frozen=True)
-class Effort:
+class QueryStats:
     """What one or several attacks on one target took.
 
     Attributes:
@@ -27,7 +27,7 @@ class Effort:
     seconds: float = 0.0
 
     @classmethod
-    def of(cls, evidence: Evidence) -> Effort:
+    def of(cls, evidence: Evidence) -> QueryStats:
         """Count what the evidence says of every image."""
         return cls(
             attacked=int((evidence.forward > 0).sum()),
@@ -37,7 +37,7 @@ class Effort:
         )
 
     @classmethod
-    def sum(cls, efforts: Iterable[Effort]) -> Effort:
+    def sum(cls, efforts: Iterable[QueryStats]) -> QueryStats:
         """Put several attacks together."""
         every = list(efforts)
         return cls(
@@ -68,17 +68,19 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Efforts:
+class QueryStatsPair:
     """What an attack took on both sides, each attacked by itself."""
 
-    reference: Effort = Effort()
-    runtime: Effort = Effort()
+    reference: QueryStats = QueryStats()
+    runtime: QueryStats = QueryStats()
 
     @classmethod
-    def sum(cls, efforts: Iterable[Efforts]) -> Efforts:
+    def sum(cls, efforts: Iterable[QueryStatsPair]) -> QueryStatsPair:
         """Put several attacks together, each side by itself."""
         every = list(efforts)
-        return cls(Effort.sum(e.reference for e in every), Effort.sum(e.runtime for e in every))
+        return cls(
+            QueryStats.sum(e.reference for e in every), QueryStats.sum(e.runtime for e in every)
+        )
 
     @property
     def seconds(self) -> float:

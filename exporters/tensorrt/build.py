@@ -1,6 +1,7 @@
 """Building TensorRT and TensorRT-RTX engines from ONNX graphs; ``docs/engines.md`` is for users.
 
-Both libraries are driven by the same calls; :mod:`ccn_deploy.runtimes.trt` has what differs. A
+Both libraries are driven by the same calls; :mod:`ccn_deploy.runtimes.tensorrt.library` has
+what differs. A
 network is strongly typed: its precision is that of the graph, and no flag changes it.
 """
 
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from ccn_deploy.errors import EngineBuildError, UsageError
-from ccn_deploy.exporters.engine_log import Line, read_log, refusal, worth_keeping
+from ccn_deploy.exporters.tensorrt.log import Line, read_log, refusal, worth_keeping
 from ccn_deploy.machine import this_machine
-from ccn_deploy.runtimes.trt import LIBRARIES, Library, load_library
+from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, Library, load_library
 from ccn_deploy.storage import sha256
 
-WORKER = Path(__file__).with_name("engine_worker.py")
+WORKER = Path(__file__).with_name("worker.py")
 
 NOT_BY_DEFAULT = ("7.5",)
 """Compute capabilities that TensorRT-RTX builds for only if they are asked for by name."""
@@ -124,7 +125,7 @@ def build_engine(
 
     Args:
         graph: The bytes of an ONNX file.
-        library: A name in :data:`~ccn_deploy.runtimes.trt.LIBRARIES`.
+        library: A name in :data:`~ccn_deploy.runtimes.tensorrt.library.LIBRARIES`.
         batch: Sizes of the first dimension of every input.
         candidates: Sizes of the second dimension of cotangents; of a gradient graph only.
         compute_capabilities: GPUs to build for, such as ``"8.6"``; by default those that the
@@ -196,7 +197,7 @@ def find_targets(library: str, wanted: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the compute capabilities that an engine would be for.
 
     Args:
-        library: A name in :data:`~ccn_deploy.runtimes.trt.LIBRARIES`.
+        library: A name in :data:`~ccn_deploy.runtimes.tensorrt.library.LIBRARIES`.
         wanted: Those asked for, if any.
 
     Raises:

@@ -36,24 +36,24 @@ class GradientSource(Protocol):
         ...
 
 
-class TwinGradient:
+class ReferenceGradient:
     """Gradients of the PyTorch network that the runtime's graph was lowered from.
 
     Args:
-        twin: The network, in evaluation mode with frozen parameters.
+        reference: The network, in evaluation mode with frozen parameters.
     """
 
-    def __init__(self, twin: nn.Module) -> None:
-        self.twin = frozen(twin)
+    def __init__(self, reference: nn.Module) -> None:
+        self.reference = frozen(reference)
 
     def record(self, images: Tensor) -> Tape:
-        """Run the twin once; any number of backward passes follow."""
+        """Run the reference once; any number of backward passes follow."""
         with torch.enable_grad():
             inputs = images.detach().requires_grad_()
-            return _TwinTape(inputs, self.twin(inputs))
+            return _ReferenceTape(inputs, self.reference(inputs))
 
 
-class _TwinTape:
+class _ReferenceTape:
     def __init__(self, inputs: Tensor, logits: Tensor) -> None:
         self.inputs = inputs
         self.logits = logits
@@ -110,7 +110,7 @@ class NativeModel(PyTorchModel):
 
 
 def foolbox_model(
-    runtime: Runtime, twin: nn.Module | None, *, gradient: Gradient = "twin"
+    runtime: Runtime, reference: nn.Module | None, *, gradient: Gradient = "reference"
 ) -> PyTorchModel:
     """Return a Foolbox model whose every logit comes from ``runtime``.
 
@@ -120,33 +120,35 @@ def foolbox_model(
 
     Args:
         runtime: What is attacked.
-        twin: The PyTorch network it was lowered from, or None if there is none.
-        gradient: ``"twin"``, or ``"native"`` for the runtime's own. ``"transfer"`` needs no such
-            model: what it attacks is :func:`twin_model`.
+        reference: The PyTorch network it was lowered from, or None if there is none.
+        gradient: ``"reference"``, or ``"native"`` for the runtime's own. ``"transfer"`` needs no
+            model: what it attacks is :func:`reference_model`.
 
     Raises:
         RuntimeUnavailableError: The source asked for is not there.
         ValueError: ``"transfer"``.
     """
     if gradient == "transfer":
-        raise ValueError("images to transfer are crafted on twin_model(twin)")
+        raise ValueError("images to transfer are crafted on reference_model(reference)")
     if gradient == "native":
         if not runtime.differentiable:
             raise no_gradients(runtime.spec.target)
         return NativeModel(runtime)
-    if twin is None:
+    if reference is None:
         raise RuntimeUnavailableError(
-            f"{runtime.spec.target} cannot be attacked by gradient: no PyTorch twin was given.",
-            "Give the network it was lowered from, as load_twin(bundle) returns it.",
+            f"{runtime.spec.target} cannot be attacked by gradient: no reference was given.",
+            "Give the network it was lowered from, as load_reference(bundle) returns it.",
         )
-    module = _RuntimeModule(runtime, TwinGradient(twin)).eval()
+    module = _RuntimeModule(runtime, ReferenceGradient(reference)).eval()
     # The device is said, always: left out, Foolbox takes cuda:0 where there is one.
-    return PyTorchModel(module, bounds=BOUNDS, device=next(twin.parameters()).device)
+    return PyTorchModel(module, bounds=BOUNDS, device=next(reference.parameters()).device)
 
 
-def twin_model(twin: nn.Module) -> PyTorchModel:
+def reference_model(reference: nn.Module) -> PyTorchModel:
     """Return a Foolbox model of a PyTorch network itself, on the device where it is."""
-    return PyTorchModel(frozen(twin), bounds=BOUNDS, device=next(twin.parameters()).device)
+    return PyTorchModel(
+        frozen(reference), bounds=BOUNDS, device=next(reference.parameters()).device
+    )
 
 
 def frozen(network: nn.Module) -> nn.Module:

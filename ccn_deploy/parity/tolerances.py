@@ -30,7 +30,7 @@ class Arithmetic:
 
 
 @dataclass(frozen=True)
-class Policy:
+class Tolerance:
     """The error that a precision may have.
 
     Attributes:
@@ -73,34 +73,34 @@ _U32 = 2.0**-24
 _U16 = 2.0**-11
 _UB16 = 2.0**-8
 
-POLICIES: dict[str, Policy] = {
+TOLERANCES: dict[str, Tolerance] = {
     policy.precision: policy
     for policy in (
-        Policy(
+        Tolerance(
             precision="fp32",
             arithmetic=Arithmetic(store=_U32, accumulate=_U32, norm=_U32),
             max_relative=1e-4,
             max_units=8.0,
         ),
-        Policy(
+        Tolerance(
             precision="fp16",
             arithmetic=Arithmetic(store=_U16, accumulate=_U16, norm=_U32),
             max_relative=2e-2,
             max_units=2.0,
         ),
-        Policy(
+        Tolerance(
             precision="bf16",
             arithmetic=Arithmetic(store=_UB16, accumulate=_U32, norm=_U32),
             max_relative=5e-2,
             max_units=3.0,
         ),
-        Policy(
+        Tolerance(
             precision="int8",
             arithmetic=Arithmetic(store=_U32, accumulate=_U32, norm=_U32, grid="int8"),
             max_relative=0.15,
             max_units=4.0,
         ),
-        Policy(
+        Tolerance(
             precision="fp8",
             arithmetic=Arithmetic(store=_U32, accumulate=_U32, norm=_U32, grid="fp8"),
             max_relative=0.4,
@@ -110,13 +110,13 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def policy_for(precision: str) -> Policy:
+def tolerance_for(precision: str) -> Tolerance:
     """Look up the policy of a precision.
 
     Raises:
         UsageError: There is none; the hint lists those known.
     """
     try:
-        return POLICIES[precision]
+        return TOLERANCES[precision]
     except KeyError:
-        raise unknown("precision", precision, POLICIES) from None
+        raise unknown("precision", precision, TOLERANCES) from None

@@ -30,7 +30,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Ends:
+class Signature:
     """The inputs and outputs of an engine, all of them float32 on the device, by name."""
 
     inputs: Mapping[str, Form]
@@ -64,20 +64,20 @@ class Tensor:
     profile: Sequence[Shape] = ()
 
 
-def forward_ends(image: Shape, classes: int) -> Ends:
+def forward_signature(image: Shape, classes: int) -> Signature:
     """Return the ends of an engine from images to logits."""
-    return Ends({"images": (BATCH, *image)}, {"logits": (BATCH, classes)})
+    return Signature({"images": (BATCH, *image)}, {"logits": (BATCH, classes)})
 
 
-def gradient_ends(image: Shape, classes: int) -> Ends:
+def gradient_signature(image: Shape, classes: int) -> Signature:
     """Return the ends of an engine from images and cotangents to logits and gradients."""
-    return Ends(
+    return Signature(
         {"images": (BATCH, *image), "cotangents": (BATCH, CANDIDATES, classes)},
         {"logits": (BATCH, classes), "gradients": (BATCH, CANDIDATES, *image)},
     )
 
 
-def read_limits(ends: Ends, found: Mapping[str, Tensor], path: str) -> dict[str, Range]:
+def read_limits(ends: Signature, found: Mapping[str, Tensor], path: str) -> dict[str, Range]:
     """Return the sizes that an engine takes, from its own profile.
 
     Args:

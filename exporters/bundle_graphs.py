@@ -10,13 +10,13 @@ import onnx
 import torch
 
 from ccn_deploy.bundle import NewFile
+from ccn_deploy.exporters.bundle_draft import OURS
 from ccn_deploy.exporters.checks import (
     check_gradient_graph,
     check_graph,
     check_optimized_graph,
     check_size,
 )
-from ccn_deploy.exporters.contents import OURS
 from ccn_deploy.exporters.gradient import lower_gradient
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.optimized import lower_optimized
@@ -26,7 +26,7 @@ from ccn_deploy.exporters.precision import (
     check_precision,
     convert,
 )
-from ccn_deploy.exporters.probes import check_gradient_probe, check_probe
+from ccn_deploy.exporters.reference_check import check_gradient_probe, check_probe
 from ccn_deploy.graph.builder import IR_VERSION, OPSET, to_bytes
 from ccn_deploy.models import Classifier
 

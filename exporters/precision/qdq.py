@@ -1,7 +1,7 @@
 """Putting the operands of every matrix product on a grid of int8 or fp8 numbers.
 
 In the explicit form that TensorRT and ONNX Runtime read: QuantizeLinear and DequantizeLinear
-around float32 ops. Activations have one scale a tensor, weights one a channel, and no grid has an
+around float32 ops. LayerOutputs have one scale a tensor, weights one a channel, and no grid has an
 offset. Ranges come from :mod:`ccn_deploy.exporters.precision.calibration`; the pairs are placed
 here, because a library's placement also quantises what a product is divided by.
 """

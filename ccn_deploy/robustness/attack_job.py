@@ -12,8 +12,8 @@ from ccn_deploy.attacks import AttackSpec
 from ccn_deploy.attacks.source import Gradient
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.extras import require
+from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession, Target
 from ccn_deploy.robustness.evidence import Sample, Status
-from ccn_deploy.robustness.laboratory import REFERENCE, Laboratory, Target
 from ccn_deploy.runtimes.base import Runtime
 
 TOLERANCE = 1e-6
@@ -41,7 +41,7 @@ class Trial:
 
 
 def attack(
-    laboratory: Laboratory,
+    session: AttackSession,
     trial: Trial,
     dataset: Dataset,
     indices: Array,
@@ -52,7 +52,7 @@ def attack(
     """Attack one batch and score the result where it is meant to fool, and on the reference.
 
     Args:
-        laboratory: Has the runtimes.
+        session: Has the runtimes.
         trial: What to do.
         dataset: Has the images.
         indices: int64 [N] in the data set.
@@ -65,12 +65,12 @@ def attack(
     """
     for package in ("torch", "foolbox"):
         require(package, "train", "to attack")
-    from ccn_deploy.attacks.passes import Counted
+    from ccn_deploy.attacks.passes import QueryCounter
     from ccn_deploy.attacks.perform import perform
 
     spec = trial.spec
-    target = laboratory.runtime(trial.target, spec.clip)
-    reference = laboratory.runtime(REFERENCE, spec.clip)
+    target = session.runtime(trial.target, spec.clip)
+    reference = session.runtime(REFERENCE, spec.clip)
     images = dataset.images(indices)
     labels = dataset.labels[indices]
     clean = _labels(target, images)
@@ -78,13 +78,13 @@ def attack(
 
     # A bounded attack on an image that is wrong already shows nothing. The smallest perturbation
     # that changes the label is defined for it all the same: it leaves the label given to it.
-    # On the twin, that is its own label: an image to transfer is moved over the twin's boundary.
+    # On the reference, that is its own label: an image to transfer crosses that one's boundary.
     bounded = spec.epsilon is not None
     start = clean_reference if trial.gradient == "transfer" and not bounded else clean
     attacked = (clean == labels) if bounded else (clean >= 0) & (start >= 0)
     adversarial = np.full_like(images, np.nan)
-    model = laboratory.model(trial.target, spec.clip, trial.gradient)
-    counted = Counted(model, int(attacked.sum()))
+    model = session.model(trial.target, spec.clip, trial.gradient)
+    counted = QueryCounter(model, int(attacked.sum()))
     adversarial[attacked] = perform(
         spec,
         counted,

@@ -14,7 +14,7 @@ LABELS = "labels"
 """The input that takes the place of the cotangents: int64 [N]."""
 
 
-def climbing(graph: bytes, cotangents: str, logits: str, classes: int) -> bytes:
+def with_loss_gradient(graph: bytes, cotangents: str, logits: str, classes: int) -> bytes:
     """Return a gradient graph from images and labels instead of images and cotangents.
 
     Args:

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: the library, engines, memory and shapes on a GPU."""
