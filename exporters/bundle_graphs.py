@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -14,12 +14,11 @@ from ccn_deploy.exporters.bundle_draft import OURS
 from ccn_deploy.exporters.checks import (
     check_gradient_graph,
     check_graph,
-    check_optimized_graph,
     check_size,
 )
 from ccn_deploy.exporters.gradient import lower_gradient
 from ccn_deploy.exporters.lowering import lower
-from ccn_deploy.exporters.optimized import lower_optimized
+from ccn_deploy.exporters.optimized import check_optimized, optimize
 from ccn_deploy.exporters.precision import (
     Calibration,
     NumericReport,
@@ -28,6 +27,7 @@ from ccn_deploy.exporters.precision import (
 )
 from ccn_deploy.exporters.reference_check import check_gradient_probe, check_probe
 from ccn_deploy.graph.builder import IR_VERSION, OPSET, to_bytes
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.models import Classifier
 
 
@@ -50,15 +50,15 @@ def forward_graph(model: Classifier) -> NewFile:
     return _file("forward", graph)
 
 
-def optimized_graph(model: Classifier, runtime: str) -> NewFile:
-    """Lower a network for one runtime and check the graph.
+def optimized_graph(forward: NewFile, runtime: str) -> NewFile:
+    """Rewrite a forward graph for one runtime and check the result.
 
     Raises:
         LoweringError: It is not what it must be.
     """
-    graph = lower_optimized(model)
-    check_optimized_graph(graph, model)
-    check_probe(graph, model)
+    source = as_graph(forward)
+    graph = optimize(source)
+    check_optimized(graph, source)
     return _file(f"forward:{runtime}", graph)
 
 
@@ -78,31 +78,36 @@ def gradient_graph(model: Classifier, forward: NewFile) -> NewFile:
 def converted_graph(
     source: NewFile,
     precision: str,
-    model: Classifier,
     calibration: Calibration | None,
     report: NumericReport | None,
+    keep_fp32: Sequence[str] = (),
 ) -> NewFile:
     """Convert a float32 graph and check the structural rule of its precision.
 
     Args:
         source: The float32 graph, forward or gradient.
         precision: One of :data:`ccn_deploy.exporters.precision.PRECISIONS`.
-        model: The network.
         calibration: Images, for precisions that need them.
-        report: What the norm branches met, for the manifest.
+        report: What norms and layers met, for the manifest.
+        keep_fp32: Nodes, or what their names begin with, that stay float32.
 
     Raises:
         UsageError: The precision needs a calibration and there is none.
         LoweringError: The converted graph breaks the rule.
     """
-    converted = convert(onnx.load_model_from_string(source.data), precision, calibration)
-    check_precision(converted.graph, precision, model)
+    converted = convert(as_graph(source), precision, calibration, keep_fp32)
+    check_precision(converted.graph, precision, keep_fp32)
     details: dict[str, Any] = {"layers": converted.layers}
     if converted.calibration is not None:
         details["calibration"] = converted.calibration
     if report is not None:
         details["numeric"] = report.document()
     return _file(source.role, converted.graph, precision, details)
+
+
+def as_graph(source: NewFile) -> Graph:
+    """Return the graph of a file that was written here."""
+    return Graph(onnx.load_model_from_string(source.data))
 
 
 def _file(

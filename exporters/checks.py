@@ -13,15 +13,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper, shape_inference
 from torch import nn
-from torch.nn import functional
 
 from ccn_deploy.errors import LoweringError
 from ccn_deploy.exporters.lowering import deployed_layers
-from ccn_deploy.exporters.optimized import Stage, stages
 from ccn_deploy.graph.signature import BATCH, CANDIDATES, COTANGENTS, GRADIENTS, INPUT, OUTPUT
 from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear, SubtractMean
 from ccn_deploy.models import Classifier
@@ -53,33 +50,6 @@ PATTERNS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Flatten: ("y = Flatten(x)",),
 }
 """The exact program of each kind of layer, from its input x to its output y."""
-
-OPTIMIZED_CONV = (
-    "squares = Mul(x, x)",
-    "sum = ReduceSum(squares, axes)",
-    "strips = MatMul(sum, columns)",
-    "patches = MatMul(rows, strips)",
-    "norm = Sqrt(patches)",
-    "divisor = Add(norm, delta)",
-    "shift = Conv(divisor, bias)",
-    "product = Conv(x, weight)",
-    "shifted = Add(product, shift)",
-    "rectified = Relu(shifted)",
-    "reciprocal = Reciprocal(divisor)",
-    "factor = Conv(reciprocal, ones)",
-    "y = Mul(rectified, factor)",
-)
-"""The program of a compact convolution and its ReLU in an optimised graph."""
-
-OPTIMIZED_LINEAR = (
-    "squares = Mul(x, x)",
-    "sum = ReduceSum(squares, axes)",
-    "norm = Sqrt(sum)",
-    "divisor = Add(norm, delta)",
-    "unit = Div(x, divisor)",
-    "y = Gemm(unit, weight, bias)",
-)
-"""The program of a compact linear layer in an optimised graph."""
 
 LARGEST = 2**31 - 1
 """Bytes that a protobuf message may have."""
@@ -118,18 +88,6 @@ def check_graph(graph: onnx.ModelProto, model: Classifier) -> None:
     check_valid(graph)
     check_shapes(graph, model)
     check_pattern(graph, model)
-    check_plain(graph)
-
-
-def check_optimized_graph(graph: onnx.ModelProto, model: Classifier) -> None:
-    """Run the same checks of a graph of :func:`ccn_deploy.exporters.optimized.lower_optimized`.
-
-    Raises:
-        LoweringError: Says which check failed, and where.
-    """
-    check_valid(graph)
-    check_shapes(graph, model)
-    check_optimized_pattern(graph, model)
     check_plain(graph)
 
 
@@ -216,28 +174,6 @@ def check_pattern(graph: onnx.ModelProto, model: Classifier) -> None:
     _check_programs(graph, programs)
 
 
-def check_optimized_pattern(graph: onnx.ModelProto, model: Classifier) -> None:
-    """Assert the exact program of every stage of an optimised graph.
-
-    Raises:
-        LoweringError: As :func:`check_pattern` does.
-    """
-    shapes = _infer(graph)
-    _check_programs(
-        graph,
-        [
-            Program(
-                stage.name,
-                stage.x,
-                stage.y,
-                _optimized_steps(stage),
-                dict(_given_optimized(stage, shapes[stage.x])),
-            )
-            for stage in stages(model)
-        ],
-    )
-
-
 @dataclass(frozen=True)
 class Program:
     """What a layer must be.
@@ -316,39 +252,6 @@ def _given(name: str, layer: nn.Module) -> Iterator[tuple[str, NDArray[Any]]]:
         yield f"{name}.ones", np.ones((1, 1, *layer.kernel_size), dtype=np.float32)
     if isinstance(layer, CompactConv2d | CompactLinear):
         yield f"{name}.delta", np.array(layer.delta, dtype=np.float32)
-
-
-def _optimized_steps(stage: Stage) -> tuple[str, ...]:
-    """Return the program of a stage; without a ReLU, what it would read is the product's."""
-    if isinstance(stage.layer, CompactLinear):
-        return OPTIMIZED_LINEAR
-    if not isinstance(stage.layer, CompactConv2d):
-        return PATTERNS[type(stage.layer)]
-    if stage.rectified:
-        return OPTIMIZED_CONV
-    steps = [step for step in OPTIMIZED_CONV if not step.startswith("rectified")]
-    return tuple(step.replace("rectified", "shifted") for step in steps)
-
-
-def _given_optimized(
-    stage: Stage, shape: Sequence[int | str]
-) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yield the constants of a stage that training does not learn, written down once more."""
-    name, layer = stage.name, stage.layer
-    if isinstance(layer, CompactConv2d | CompactLinear):
-        yield f"{name}.delta", np.array(layer.delta, dtype=np.float32)
-        yield f"{name}.axes", np.array([1], dtype=np.int64)
-    if isinstance(layer, CompactConv2d):
-        yield f"{name}.ones", np.ones((layer.out_channels, 1, 1, 1), dtype=np.float32)
-        # Each unit vector, put through torch's own window, gives one column of the sums.
-        for what, size, axis in (("rows", shape[2], 0), ("columns", shape[3], 1)):
-            sums = functional.conv1d(
-                torch.eye(int(size))[:, None],
-                torch.ones(1, 1, layer.kernel_size[axis]),
-                stride=layer.stride[axis],
-                padding=int(layer.padding[axis]),
-            )[:, 0].numpy()
-            yield f"{name}.{what}", sums.T if what == "rows" else sums
 
 
 def _step(node: onnx.NodeProto, layer: str, x: str, y: str) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import onnx
 import torch
 
 from ccn_deploy.bundle import MANIFEST, Bundle, NewFile, write_bundle
@@ -178,9 +177,9 @@ class _Maker:
         """
         optimize = self._wanted.optimize
         forward = self._graph("forward", lambda: bundle_graphs.forward_graph(self.model))
-        if optimize is not None and differs(self.model):
+        if optimize is not None and differs(bundle_graphs.as_graph(forward)):
             self._graph(
-                f"forward:{optimize}", lambda: bundle_graphs.optimized_graph(self.model, optimize)
+                f"forward:{optimize}", lambda: bundle_graphs.optimized_graph(forward, optimize)
             )
         gradient = self._contents.find("gradient", "fp32")
         if gradient is None and self._wanted.gradient and not keep_without_gradient:
@@ -219,7 +218,7 @@ class _Maker:
         calibration = self._images if precision not in GRADIENTS else None
         report = self._report if graph.role == "forward" else None
         self._contents.add(
-            bundle_graphs.converted_graph(graph, precision, self.model, calibration, report)
+            bundle_graphs.converted_graph(graph, precision, calibration, report)
         )
 
     @cached_property
@@ -238,7 +237,7 @@ class _Maker:
             if self._wanted.calibration is not None:
                 raise
             return None
-        return numeric_report(onnx.load_model_from_string(forward.data), images)
+        return numeric_report(bundle_graphs.as_graph(forward), images)
 
     def _engine(self, library: str, graph: NewFile) -> None:
         batch, candidates, prefix = self._wanted.batch, None, ""
