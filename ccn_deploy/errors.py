@@ -19,6 +19,7 @@ code  meaning
         * ``InputError`` -- images or labels outside their contract
         * ``DatasetNotFoundError``
         * ``NotABundleError``, ``NotARunError``
+        * ``GraphError`` -- an ONNX graph that this package does not take or cannot compute
     * ``EnvironmentUnfitError`` (3)
         * ``MissingExtraError`` -- an optional dependency is not installed
         * ``RuntimeUnavailableError`` -- the runtime, device or precision asked for is not here
@@ -88,6 +89,10 @@ class NotABundleError(UsageError):
 
 class NotARunError(UsageError):
     """A path that holds no training run, or an unfinished one."""
+
+
+class GraphError(UsageError):
+    """An ONNX graph that this package does not take; names the node where there is one."""
 
 
 class EnvironmentUnfitError(CcnDeployError):

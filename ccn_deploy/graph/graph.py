@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from ccn_deploy.errors import GraphError
 from ccn_deploy.graph.signature import OUTPUT
+
+if TYPE_CHECKING:
+    from ccn_deploy.graph.shapes import Probe
 
 Shape = tuple[int | str, ...]
 """Sizes of a tensor. A string is a size that belongs to the batch: ``"batch"``, or ``"4*batch"``
@@ -114,6 +118,75 @@ class Graph:
                 if tensor:
                     found.setdefault(tensor, []).append(node)
         return {tensor: tuple(nodes) for tensor, nodes in found.items()}
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shape of every tensor, inputs and constants among them.
+
+        Raises:
+            GraphError: The graph does not run on batches of two and three images.
+        """
+        return self._probe.shapes
+
+    @property
+    def fixed(self) -> Mapping[str, NDArray[Any]]:
+        """Values of integer and truth tensors that depend neither on images nor on the batch.
+
+        Raises:
+            GraphError: As for :attr:`shapes`.
+        """
+        return self._probe.fixed
+
+    @property
+    def floats(self) -> frozenset[str]:
+        """Names of the floating-point tensors that depend on the images, which are one of them.
+
+        Raises:
+            GraphError: As for :attr:`shapes`.
+        """
+        return self._probe.floats
+
+    @cached_property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images, as the graph declares it.
+
+        Raises:
+            GraphError: The first input is no image of a fixed size.
+        """
+        from ccn_deploy.graph.shapes import input_shapes
+
+        name = self.inputs[0] if self.inputs else "(none)"
+        shape = input_shapes(self).get(name, ())
+        if len(shape) != 4 or any(isinstance(size, str) for size in shape[1:]):
+            raise GraphError(
+                f"The input {name!r} of shape {list(shape)} is no batch of images of one size.",
+                "A network must take images as [batch, channels, height, width].",
+            )
+        channels, height, width = (int(size) for size in shape[1:])
+        return channels, height, width
+
+    @cached_property
+    def classes(self) -> int:
+        """Number of logits an image.
+
+        Raises:
+            GraphError: The output is no batch of logits; or as for :attr:`shapes`.
+        """
+        name = OUTPUT if OUTPUT in self.outputs else self.outputs[0]
+        shape = self.shapes[name]
+        if len(shape) != 2 or not isinstance(shape[1], int):
+            raise GraphError(
+                f"The output {name!r} has shape {list(shape)}, not [batch, classes].",
+                "Choose an output that holds one score a class.",
+            )
+        return shape[1]
+
+    @cached_property
+    def _probe(self) -> Probe:
+        # Only here: evaluating needs this module.
+        from ccn_deploy.graph.shapes import probe
+
+        return probe(self)
 
     def above(self, tensor: str = OUTPUT) -> tuple[Node, ...]:
         """Return the nodes that a tensor depends on, in order of execution."""

@@ -1,0 +1,237 @@
+"""Operators that treat every element alike, in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ccn_deploy.graph.calls import Call, Function, Operator
+from ccn_deploy.layers import SQUARE_FLOOR
+
+
+def guarded_sqrt(x: Tensor) -> Tensor:
+    """Return the root, with slope 0 below the floor: at an all-zero patch it would be infinite.
+
+    The slope is that of :func:`ccn_deploy.layers.guarded_sqrt`; the value is the graph's own.
+    """
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x.sqrt()
+    return torch.where(x < SQUARE_FLOOR, x.detach().sqrt(), x.clamp_min(SQUARE_FLOOR).sqrt())
+
+
+def _plain(function: Callable[..., Tensor]) -> Operator:
+    return lambda call: function
+
+
+def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Operator:
+    """Broadcast as NumPy does; before operator set 7 an attribute said where to begin."""
+
+    def operator(call: Call) -> Function:
+        axis = call.get("axis")
+        if axis is None or call.opset >= 7:
+            return function
+
+        def run(x: Tensor, y: Tensor) -> Tensor:
+            after = x.dim() - axis % x.dim() - y.dim()
+            return function(x, y.reshape(*y.shape, *[1] * after))
+
+        return run
+
+    return operator
+
+
+def _divide(x: Tensor, y: Tensor) -> Tensor:
+    if x.is_floating_point():
+        return x / y
+    return torch.div(x, y, rounding_mode="trunc")
+
+
+def _modulo(call: Call) -> Function:
+    return torch.fmod if call.get("fmod", 0) else torch.remainder
+
+
+def _power(call: Call) -> Function:
+    exponent = call.number_at(1)
+    if call.known[1] is None or call.known[1].numel() != 1:
+        return lambda x, y: torch.pow(x, y).to(x.dtype)
+    value = exponent(())
+
+    def run(x: Tensor, *_: Tensor) -> Tensor:
+        if value == 2:
+            return x.square()
+        if value == 0.5:
+            return guarded_sqrt(x)
+        return torch.pow(x, value).to(x.dtype)
+
+    return run
+
+
+def _fold(function: Callable[[Tensor, Tensor], Tensor]) -> Operator:
+    def run(first: Tensor, *rest: Tensor) -> Tensor:
+        for tensor in rest:
+            first = function(first, tensor)
+        return first
+
+    return lambda call: run
+
+
+def _mean(first: Tensor, *rest: Tensor) -> Tensor:
+    total = first
+    for tensor in rest:
+        total = total + tensor
+    return total / (1 + len(rest))
+
+
+def _clip(call: Call) -> Function:
+    low, high = call.number_at(1, "min"), call.number_at(2, "max")
+
+    def run(*inputs: Tensor) -> Tensor:
+        least, most = low(inputs), high(inputs)
+        x = inputs[0]
+        if least is not None and most is not None and least > most:
+            return torch.full_like(x, most)  # as the standard says; torch agrees, save the slope
+        return x if least is None and most is None else x.clamp(least, most)
+
+    return run
+
+
+def _leaky_relu(call: Call) -> Function:
+    slope = call.get("alpha", 0.01)
+    return lambda x: F.leaky_relu(x, slope)
+
+
+def _prelu(x: Tensor, slope: Tensor) -> Tensor:
+    return torch.where(x < 0, x * slope, x)
+
+
+def _elu(call: Call) -> Function:
+    alpha = call.get("alpha", 1.0)
+    return lambda x: F.elu(x, alpha)
+
+
+def _celu(call: Call) -> Function:
+    alpha = call.get("alpha", 1.0)
+    return lambda x: F.celu(x, alpha)
+
+
+def _selu(call: Call) -> Function:
+    alpha = call.get("alpha", 1.67326319217681884765625)
+    gamma = call.get("gamma", 1.05070102214813232421875)
+    return lambda x: gamma * F.elu(x, alpha)
+
+
+def _hard_sigmoid(call: Call) -> Function:
+    alpha, beta = call.get("alpha", 0.2), call.get("beta", 0.5)
+    return lambda x: (x * alpha + beta).clamp(0, 1)
+
+
+def _gelu(call: Call) -> Function:
+    approximate = call.get("approximate", "none")
+    return lambda x: F.gelu(x, approximate=approximate)
+
+
+def _swish(call: Call) -> Function:
+    alpha = call.get("alpha", 1.0)
+    return lambda x: x * torch.sigmoid(alpha * x)
+
+
+def _thresholded_relu(call: Call) -> Function:
+    alpha = call.get("alpha", 1.0)
+    return lambda x: torch.where(x > alpha, x, torch.zeros_like(x))
+
+
+def _shrink(call: Call) -> Function:
+    bias, edge = call.get("bias", 0.0), call.get("lambd", 0.5)
+
+    def run(x: Tensor) -> Tensor:
+        inner = torch.where(x > edge, x - bias, torch.zeros_like(x))
+        return torch.where(x < -edge, x + bias, inner)
+
+    return run
+
+
+def _softplus(x: Tensor) -> Tensor:
+    # torch's default threshold, 20, is a float32 one: in float64 it errs by 2e-9.
+    return F.softplus(x, threshold=40.0)
+
+
+def _where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return torch.where(condition.to(x.device), x, y)
+
+
+def _is_infinite(call: Call) -> Function:
+    low, high = call.get("detect_negative", 1), call.get("detect_positive", 1)
+    return lambda x: torch.isinf(x) & ((x < 0) & bool(low) | (x > 0) & bool(high))
+
+
+OPERATORS: dict[str, Operator] = {
+    "Abs": _plain(torch.abs),
+    "Acos": _plain(torch.acos),
+    "Acosh": _plain(torch.acosh),
+    "Add": _binary(torch.add),
+    "And": _binary(torch.logical_and),
+    "Asin": _plain(torch.asin),
+    "Asinh": _plain(torch.asinh),
+    "Atan": _plain(torch.atan),
+    "Atanh": _plain(torch.atanh),
+    "BitwiseAnd": _plain(torch.bitwise_and),
+    "BitwiseNot": _plain(torch.bitwise_not),
+    "BitwiseOr": _plain(torch.bitwise_or),
+    "BitwiseXor": _plain(torch.bitwise_xor),
+    "Ceil": _plain(torch.ceil),
+    "Celu": _celu,
+    "Clip": _clip,
+    "Cos": _plain(torch.cos),
+    "Cosh": _plain(torch.cosh),
+    "Div": _binary(_divide),
+    "Elu": _elu,
+    "Equal": _binary(torch.eq),
+    "Erf": _plain(torch.erf),
+    "Exp": _plain(torch.exp),
+    "Floor": _plain(torch.floor),
+    "Gelu": _gelu,
+    "Greater": _binary(torch.gt),
+    "GreaterOrEqual": _binary(torch.ge),
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": _plain(F.hardswish),
+    "IsInf": _is_infinite,
+    "IsNaN": _plain(torch.isnan),
+    "LeakyRelu": _leaky_relu,
+    "Less": _binary(torch.lt),
+    "LessOrEqual": _binary(torch.le),
+    "Log": _plain(torch.log),
+    "Max": _fold(torch.maximum),
+    "Mean": _plain(_mean),
+    "Min": _fold(torch.minimum),
+    "Mish": _plain(F.mish),
+    "Mod": _modulo,
+    "Mul": _binary(torch.mul),
+    "Neg": _plain(torch.neg),
+    "Not": _plain(torch.logical_not),
+    "Or": _binary(torch.logical_or),
+    "PRelu": _plain(_prelu),
+    "Pow": _power,
+    "Reciprocal": _plain(torch.reciprocal),
+    "Relu": _plain(torch.relu),
+    "Round": _plain(torch.round),
+    "Selu": _selu,
+    "Shrink": _shrink,
+    "Sigmoid": _plain(torch.sigmoid),
+    "Sign": _plain(torch.sign),
+    "Sin": _plain(torch.sin),
+    "Sinh": _plain(torch.sinh),
+    "Softplus": _plain(_softplus),
+    "Softsign": _plain(F.softsign),
+    "Sqrt": _plain(guarded_sqrt),
+    "Sub": _binary(torch.sub),
+    "Sum": _fold(torch.add),
+    "Swish": _swish,
+    "Tan": _plain(torch.tan),
+    "Tanh": _plain(torch.tanh),
+    "ThresholdedRelu": _thresholded_relu,
+    "Where": _plain(_where),
+    "Xor": _binary(torch.logical_xor),
+}

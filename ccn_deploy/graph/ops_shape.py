@@ -1,0 +1,421 @@
+"""Operators that move elements and compute none, and the integer operators of shape arithmetic.
+
+Sizes, axes and indices stay on the CPU, whatever device the images are on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ccn_deploy.graph.calls import Call, Function, Operator
+
+
+def _shape(call: Call) -> Function:
+    start, end = call.get("start", 0), call.get("end")
+    return lambda x: torch.tensor(x.shape[start:end], dtype=torch.int64)
+
+
+def _reshape(call: Call) -> Function:
+    sizes = call.list_at(1, "shape")
+    keep = not call.get("allowzero", 0)
+
+    def run(*inputs: Tensor) -> Tensor:
+        x, wanted = inputs[0], sizes(inputs) or []
+        return x.reshape([x.shape[i] if n == 0 and keep else n for i, n in enumerate(wanted)])
+
+    return run
+
+
+def _flatten(call: Call) -> Function:
+    axis = call.get("axis", 1)
+
+    def run(x: Tensor) -> Tensor:
+        at = axis + x.dim() if axis < 0 else axis
+        return x.reshape(math.prod(x.shape[:at]), math.prod(x.shape[at:]))
+
+    return run
+
+
+def _squeeze(call: Call) -> Function:
+    axes = call.list_at(1, "axes")
+
+    def run(*inputs: Tensor) -> Tensor:
+        wanted = axes(inputs)
+        return inputs[0].squeeze() if wanted is None else inputs[0].squeeze(tuple(wanted))
+
+    return run
+
+
+def _unsqueeze(call: Call) -> Function:
+    axes = call.list_at(1, "axes")
+
+    def run(*inputs: Tensor) -> Tensor:
+        x, wanted = inputs[0], axes(inputs) or []
+        rank = x.dim() + len(wanted)
+        for axis in sorted(axis % rank for axis in wanted):
+            x = x.unsqueeze(axis)
+        return x
+
+    return run
+
+
+def _transpose(call: Call) -> Function:
+    order = call.get("perm")
+    return lambda x: x.permute(order or list(range(x.dim()))[::-1])
+
+
+def _concat(call: Call) -> Function:
+    axis = call.get("axis", 1)
+    return lambda *inputs: torch.cat(inputs, axis)
+
+
+def _split(call: Call) -> Function:
+    axis, pieces = call.get("axis", 0), call.get("num_outputs", call.outputs)
+    sizes = call.list_at(1, "split")
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        x, wanted = inputs[0], sizes(inputs)
+        if wanted is None:
+            size = math.ceil(x.shape[axis] / pieces)
+            wanted = [size] * (pieces - 1) + [x.shape[axis] - size * (pieces - 1)]
+        return x.split(wanted, axis)
+
+    return run
+
+
+def _slice(call: Call) -> Function:
+    starts, ends = call.list_at(1, "starts"), call.list_at(2, "ends")
+    axes, steps = call.list_at(3, "axes"), call.list_at(4)
+
+    def run(*inputs: Tensor) -> Tensor:
+        x = inputs[0]
+        begin, end = starts(inputs) or [], ends(inputs) or []
+        wanted, step = axes(inputs) or range(len(begin)), steps(inputs) or [1] * len(begin)
+        index = [slice(None)] * x.dim()
+        for axis, first, last, stride in zip(wanted, begin, end, step, strict=True):
+            if stride > 0:
+                index[axis] = slice(first, last, stride)
+            else:  # torch has no backward steps
+                places = range(*slice(first, last, stride).indices(x.shape[axis]))
+                x = x.index_select(axis, torch.tensor(places, device=x.device, dtype=torch.int64))
+        return x[tuple(index)]
+
+    return run
+
+
+def _pad(call: Call) -> Function:
+    mode = call.get("mode", "constant")
+    sizes = call.list_at(1, "paddings" if "paddings" in call.attributes else "pads")
+    value, axes = call.number_at(2, "value", 0.0), call.list_at(3)
+
+    def run(*inputs: Tensor) -> Tensor:
+        x, wanted = inputs[0], sizes(inputs) or []
+        along = axes(inputs) or range(x.dim())
+        before, after = wanted[: len(along)], wanted[len(along) :]
+        if mode != "constant":
+            for axis, front, back in zip(along, before, after, strict=True):
+                x = _pad_axis(x, axis, front, back, mode) if front or back else x
+            return x
+        pairs = [[0, 0] for _ in range(x.dim())]
+        for axis, front, back in zip(along, before, after, strict=True):
+            pairs[axis] = [front, back]
+        fill = value(inputs)
+        return F.pad(x, [size for pair in reversed(pairs) for size in pair], value=fill)
+
+    return run
+
+
+def _pad_axis(x: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor:
+    kind = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}[mode]
+    crop_front, crop_back = max(-before, 0), max(-after, 0)
+    places = np.arange(crop_front, x.shape[axis] - crop_back)
+    places = np.pad(places, (max(before, 0), max(after, 0)), mode=kind)  # type: ignore[call-overload]
+    return x.index_select(axis, torch.from_numpy(places).to(x.device))
+
+
+def _gather(call: Call) -> Function:
+    axis = call.get("axis", 0)
+    known = call.known[1]
+    single = known.item() if known is not None and known.dim() == 0 else None
+
+    def run(x: Tensor, indices: Tensor) -> Tensor:
+        at = axis % x.dim()
+        if single is not None:
+            return x.select(at, int(single))
+        flat = indices.to(x.device, torch.int64).reshape(-1)
+        flat = torch.where(flat < 0, flat + x.shape[at], flat)
+        picked = x.index_select(at, flat)
+        return picked.reshape(*x.shape[:at], *indices.shape, *x.shape[at + 1 :])
+
+    return run
+
+
+def _gather_elements(call: Call) -> Function:
+    axis = call.get("axis", 0)
+
+    def run(x: Tensor, indices: Tensor) -> Tensor:
+        places = indices.to(x.device, torch.int64)
+        return x.gather(axis, torch.where(places < 0, places + x.shape[axis], places))
+
+    return run
+
+
+def _gather_nd(call: Call) -> Function:
+    shared = call.get("batch_dims", 0)
+
+    def run(x: Tensor, indices: Tensor) -> Tensor:
+        places = indices.to(x.device, torch.int64)
+        if not shared:
+            return x[tuple(places.unbind(-1))]
+        lead = x.shape[:shared]
+        flat, where = x.reshape(-1, *x.shape[shared:]), places.reshape(-1, *places.shape[shared:])
+        rows = [a[tuple(b.unbind(-1))] for a, b in zip(flat, where, strict=True)]
+        return torch.stack(rows).reshape(*lead, *rows[0].shape)
+
+    return run
+
+
+def _scatter_nd(call: Call) -> Function:
+    how = call.get("reduction", "none")
+    if how not in ("none", "add"):
+        raise call.refuse(f"the reduction {how!r} is not supported")
+
+    def run(x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+        places = tuple(indices.to(x.device, torch.int64).unbind(-1))
+        return x.index_put(places, updates.to(x.device), accumulate=how == "add")
+
+    return run
+
+
+def _scatter_elements(call: Call) -> Function:
+    axis, how = call.get("axis", 0), call.get("reduction", "none")
+    if how not in ("none", "add"):
+        raise call.refuse(f"the reduction {how!r} is not supported")
+
+    def run(x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+        places = indices.to(x.device, torch.int64)
+        places = torch.where(places < 0, places + x.shape[axis], places)
+        return (x.scatter_add if how == "add" else x.scatter)(axis, places, updates.to(x.device))
+
+    return run
+
+
+def _expand(call: Call) -> Function:
+    sizes = call.list_at(1)
+    return lambda *inputs: inputs[0].expand(
+        torch.broadcast_shapes(inputs[0].shape, tuple(sizes(inputs) or ()))
+    )
+
+
+def _tile(call: Call) -> Function:
+    repeats = call.list_at(1)
+    return lambda *inputs: inputs[0].repeat(repeats(inputs) or [])
+
+
+def _range(call: Call) -> Function:
+    def run(start: Tensor, limit: Tensor, step: Tensor) -> Tensor:
+        return torch.arange(start.item(), limit.item(), step.item(), dtype=start.dtype)
+
+    return run
+
+
+def _constant_of_shape(call: Call) -> Function:
+    sizes = call.list_at(0)
+    value = np.asarray(call.get("value", np.zeros(1, np.float32))).reshape(-1)[0]
+    dtype = call.dtype if value.dtype.kind == "f" else TORCH_TYPES[value.dtype.name]
+    return lambda *inputs: torch.full(sizes(inputs) or [], value.item(), dtype=dtype)
+
+
+def _depth_to_space(call: Call) -> Function:
+    n, mode = call.get("blocksize"), call.get("mode", "DCR")
+
+    def run(x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        if mode == "DCR":
+            parts = x.reshape(batch, n, n, -1, height, width).permute(0, 3, 4, 1, 5, 2)
+        else:
+            parts = x.reshape(batch, -1, n, n, height, width).permute(0, 1, 4, 2, 5, 3)
+        return parts.reshape(batch, channels // n**2, height * n, width * n)
+
+    return run
+
+
+def _space_to_depth(call: Call) -> Function:
+    n = call.get("blocksize")
+
+    def run(x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        parts = x.reshape(batch, channels, height // n, n, width // n, n)
+        return parts.permute(0, 3, 5, 1, 2, 4).reshape(
+            batch, channels * n**2, height // n, width // n
+        )
+
+    return run
+
+
+def _trilu(call: Call) -> Function:
+    cut: Callable[..., Tensor] = torch.triu if call.get("upper", 1) else torch.tril
+    diagonal = call.number_at(1, default=0)
+    return lambda *inputs: cut(inputs[0], diagonal(inputs))
+
+
+def _cumulative_sum(call: Call) -> Function:
+    along = call.number_at(1)
+    exclusive, backward = call.get("exclusive", 0), call.get("reverse", 0)
+
+    def run(*inputs: Tensor) -> Tensor:
+        x, axis = inputs[0], along(inputs)
+        x = x.flip(axis) if backward else x
+        sums = x.cumsum(axis, dtype=x.dtype)
+        sums = sums - x if exclusive else sums
+        return sums.flip(axis) if backward else sums
+
+    return run
+
+
+def _one_hot(call: Call) -> Function:
+    axis = call.get("axis", -1)
+    depth = call.number_at(1)
+
+    def run(*inputs: Tensor) -> Tensor:
+        indices, values, count = inputs[0].to(torch.int64), inputs[2], int(depth(inputs))
+        places = torch.where(indices < 0, indices + count, indices).unsqueeze(axis)
+        at = axis % places.dim()
+        steps = torch.arange(count, device=indices.device)
+        chosen = places == steps.view(-1, *[1] * (places.dim() - at - 1))
+        return torch.where(chosen, values[1], values[0])
+
+    return run
+
+
+def _eye_like(call: Call) -> Function:
+    offset, kind = call.get("k", 0), call.get("dtype")
+
+    def run(x: Tensor) -> Tensor:
+        eye = torch.ones_like(x).tril(offset).triu(offset)
+        return eye if kind is None else cast(eye, kind, call.dtype)
+
+    return run
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return x.nonzero().T
+
+
+def cast(x: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
+    """Cast to an element type of ONNX, given by its number.
+
+    Floats stay in the type that all floats are computed in; those of fewer bits than float32
+    round to that type's values.
+    """
+    if kind in (1, 11):
+        return x.to(dtype)
+    if kind in NARROW_FLOATS:
+        return _round_to(x.to(dtype), NARROW_FLOATS[kind]).to(dtype)
+    return x.to(INTEGERS[kind])
+
+
+def _round_to(x: Tensor, kind: torch.dtype) -> Tensor:
+    if kind.itemsize == 1:  # out of range saturates, as the standard's default is
+        largest = torch.finfo(kind).max
+        x = x.clamp(-largest, largest)
+    return x.to(kind)
+
+
+def _cast(call: Call) -> Function:
+    kind = call.get("to")
+    kind = _NUMBERS[kind] if isinstance(kind, str) else kind
+    if kind not in (1, 11) and kind not in NARROW_FLOATS and kind not in INTEGERS:
+        raise call.refuse(f"no numbers of ONNX's element type {kind}")
+    return lambda x: cast(x, kind, call.dtype)
+
+
+def _cast_like(call: Call) -> Function:
+    if len(call.types) > 1 and call.types[1] is not None and call.types[1].name == "float16":
+        return lambda x, like: cast(x, 10, call.dtype)
+    return lambda x, like: x.to(like.dtype)
+
+
+TORCH_TYPES: dict[str, torch.dtype] = {
+    "bool": torch.bool,
+    "int8": torch.int8,
+    "int16": torch.int16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "uint8": torch.uint8,
+    "uint16": torch.int32,  # torch computes little in the wider unsigned types
+    "uint32": torch.int64,
+    "uint64": torch.int64,
+}
+"""Torch's type for NumPy's, of integers and truth values."""
+
+NARROW_FLOATS: dict[int, torch.dtype] = {
+    10: torch.float16,
+    16: torch.bfloat16,
+    17: torch.float8_e4m3fn,
+    19: torch.float8_e5m2,
+}
+"""Element types of ONNX below float32."""
+
+INTEGERS: dict[int, torch.dtype] = {
+    2: torch.uint8,
+    3: torch.int8,
+    4: torch.int32,
+    5: torch.int16,
+    6: torch.int32,
+    7: torch.int64,
+    9: torch.bool,
+    12: torch.int64,
+    13: torch.int64,
+}
+"""Element types of ONNX that hold integers or truth values."""
+
+_NUMBERS = {"FLOAT": 1, "FLOAT16": 10, "DOUBLE": 11, "INT32": 6, "INT64": 7, "BOOL": 9}
+
+
+def _dropout(call: Call) -> Function:
+    if call.outputs == 1:
+        return lambda x, *rest: x
+    return lambda x, *rest: (x, torch.ones_like(x, dtype=torch.bool))
+
+
+OPERATORS: dict[str, Operator] = {
+    "Cast": _cast,
+    "CastLike": _cast_like,
+    "Concat": _concat,
+    "ConstantOfShape": _constant_of_shape,
+    "CumSum": _cumulative_sum,
+    "DepthToSpace": _depth_to_space,
+    "Dropout": _dropout,
+    "Expand": _expand,
+    "EyeLike": _eye_like,
+    "Flatten": _flatten,
+    "Gather": _gather,
+    "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
+    "Identity": lambda call: lambda x: x,
+    "NonZero": lambda call: _nonzero,
+    "OneHot": _one_hot,
+    "Pad": _pad,
+    "Range": _range,
+    "Reshape": _reshape,
+    "ScatterElements": _scatter_elements,
+    "ScatterND": _scatter_nd,
+    "Shape": _shape,
+    "Size": lambda call: lambda x: torch.tensor(x.numel(), dtype=torch.int64),
+    "Slice": _slice,
+    "SpaceToDepth": _space_to_depth,
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Tile": _tile,
+    "Transpose": _transpose,
+    "Trilu": _trilu,
+    "Unsqueeze": _unsqueeze,
+}
