@@ -20,6 +20,8 @@ code  meaning
         * ``DatasetNotFoundError``
         * ``NotABundleError``, ``NotARunError``
         * ``GraphError`` -- an ONNX graph that this package does not take or cannot compute
+
+        * ``NoGradientError`` -- a network with an op that no gradient graph can be made of
     * ``EnvironmentUnfitError`` (3)
         * ``MissingExtraError`` -- an optional dependency is not installed
         * ``RuntimeUnavailableError`` -- the runtime, device or precision asked for is not here
@@ -93,6 +95,10 @@ class NotARunError(UsageError):
 
 class GraphError(UsageError):
     """An ONNX graph that this package does not take; names the node where there is one."""
+
+
+class NoGradientError(UsageError):
+    """A network of which no gradient graph can be made; the message names the op and its node."""
 
 
 class EnvironmentUnfitError(CcnDeployError):
