@@ -104,7 +104,8 @@ class _Reading:
         delta = self._one_constant(shifted)
         root = graph.made_by.get(_other(graph, shifted))
         quotient = next(
-            (r for r in graph.readers[self._norm.divisor] if r.inputs[0] == self._norm.product), None
+            (r for r in graph.readers[self._norm.divisor] if r.inputs[0] == self._norm.product),
+            None,
         )
         if delta is None or root is None or root.op != "Sqrt" or quotient is None:
             return None
@@ -202,7 +203,9 @@ class _Reading:
         weight = self._graph.constants[self._nodes[0].inputs[1]]
         transposed = self._nodes[0].op == "Conv" or self._nodes[0].attributes.get("transB", 0)
         channels = weight.shape[0 if transposed else 1]
-        bias = next((self._graph.constants[t] for t in add.inputs if t in self._graph.constants), None)
+        bias = next(
+            (self._graph.constants[t] for t in add.inputs if t in self._graph.constants), None
+        )
         per_channel = (channels,) + (1,) * (rank - 1)
         if bias is None or bias.size != channels or bias.shape[-rank:] != per_channel:
             self._nodes.remove(add)

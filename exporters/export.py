@@ -217,9 +217,7 @@ class _Maker:
         self._progress(f"Converting to {bundle_graphs.path_of(graph.role, precision)}")
         calibration = self._images if precision not in GRADIENTS else None
         report = self._report if graph.role == "forward" else None
-        self._contents.add(
-            bundle_graphs.converted_graph(graph, precision, calibration, report)
-        )
+        self._contents.add(bundle_graphs.converted_graph(graph, precision, calibration, report))
 
     @cached_property
     def _images(self) -> Calibration:

@@ -159,10 +159,12 @@ class _Rewriting:
             patches = self._node("MatMul", [rows, strips], f"{name}.patches")
         norm = self._node("Sqrt", [patches], f"{name}.norm")
         divisor = self._node("Add", [norm, delta], f"{name}.divisor")
-        scaled = self._node("Conv", [x, weight], f"{name}.product", **layer.attributes)
+        shift = ""
         if layer.bias is not None:
             bias = self._constant(f"{name}.bias", layer.bias.reshape(-1, 1, 1, 1))
             shift = self._node("Conv", [divisor, bias], f"{name}.shift", **POINTWISE)
+        scaled = self._node("Conv", [x, weight], f"{name}.product", **layer.attributes)
+        if shift:
             scaled = self._node("Add", [scaled, shift], f"{name}.shifted")
         if layer.rectified:
             scaled = self._node("Relu", [scaled], f"{name}.rectified")

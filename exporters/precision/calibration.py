@@ -49,9 +49,7 @@ class Calibration:
             raise unknown("calibration method", self.method, METHODS)
 
 
-def ranges(
-    graph: Graph, tensors: Mapping[str, str], calibration: Calibration
-) -> dict[str, float]:
+def ranges(graph: Graph, tensors: Mapping[str, str], calibration: Calibration) -> dict[str, float]:
     """Return, for each tensor, the largest absolute value to represent.
 
     Args:

@@ -20,17 +20,22 @@ from ccn_deploy.graph.graph import Graph, Node
 from ccn_deploy.graph.signature import OUTPUT
 
 
+NO_KERNELS = {"fp16": frozenset[str](), "bf16": frozenset({"HardSwish", "Mish"})}
+"""Ops that TensorRT refuses in a precision though ONNX has them in it."""
+
+
 def low_nodes(forward: Graph, to: Format, wide: Set[str]) -> frozenset[str]:
     """Return the names of the forward nodes that compute in a half precision.
 
-    All but those of ``wide``, those whose operator has no such type, and those with a single
-    number that would become 0, such as an epsilon.
+    All but those of ``wide``, those whose operator has no such type or no kernel, and those with a
+    single number that would become 0, such as an epsilon.
     """
     signatures = Signatures(forward, to)
     return frozenset(
         node.name
         for node in forward.above()
         if node.name not in wide
+        and node.op not in NO_KERNELS[to.precision]
         and signatures.can_be_low(node)
         and not any(
             _vanishes(forward.constants[tensor], to)
@@ -197,9 +202,7 @@ def _vanishes(value: NDArray[np.generic], to: Format) -> bool:
     return bool(number[0] != 0 and rounded(number, to)[0] == 0)
 
 
-def _rounded(
-    node: Node, name: str, value: NDArray[np.float32], to: Format
-) -> NDArray[np.float32]:
+def _rounded(node: Node, name: str, value: NDArray[np.float32], to: Format) -> NDArray[np.float32]:
     found = rounded(value, to)
     if (np.isinf(found) & np.isfinite(value)).any():
         raise LoweringError(

@@ -118,9 +118,7 @@ def _to_half(graph: Graph, forward: Graph, to: Format, kept: frozenset[str]) -> 
     rounded = Graph(round_constants(forward, to, low))
     if COTANGENTS in graph.inputs:  # the gradient is that of the rounded weights
         rounded = Graph(gradient_graph(rounded))
-    return Converted(
-        to_half(rounded, to, low), layer_precisions(forward, to.precision, low)
-    )
+    return Converted(to_half(rounded, to, low), layer_precisions(forward, to.precision, low))
 
 
 def _to_grid(

@@ -32,7 +32,14 @@ SPREADING = frozenset({"Expand", "Reshape", "Squeeze", "Transpose", "Unsqueeze",
 """Ops that a norm passes without being changed, and those that must not be on its way."""
 
 ABOVE_ROOTS = SPREADING | {
-    "Add", "AveragePool", "Clip", "GlobalAveragePool", "Max", "ReduceMean", "ReduceSum", "Sub",
+    "Add",
+    "AveragePool",
+    "Clip",
+    "GlobalAveragePool",
+    "Max",
+    "ReduceMean",
+    "ReduceSum",
+    "Sub",
 }
 """Ops between squares and the root of their sum, besides products with constants that add up."""
 
@@ -53,9 +60,7 @@ BETWEEN = ("Relu", "MaxPool", "Flatten")
 """Ops that have no business in float32 in a half precision."""
 
 
-def check_precision(
-    model: onnx.ModelProto, precision: str, keep_fp32: Sequence[str] = ()
-) -> None:
+def check_precision(model: onnx.ModelProto, precision: str, keep_fp32: Sequence[str] = ()) -> None:
     """Assert the structural rule of low precision on a converted graph.
 
     * Inputs and outputs are float32.

@@ -67,9 +67,7 @@ class Signatures:
         return frozenset(
             at
             for at, formal in formals
-            if self.is_float(node.outputs[at])
-            and formal in read
-            and self._allows(schema, formal)
+            if self.is_float(node.outputs[at]) and formal in read and self._allows(schema, formal)
         )
 
     def can_be_low(self, node: Node) -> bool:
