@@ -100,6 +100,7 @@ class GraphError(UsageError):
     """An ONNX graph that this package does not take; names the node where there is one."""
 
 
+
 class EnvironmentUnfitError(CcnDeployError):
     """This machine lacks something that the command needs."""
 

@@ -138,7 +138,7 @@ def export(
     source = _open(run)
     for module in ("torch", "safetensors", "onnx"):
         require(module, "train", "to export a run")
-    from ccn_deploy.exporters import CalibrationRequest, export_run
+    from ccn_deploy.exporters import CalibrationRequest, export_bundle
     from ccn_deploy.exporters.tensorrt.build import Batches
 
     notes: list[str] = []
@@ -159,7 +159,7 @@ def export(
         notes.append,
     )
     with console.err.status("Lowering and checking") as status:
-        bundle = export_run(
+        bundle = export_bundle(
             source,
             output,
             overwrite=overwrite,

@@ -56,3 +56,21 @@ def _check_fit(model: Classifier, state: dict[str, Tensor]) -> None:
                 f"not {want.dtype} {list(want.shape)}.",
                 "Train or export it again.",
             )
+
+
+def run_network(run: TrainedRun) -> tuple[nn.Module, Graph]:
+    """Return the network of a run and its forward graph.
+
+    Networks of this package are lowered by our own walk over their layers; a network of the
+    user's own is made by its factory again and exported as any torch module is.
+
+    Raises:
+        IntegrityError: The weights do not belong to the network.
+        UsageError: The factory is not there any more.
+    """
+    card = run.card
+    if not run.network:
+        model = network_from(card.architecture, card.defense, card.classes, run.weights)
+        return model, Graph(lower(model))
+    module = trained_module(run)
+    return module, Graph(export_module(module, card.input_shape))
