@@ -10,8 +10,6 @@ from ccn_deploy.runs import WEIGHTS
 from ccn_deploy.targets import Role
 
 
-
-
 class BundleDraft:
     """The files of a bundle that is being made.
 

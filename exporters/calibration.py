@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ccn_deploy.bundle.card import ModelCard
 from ccn_deploy.data import DataOptions, ModelInput, load_dataset

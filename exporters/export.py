@@ -21,10 +21,10 @@ from ccn_deploy.exporters.precision import (
     NumericReport,
     numeric_report,
 )
+from ccn_deploy.exporters.sources.opening import NetworkSource, of_run
 from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, find_targets
 from ccn_deploy.extras import require
 from ccn_deploy.graph.graph import Graph
-from ccn_deploy.exporters.sources.opening import NetworkSource, of_run
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
 from ccn_deploy.targets import DEPLOYED_PRECISIONS, PRECISIONS, Role, precision_named
@@ -156,9 +156,7 @@ def export_bundle(
 class _Maker:
     """Adds to the draft of a bundle what is wanted and not there."""
 
-    def __init__(
-        self, draft: BundleDraft, wanted: Wanted, progress: Callable[[str], None]
-    ) -> None:
+    def __init__(self, draft: BundleDraft, wanted: Wanted, progress: Callable[[str], None]) -> None:
         forward = draft.find(Role.FORWARD, "fp32")
         assert forward is not None  # a source has one, and a bundle was let in with one
         self._forward = forward
@@ -186,9 +184,9 @@ class _Maker:
             if precision == "fp32":
                 continue
             self._convert(self._forward, precision)
-            if gradient is not None and self._wanted.gradient:
-                if PRECISIONS[precision].has_gradients:
-                    self._convert(gradient, precision)
+            differentiable = self._wanted.gradient and PRECISIONS[precision].has_gradients
+            if gradient is not None and differentiable:
+                self._convert(gradient, precision)
 
     def make_engines(self) -> None:
         """Add an engine of every graph that is wanted."""
@@ -233,7 +231,10 @@ class _Maker:
         if graph.role.has_gradients:
             most = min(CANDIDATES, self._draft.card.classes)
             prefix, candidates = "gradient-", Batches(1, most, most)
-            batch = batch.at_most(LARGEST_TENSOR // (most * _largest_activation(bundle_graphs.graph_of(self._forward))))
+            batch = batch.at_most(
+                LARGEST_TENSOR
+                // (most * _largest_activation(bundle_graphs.graph_of(self._forward)))
+            )
         asked = self._wanted.asked_of(library)
         named = asked or not LIBRARIES[library].portable
         gpus = [f"-sm{target.replace('.', '')}" for target in find_targets(library, asked) if named]
@@ -263,7 +264,10 @@ class _Maker:
                 graph.precision,
                 library,
                 Lineage(sources=(graph.path,), step="build"),
-                made_by={**bundle_graphs.OURS, LIBRARIES[library].distribution: built.details["version"]},
+                made_by={
+                    **bundle_graphs.OURS,
+                    LIBRARIES[library].distribution: built.details["version"],
+                },
                 details=details,
             )
         )

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from ccn_deploy.bundle import MANIFEST, Bundle, open_bundle
 from ccn_deploy.bundle.card import ModelCard, Source
 from ccn_deploy.errors import UsageError
+from ccn_deploy.exporters.sources.agreement import module_agreement
 from ccn_deploy.exporters.sources.class_names import read_class_names
-from ccn_deploy.exporters.sources.factory import is_factory, load_factory, load_weights
 from ccn_deploy.exporters.sources.intake import Intake
-from ccn_deploy.exporters.sources.module import export_module, input_shape_of, module_agreement
 from ccn_deploy.exporters.sources.onnx_file import OnnxFile, open_onnx_file
 from ccn_deploy.exporters.sources.run import run_network
 from ccn_deploy.graph.builder import to_bytes
@@ -33,7 +34,7 @@ class SourceOptions:
         name: For people; that of the file or the factory if empty.
     """
 
-    intake: Intake = Intake()
+    intake: Intake = field(default_factory=Intake)
     weights: Path | None = None
     classes: Path | None = None
     evaluation: Mapping[str, object] = field(default_factory=dict)
@@ -59,7 +60,7 @@ class NetworkSource:
     path: Path = Path()
 
 
-def open_source(given: str, options: SourceOptions = SourceOptions()) -> NetworkSource | Bundle:
+def open_source(given: str, options: SourceOptions | None = None) -> NetworkSource | Bundle:
     """Open whatever a user wants to deploy.
 
     Args:
@@ -74,8 +75,9 @@ def open_source(given: str, options: SourceOptions = SourceOptions()) -> Network
             :func:`~ccn_deploy.exporters.sources.onnx_file.open_onnx_file` and
             :mod:`ccn_deploy.exporters.sources.factory` say.
     """
+    options = options or SourceOptions()
     path = Path(given)
-    if is_factory(given):
+    if not path.exists() and ":" in given:
         return _of_module(given, options)
     if path.is_file():
         if options.weights is not None:
@@ -113,7 +115,7 @@ def of_run(run: TrainedRun) -> NetworkSource:
         agreement=module_agreement(module, graph),
     )
     weights = run.weights if run.card.architecture else b""
-    card = msgspec_replace(run.card, source=source)
+    card = msgspec.structs.replace(run.card, source=source)
     return NetworkSource(card, graph, weights, path=run.path)
 
 
@@ -125,6 +127,9 @@ def _of_onnx_file(path: Path, options: SourceOptions) -> NetworkSource:
 
 def _of_module(given: str, options: SourceOptions) -> NetworkSource:
     """Export a module, then take the export in as an ONNX file is."""
+    from ccn_deploy.exporters.sources.factory import load_factory, load_weights
+    from ccn_deploy.exporters.sources.module import export_module, input_shape_of
+
     module = load_factory(given)
     notes: tuple[str, ...] = ()
     if options.weights is not None:
