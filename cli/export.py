@@ -378,6 +378,7 @@ def _document(bundle: Bundle) -> dict[str, Any]:
         "bundle": str(bundle.path),
         "digest": manifest.digest,
         "name": card.name,
+        "title": card.title,
         "architecture": card.architecture,
         "defense": card.defense,
         "class_names": list(card.class_names),
@@ -402,10 +403,9 @@ def _print(document: dict[str, Any]) -> None:
     from rich.table import Table
 
     from ccn_deploy.cli import console
-    from ccn_deploy.cli.text import network_title
 
     path = escape(document["bundle"])
-    console.out.print(f"[bold]{path}[/]: {escape(network_title(document))}", soft_wrap=True)
+    console.out.print(f"[bold]{path}[/]: {escape(document['title'])}", soft_wrap=True)
     for topic, text in document["source"].items():
         console.out.print(f"{topic}: {escape(text)}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)

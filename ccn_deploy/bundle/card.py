@@ -93,6 +93,11 @@ class ModelCard(Record, frozen=True, kw_only=True):
         self.source.preprocessing.check(self.input_shape[0])
 
     @property
+    def title(self) -> str:
+        """What headings call it: for networks of the paper, defense and architecture."""
+        return f"{self.defense} on {self.architecture}" if self.architecture else self.name
+
+    @property
     def classes(self) -> int:
         """Number of logits."""
         return len(self.class_names)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ccn_deploy.architectures import ARCHITECTURES
 from ccn_deploy.attacks.source import GRADIENTS
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.report.claim_text import Json
@@ -17,7 +16,6 @@ def provenance(bundle: Bundle, measurements: Sequence[Measurement]) -> list[Fact
     """Return how the numbers came about; measurements are of the same images."""
     card, first = bundle.card, measurements[0]
     dataset = first.dataset
-    architecture = ARCHITECTURES.get(card.architecture)
     headers = [evidence.header for evidence in _evidence(measurements)]
     versions = {
         name: version
