@@ -51,9 +51,9 @@ def _strip(model: onnx.ModelProto) -> None:
     """Clear what has no meaning for the function."""
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        part.doc_string = ""
-        if hasattr(part, "metadata_props"):
-            del part.metadata_props[:]
+        for field in ("doc_string", "metadata_props"):
+            if field in part.DESCRIPTOR.fields_by_name:
+                part.ClearField(field)
     del graph.value_info[:]
     del graph.quantization_annotation[:]
     constants = {constant.name for constant in graph.initializer}
@@ -69,9 +69,31 @@ def _raised(model: onnx.ModelProto) -> onnx.ModelProto:
     opset = 21 if grouped else OPSET
     if model.opset_import[0].version >= opset:
         return model
+    if grouped:
+        _widen_groups(model)
     raised = version_converter.convert_version(model, opset)
     _strip(raised)
     return raised
+
+
+def _widen_groups(model: onnx.ModelProto) -> None:
+    """Give GroupNormalization a scale and a shift a channel; before opset 21 it was one a group.
+
+    The converter of ONNX raises the number and leaves the constants.
+    """
+    graph = Graph(model)
+    for node in graph.nodes:
+        if node.op != "GroupNormalization":
+            continue
+        channels, groups = graph.shapes[node.inputs[0]][1], node.attributes["num_groups"]
+        for index in (1, 2):
+            value = graph.constants.get(node.inputs[index])
+            if value is None or not isinstance(channels, int):
+                continue
+            name = f"{node.outputs[0]}.{('scale', 'shift')[index - 1]}"
+            wide = np.repeat(value, channels // groups)
+            model.graph.initializer.append(numpy_helper.from_array(wide, name))
+            node.proto.input[index] = name
 
 
 def _fold(model: onnx.ModelProto) -> None:

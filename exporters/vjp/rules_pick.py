@@ -11,6 +11,7 @@ from ccn_deploy.exporters.vjp.rules_move import padded
 from ccn_deploy.exporters.vjp.table import rule
 from ccn_deploy.exporters.vjp.tape import Gradient, Site
 from ccn_deploy.graph.evaluate import GraphModule
+from ccn_deploy.graph.signature import INPUT
 
 
 def along(at: Site, tensor: str, axis: int, source: NDArray[np.int64], size: int) -> str:
@@ -63,7 +64,7 @@ def _gather(at: Site, g: Gradient) -> Owed:
     if indices is None:
         if not _is_whole_axis(at, axis):
             at.refuse("picks by indices that are computed")
-        return [g]
+        return [Gradient(at.shaped(at.whole(g), at.shape(at.x)))]
     size = at.sizes(at.x, [axis])[0]
     tensor, shape = at.whole(g), at.shape(at.x)
     if indices.ndim != 1:
@@ -74,11 +75,18 @@ def _gather(at: Site, g: Gradient) -> Owed:
 
 def _is_whole_axis(at: Site, axis: int) -> bool:
     """Whether the indices are 0, 1, 2, ... to the end of the axis, for any batch."""
-    if at.shape(at.x) != at.shape(at.y):
+    forward = at.tape.forward
+    seen = {
+        tensor
+        for node in forward.above(at.node.inputs[1])
+        if node.op not in ("Shape", "Size")
+        for tensor in node.inputs
+    }
+    if not seen.isdisjoint(forward.floats):
         return False
     for count in (2, 3):
-        (indices,) = _inputs(at, count, [1])
-        if not torch.equal(indices.long(), torch.arange(len(indices))):
+        x, indices = _inputs(at, count, [0, 1])
+        if not torch.equal(indices.reshape(-1).long(), torch.arange(x.shape[axis])):
             return False
     return True
 
@@ -86,8 +94,9 @@ def _is_whole_axis(at: Site, axis: int) -> bool:
 def _inputs(at: Site, count: int, which: list[int]) -> list[torch.Tensor]:
     """Return inputs of the node for a batch of grey images, in float64."""
     forward = at.tape.forward
+    pixels = forward.shapes[INPUT][1:]
     module = GraphModule(forward, torch.float64)
-    images = torch.full((count, *forward.input_shape), 0.5, dtype=torch.float64)
+    images = torch.full((count, *pixels), 0.5, dtype=torch.float64)
     names = [at.node.inputs[index] for index in which]
     with torch.no_grad():
         values = module.values(images, names)
