@@ -30,7 +30,9 @@ def _concat(at: Site, g: Gradient) -> Owed:
     if len(sizes) == 1:
         return [Gradient(tensor)]
     if len(needed) > 1:
-        parts = at.many("Split", [tensor, at.ints(*sizes)], outputs=len(sizes), axis=axis + 1)
+        parts = at.many(
+            "Split", [tensor, at.ints(*sizes)], outputs=len(sizes), axis=axis + 1
+        )
         return [Gradient(part) for part in parts]
     found: list[Gradient | None] = [None] * len(sizes)
     for index in needed:

@@ -37,9 +37,9 @@ def _mean(at: Site, tensor: str, axes: Sequence[int]) -> str:
     return at.add("ReduceMean", tensor, at.ints(*axes), keepdims=1)
 
 
-def normalised(
-    at: Site, x: str, axes: Sequence[int], epsilon: float, centred: bool = True
-) -> tuple[str, str]:
+def normalised(at: Site, x: str, axes: Sequence[int], epsilon: float, centred: bool = True) -> (
+    tuple[str, str]
+):
     """Normalise a forward tensor as the forward pass did.
 
     Args:
