@@ -24,9 +24,9 @@ from ccn_deploy.exporters.precision import (
     NumericReport,
     numeric_report,
 )
+from ccn_deploy.exporters.sources.run import network_from
 from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, find_targets
 from ccn_deploy.extras import require
-from ccn_deploy.exporters.sources.run import network_from
 from ccn_deploy.models import Classifier
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES

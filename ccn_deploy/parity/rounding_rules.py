@@ -218,7 +218,9 @@ def _elementwise(step: Step) -> Tensor:
         power = step.noisy[1]
         whole = power is not None and power.numel() == 1 and power.item() in (1.0, 2.0, 0.5)
         return step.rounded(result, step.store if whole else FEW * step.store)
-    size = MAGNITUDES[op](x.detach(), result.detach()) if op in MAGNITUDES else result.detach().abs()
+    size = (
+        MAGNITUDES[op](x.detach(), result.detach()) if op in MAGNITUDES else result.detach().abs()
+    )
     return result + FEW * step.store * size * step.errors.uniform(result, step.axis)
 
 
@@ -266,9 +268,7 @@ def _normalization(step: Step) -> Tensor:
     return step.rounded(y if bias is None else y + bias, step.store)
 
 
-def _normalized(
-    step: Step, x: Tensor, dims: list[int], epsilon: float, *, centred: bool
-) -> Tensor:
+def _normalized(step: Step, x: Tensor, dims: list[int], epsilon: float, *, centred: bool) -> Tensor:
     """Return ``x`` over the root of its mean square, less its mean if it is to be centred."""
     unit, terms = step.inner, math.prod(x.shape[dim] for dim in dims)
     squares = x.detach().square()
