@@ -245,7 +245,9 @@ class GraphModule(nn.Module):
             key = self._buffer_of.get(node.inputs[1]) if node.op == "Conv" else None
             weight = self._buffers[key] if key else None
             if key and weight is not None and weight.dim() == 4:
-                self._buffers[key] = weight.contiguous(memory_format=torch.channels_last)
+                # `contiguous` would leave the strides of kernels with one channel as they are.
+                turned = torch.empty(weight.shape, memory_format=torch.channels_last)
+                self._buffers[key] = turned.copy_(weight)
 
     def _join_quotients(self, steps: list[_Step]) -> list[_Step]:
         """Compute a / b + constant in one pass: a compact layer then costs what its module does.

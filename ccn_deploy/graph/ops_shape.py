@@ -84,7 +84,7 @@ def _split(call: Call) -> Function:
         if wanted is None:
             size = math.ceil(x.shape[axis] / pieces)
             wanted = [size] * (pieces - 1) + [x.shape[axis] - size * (pieces - 1)]
-        return x.split(wanted, axis)
+        return torch.split(x, wanted, axis)  # type: ignore[no-any-return, no-untyped-call]
 
     return run
 
@@ -208,9 +208,13 @@ def _scatter_elements(call: Call) -> Function:
 
 def _expand(call: Call) -> Function:
     sizes = call.list_at(1)
-    return lambda *inputs: inputs[0].expand(
-        torch.broadcast_shapes(inputs[0].shape, tuple(sizes(inputs) or ()))
-    )
+
+    def run(*inputs: Tensor) -> Tensor:
+        wanted = tuple(sizes(inputs) or ())
+        shape = torch.broadcast_shapes(inputs[0].shape, wanted)  # type: ignore[no-untyped-call]
+        return inputs[0].expand(shape)
+
+    return run
 
 
 def _tile(call: Call) -> Function:
