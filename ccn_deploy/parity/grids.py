@@ -1,9 +1,9 @@
 """Operands on the grids of int8 and fp8, as the deployed graph has them and as it might have.
 
 Errors of a grid are not random: the deployed one rounds every image alike. The first draw takes
-the deployed grid, the others take grids up to :data:`STRETCH` finer or coarser with the same limits:
-errors of the same kind that fall otherwise. No grid is shifted, since every one holds 0 exactly,
-which is what most activations are.
+the deployed grid, the others take grids up to :data:`STRETCH` finer or coarser with the same
+limits: errors of the same kind that fall otherwise. No grid is shifted, since every one holds 0
+exactly, which is what most activations are.
 """
 
 from __future__ import annotations
