@@ -151,8 +151,8 @@ def _terms(node: Node, factors: Sequence[Tensor]) -> int:
     if node.op == "Conv":
         return factors[1][0].numel()
     if node.op == "ConvTranspose":
-        x, weight = factors
-        taps = weight.shape[2:].numel() / math.prod(node.attributes.get("strides", [1]))
+        weight = factors[1]
+        taps = math.prod(weight.shape[2:]) / math.prod(node.attributes.get("strides", [1]))
         return math.ceil(weight.shape[0] / node.attributes.get("group", 1) * taps)
     if node.op == "Gemm":
         return factors[0].shape[0 if node.attributes.get("transA", 0) else 1]
@@ -218,7 +218,9 @@ def _elementwise(step: Step) -> Tensor:
         power = step.noisy[1]
         whole = power is not None and power.numel() == 1 and power.item() in (1.0, 2.0, 0.5)
         return step.rounded(result, step.store if whole else FEW * step.store)
-    size = MAGNITUDES[op](x.detach(), result.detach()) if op in MAGNITUDES else result.detach().abs()
+    size = (
+        MAGNITUDES[op](x.detach(), result.detach()) if op in MAGNITUDES else result.detach().abs()
+    )
     return result + FEW * step.store * size * step.errors.uniform(result, step.axis)
 
 
@@ -266,9 +268,7 @@ def _normalization(step: Step) -> Tensor:
     return step.rounded(y if bias is None else y + bias, step.store)
 
 
-def _normalized(
-    step: Step, x: Tensor, dims: list[int], epsilon: float, *, centred: bool
-) -> Tensor:
+def _normalized(step: Step, x: Tensor, dims: list[int], epsilon: float, *, centred: bool) -> Tensor:
     """Return ``x`` over the root of its mean square, less its mean if it is to be centred."""
     unit, terms = step.inner, math.prod(x.shape[dim] for dim in dims)
     squares = x.detach().square()
@@ -312,21 +312,21 @@ def _softmax(step: Step) -> Tensor:
 
 EXACT = frozenset(
     {
-        "Abs", "ArgMax", "ArgMin", "Cast", "CastLike", "Ceil", "Clip", "Concat", "Constant",
-        "ConstantOfShape", "DepthToSpace", "DequantizeLinear", "Dropout", "Expand", "EyeLike",
-        "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "GlobalMaxPool", "Identity",
-        "Max", "MaxPool", "Min", "Neg", "OneHot", "Pad", "QuantizeLinear", "Range", "ReduceMax",
-        "ReduceMin", "Relu", "Reshape", "Round", "ScatterElements", "ScatterND", "Shape", "Sign",
-        "Size", "Slice", "SpaceToDepth", "Split", "Squeeze", "ThresholdedRelu", "Tile", "TopK",
-        "Transpose", "Trilu", "Unsqueeze", "Where",
+        "Abs", "ArgMax", "ArgMin", "Cast", "CastLike", "Ceil", "Clip", "Concat", "ConstantOfShape",
+        "DepthToSpace", "Dropout", "Expand", "EyeLike", "Flatten", "Floor", "Gather",
+        "GatherElements", "GatherND", "GlobalMaxPool", "Hardmax", "Identity", "Max", "MaxPool",
+        "Min", "Neg", "OneHot", "Pad", "Range", "ReduceMax", "ReduceMin", "Relu", "Reshape",
+        "Round", "ScatterElements", "ScatterND", "Shape", "Sign", "Size", "Slice", "SpaceToDepth",
+        "Split", "Squeeze", "ThresholdedRelu", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze",
+        "Where",
     }
 )  # fmt: skip
 """Ops that choose, move or compare their inputs and round nothing."""
 
 ONE_ROUNDING = frozenset(
     {
-        "Add", "Div", "LeakyRelu", "Mean", "Mod", "Mul", "PRelu", "Reciprocal", "Sqrt", "Sub",
-        "Sum",
+        "Add", "Div", "LeakyRelu", "Mean", "Mod", "Mul", "PRelu", "Reciprocal", "Shrink", "Sqrt",
+        "Sub", "Sum",
     }
 )  # fmt: skip
 """Ops whose exact result is rounded once."""

@@ -29,9 +29,8 @@ def provenance(bundle: Bundle, measurements: Sequence[Measurement]) -> list[Fact
     alike = len(set(sources.values())) == 1
     gradients = [sources[first.precision]] if alike else [f"{p}: {s}" for p, s in sources.items()]
     facts = [
-        Fact(
-            "Architecture", architecture.title if architecture else card.architecture or card.name
-        ),
+        Fact("Network", card.title),
+        *(Fact(topic.capitalize(), text) for topic, text in card.source.told().items()),
         Fact("Training", _training(card.training)),
         Fact("Data", f"{dataset['name']}, {dataset['split']} split"),
         Fact(
