@@ -21,17 +21,10 @@ from ccn_deploy.exporters.precision import (
     NumericReport,
     numeric_report,
 )
-<<<<<<< HEAD
 from ccn_deploy.exporters.sources.opening import NetworkSource, of_run
 from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, find_targets
 from ccn_deploy.extras import require
 from ccn_deploy.graph.graph import Graph
-=======
-from ccn_deploy.exporters.sources.run import network_from
-from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, find_targets
-from ccn_deploy.extras import require
-from ccn_deploy.models import Classifier
->>>>>>> w-parity
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
 from ccn_deploy.targets import DEPLOYED_PRECISIONS, PRECISIONS, Role, precision_named

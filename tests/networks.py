@@ -9,11 +9,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 
-<<<<<<< HEAD
 from ccn_deploy.bundle import Source
-=======
 from ccn_deploy.layers import CompactConv2d, CompactLinear
->>>>>>> w-parity
 from ccn_deploy.models import Classifier, build_model
 from ccn_deploy.records import encode
 from ccn_deploy.runs import RUN, WEIGHTS, Finished, RunRecord, TrainedRun

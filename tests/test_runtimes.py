@@ -20,22 +20,14 @@ from ccn_deploy.errors import (
     RuntimeUnavailableError,
     UsageError,
 )
-<<<<<<< HEAD
 from ccn_deploy.exporters import export_bundle
-=======
-from ccn_deploy.exporters import export_run
 from ccn_deploy.exporters.sources.run import network_from
->>>>>>> w-parity
 from ccn_deploy.runtimes import RUNTIMES, RuntimeOptions, RuntimeSpec, open_runtime
 from ccn_deploy.runtimes.base import check_images
 from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
 from ccn_deploy.runtimes.torch_runtime import load_reference
-<<<<<<< HEAD
 from ccn_deploy.targets import Role
-from tests.networks import as_run, difficult_images, random_network
-=======
 from tests.networks import as_lowered, as_run, difficult_images, random_network
->>>>>>> w-parity
 
 HERE = ["onnxruntime-cpu", "torch"]
 """Runtimes that every machine has."""
@@ -373,19 +365,8 @@ def test_a_graph_of_the_right_digest_that_is_no_such_graph_is_refused_quietly(
     assert capfd.readouterr() == ("", "")
 
 
-<<<<<<< HEAD
-def test_weights_of_another_network_are_refused(bundle: Bundle, tmp_path: Path) -> None:
-    other = as_run(random_network("mnist-cnn", "sm"))
-    run = replace(as_run(random_network("mnist-cnn", "ccn")), weights=other.weights)
-    mixed = write_bundle(
-        tmp_path / "mixed",
-        card=run.card,
-        files=[NewFile("weights.safetensors", run.weights, Role.WEIGHTS)],
-    )
-=======
 def test_weights_of_another_network_are_refused() -> None:
     weights = as_run(random_network("mnist-cnn", "sm")).weights
->>>>>>> w-parity
     with pytest.raises(IntegrityError, match=r"conv1\.alpha"):
         network_from("mnist-cnn", "ccn", 10, weights)
 
