@@ -27,7 +27,7 @@ from ccn_deploy.errors import (
 )
 from ccn_deploy.exporters import CalibrationRequest, engines, export_bundle
 from ccn_deploy.exporters.calibration import load_calibration
-from ccn_deploy.exporters.gradient import lower_gradient
+from benchmarks.handwritten_gradient import lower_gradient
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import PRECISIONS, Calibration, convert
 from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, known_targets

@@ -33,7 +33,7 @@ from ccn_deploy.errors import (
 )
 from ccn_deploy.exporters import export_bundle
 from ccn_deploy.exporters.checks import check_gradient_graph, check_size
-from ccn_deploy.exporters.gradient import lower_gradient
+from benchmarks.handwritten_gradient import lower_gradient
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.reference_check import check_gradient_probe
 from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear, SubtractMean, guarded_sqrt
