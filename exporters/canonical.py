@@ -109,9 +109,7 @@ def _fold(model: onnx.ModelProto) -> None:
         if found is not None:
             values.update(found)
             folded.update(found)
-    _replace(
-        model.graph.node, [node for node in model.graph.node if node.output[0] not in folded]
-    )
+    _replace(model.graph.node, [node for node in model.graph.node if node.output[0] not in folded])
     held = {constant.name for constant in model.graph.initializer}
     model.graph.initializer.extend(
         numpy_helper.from_array(np.asarray(value, order="C"), name)
@@ -209,9 +207,7 @@ def _bypass(model: onnx.ModelProto) -> None:
         else:
             continue
         gone.add(result)
-    _replace(
-        model.graph.node, [node for node in model.graph.node if node.output[0] not in gone]
-    )
+    _replace(model.graph.node, [node for node in model.graph.node if node.output[0] not in gone])
     _rename(model, lambda name: renamed.get(name, name))
 
 

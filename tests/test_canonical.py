@@ -118,7 +118,9 @@ def test_identity_dropout_and_what_nobody_needs_go() -> None:
 
 
 def test_an_identity_that_names_the_images_stays() -> None:
-    graph = parsed("f = Flatten(images) a = Identity(f) b = Sin(f) c = Mul(a, b) logits = Identity(c)")
+    graph = parsed(
+        "f = Flatten(images) a = Identity(f) b = Sin(f) c = Mul(a, b) logits = Identity(c)"
+    )
     assert ops(canonical(graph)) == ["Flatten", "Sin", "Mul"]
 
 

@@ -7,7 +7,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from ccn_deploy.errors import NoGradientError
 from ccn_deploy.exporters.vjp import RULES, gradient_graph
 from ccn_deploy.exporters.vjp.table import Rule
 from ccn_deploy.graph.evaluate import GraphModule
-from ccn_deploy.graph.graph import Graph
 from tests.vjp_cases import CASES, Case, ints, scalar
 
 BY_NAME = {case.name: case for case in CASES}
@@ -179,13 +177,17 @@ def test_gradients_of_a_tensor_that_many_read_add_up() -> None:
 def test_steps_and_integers_send_nothing_back() -> None:
     body = "a = Floor(images) b = Add(a, images) c = Greater(images, h) f = Cast<to = 1>(c)"
     body += " y = Add(b, f)"
-    got, truth = at_images(leaf_case("steps", (2, 3), body, h=scalar(0.5)), noise(Case("x", (2, 3), ""), 2))
+    got, truth = at_images(
+        leaf_case("steps", (2, 3), body, h=scalar(0.5)), noise(Case("x", (2, 3), ""), 2)
+    )
     assert off(got, truth) < 1e-6
 
 
 def test_an_op_without_a_rule_is_named_with_its_node_and_what_still_works() -> None:
     graph = leaf_case("none", (2, 3), "y = ReduceProd(images, a)", a=ints(1)).graph()
-    with pytest.raises(NoGradientError, match="ReduceProd node 'y' is of an op that has no rule") as e:
+    with pytest.raises(
+        NoGradientError, match="ReduceProd node 'y' is of an op that has no rule"
+    ) as e:
         gradient_graph(graph)
     assert "serving" in e.value.hint and "scores" in e.value.hint
 
@@ -219,7 +221,9 @@ def test_names_of_the_forward_graph_are_kept_and_new_ones_are_free() -> None:
     assert all(".grad" in name for name in added[1:-1])
 
 
-@pytest.mark.parametrize("op", ["Mul", "Conv", "MaxPool", "Softmax", "LayerNormalization", "Gather"])
+@pytest.mark.parametrize(
+    "op", ["Mul", "Conv", "MaxPool", "Softmax", "LayerNormalization", "Gather"]
+)
 def test_a_wrong_rule_is_caught(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = RULES[op]
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 -- one case a line reads best
 """Small graphs, one or more for every rule of the gradient graph."""
 
 from __future__ import annotations
@@ -6,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx
 from onnx import numpy_helper
 from onnx.parser import parse_model
 
@@ -211,7 +211,9 @@ CONVOLUTIONS = [
 ]  # fmt: skip
 
 
-def pool(name: str, attributes: str, shape: tuple[int, ...] = (2, 7, 8), op: str = "MaxPool") -> Case:
+def pool(
+    name: str, attributes: str, shape: tuple[int, ...] = (2, 7, 8), op: str = "MaxPool"
+) -> Case:
     return Case(f"{op} {name}", shape, f"y = {op}<{attributes}>(images)")
 
 
@@ -317,7 +319,9 @@ MOVES = [
 ]  # fmt: skip
 
 
-def resize(name: str, attributes: str, scales: tuple[float, ...], shape: tuple[int, ...] = IMAGE) -> Case:
+def resize(
+    name: str, attributes: str, scales: tuple[float, ...], shape: tuple[int, ...] = IMAGE
+) -> Case:
     body = f"y = Resize<{attributes}>(images, , s)"
     return Case(f"Resize {name}", shape, body, {"s": np.array(scales, dtype=np.float32)})
 

@@ -10,12 +10,15 @@ from ccn_deploy.exporters.vjp.engine import FLAT
 from ccn_deploy.graph.ops import OPERATORS
 
 NO_FLOATS = frozenset(
-    "And ArgMax ArgMin BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Equal Greater "
-    "GreaterOrEqual IsInf IsNaN Less LessOrEqual NonZero Not Or Shape Size Xor".split()
+    {
+        *("And", "ArgMax", "ArgMin", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr"),
+        *("BitwiseXor", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less"),
+        *("LessOrEqual", "NonZero", "Not", "Or", "Shape", "Size", "Xor"),
+    }
 )
 """Ops that give integers or truth values: what they decide counts as fixed, as in PyTorch."""
 
-NO_IMAGES = frozenset("Constant ConstantOfShape EyeLike OneHot Range".split())
+NO_IMAGES = frozenset({"Constant", "ConstantOfShape", "EyeLike", "OneHot", "Range"})
 """Ops whose floats come from constants and integers."""
 
 REASONS = {

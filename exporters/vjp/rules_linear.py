@@ -131,9 +131,7 @@ def _conv(at: Site, g: Gradient) -> Owed:
     back = at.unfold(_transposed(at, window, folded), at.sizes(at.x))
     bias = None
     if at.needed(2):
-        bias = Gradient(
-            at.summed(at.whole(g), [0, *range(2, at.rank(at.y))], keepdims=False)
-        )
+        bias = Gradient(at.summed(at.whole(g), [0, *range(2, at.rank(at.y))], keepdims=False))
     return [Gradient(back), None, bias]
 
 

@@ -30,9 +30,7 @@ def _concat(at: Site, g: Gradient) -> Owed:
     if len(sizes) == 1:
         return [Gradient(tensor)]
     if len(needed) > 1:
-        parts = at.many(
-            "Split", [tensor, at.ints(*sizes)], outputs=len(sizes), axis=axis + 1
-        )
+        parts = at.many("Split", [tensor, at.ints(*sizes)], outputs=len(sizes), axis=axis + 1)
         return [Gradient(part) for part in parts]
     found: list[Gradient | None] = [None] * len(sizes)
     for index in needed:
@@ -94,10 +92,8 @@ def _depth_to_space(at: Site, g: Gradient) -> Owed:
     channels, high, wide = at.sizes(at.x)
     inner = channels // block**2
     folded = at.fold(at.whole(g), [inner, high, block, wide, block])
-    if at.attribute("mode", "DCR") == "DCR":
-        perm = [0, 3, 5, 1, 2, 4]
-    else:
-        perm = [0, 1, 3, 5, 2, 4]
+    depth_first = at.attribute("mode", "DCR") == "DCR"
+    perm = [0, 3, 5, 1, 2, 4] if depth_first else [0, 1, 3, 5, 2, 4]
     back = at.add("Transpose", folded, perm=perm)
     return [Gradient(at.unfold(back, [channels, high, wide]))]
 
@@ -126,16 +122,18 @@ def _pad(at: Site, g: Gradient) -> Owed:
             continue
         size = at.sizes(at.x, [axis])[0]
         if mode == "constant":
-            tensor = _unpad(at, tensor, axis, size, before, behind)
+            tensor = _unpad(at, tensor, axis, (before, behind))
         else:
             source = np.pad(np.arange(size), (before, behind), mode=mode)
             tensor = along(at, tensor, axis, source, size)
     return [Gradient(tensor)]
 
 
-def _unpad(at: Site, tensor: str, axis: int, size: int, before: int, behind: int) -> str:
+def _unpad(at: Site, tensor: str, axis: int, amounts: tuple[int, int]) -> str:
     """Cut off what was padded, and pad what was cut off."""
+    before, behind = amounts
     if max(before, behind) > 0:
+        (size,) = at.sizes(at.x, [axis])
         start = max(before, 0)
         end = start + size + min(before, 0) + min(behind, 0)
         tensor = _cut(at, tensor, axis, start, end)

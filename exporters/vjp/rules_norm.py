@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,67 +38,58 @@ def _mean(at: Site, tensor: str, axes: Sequence[int]) -> str:
     return at.add("ReduceMean", tensor, at.ints(*axes), keepdims=1)
 
 
-def normalised(at: Site, x: str, axes: Sequence[int], epsilon: float, centred: bool = True) -> (
-    tuple[str, str]
-):
-    """Normalise a forward tensor as the forward pass did.
+@dataclass(frozen=True)
+class Normal:
+    """A forward tensor, normalised once more, as the forward pass did.
 
-    Args:
-        at: The node.
-        x: Name of the tensor.
-        axes: What it is normalised over, from -1 down.
-        epsilon: Added to the variance.
-        centred: Whether the mean is taken off.
-
-    Returns:
-        Names of the normalised tensor and of one over its deviation.
+    Attributes:
+        tensor: Name of the normalised tensor.
+        inverse: Name of one over the deviation, whose axes are kept as 1.
+        axes: What was normalised over, from -1 down: the same with candidates in front.
+        centred: Whether the mean was taken off.
     """
+
+    tensor: str
+    inverse: str
+    axes: Sequence[int]
+    centred: bool
+
+
+def normalised(
+    at: Site, x: str, axes: Sequence[int], epsilon: float, *, centred: bool = True
+) -> Normal:
+    """Normalise a forward tensor; epsilon is added to its variance."""
     apart = at.add("Sub", x, _mean(at, x, axes), part="apart") if centred else x
     variance = _mean(at, at.add("Mul", apart, apart), axes)
     deviation = at.add("Sqrt", at.add("Add", variance, at.number(epsilon)), part="deviation")
     inverse = at.add("Reciprocal", deviation, part="inverse")
-    return at.add("Mul", apart, inverse, part="normal"), inverse
+    return Normal(at.add("Mul", apart, inverse, part="normal"), inverse, axes, centred)
 
 
-def through(
-    at: Site, tensor: str, normal: str, inverse: str, axes: Sequence[int], centred: bool = True
-) -> Gradient:
-    """Go back through a normalisation: ``(g - mean(g) - n * mean(g * n)) / deviation``.
-
-    All axes count from the end, so they are the same with candidates in front.
-    """
-    pull = _mean(at, at.add("Mul", tensor, normal), axes)
-    rest = at.add("Sub", tensor, _mean(at, tensor, axes)) if centred else tensor
-    return Gradient(at.add("Sub", rest, at.add("Mul", normal, pull)), inverse)
+def through(at: Site, tensor: str, n: Normal) -> Gradient:
+    """Go back through a normalisation: ``(g - mean(g) - n * mean(g * n)) / deviation``."""
+    pull = _mean(at, at.add("Mul", tensor, n.tensor), n.axes)
+    rest = at.add("Sub", tensor, _mean(at, tensor, n.axes)) if n.centred else tensor
+    return Gradient(at.add("Sub", rest, at.add("Mul", n.tensor, pull)), n.inverse)
 
 
-@rule("LayerNormalization", limits=SCALE)
+@rule("LayerNormalization", "RMSNormalization", limits=SCALE)
 def _layer_norm(at: Site, g: Gradient) -> Owed:
     _only_scale(at)
     rank = at.rank(at.x)
     axes = list(range(at.attribute("axis", -1) % rank - rank, 0))
-    normal, inverse = normalised(at, at.x, axes, at.attribute("epsilon", 1e-5))
-    scaled = at.whole(at.scaled(g, at.node.inputs[1]))
-    return [through(at, scaled, normal, inverse, axes)]
-
-
-@rule("RMSNormalization", limits=SCALE)
-def _rms_norm(at: Site, g: Gradient) -> Owed:
-    _only_scale(at)
-    rank = at.rank(at.x)
-    axes = list(range(at.attribute("axis", -1) % rank - rank, 0))
-    normal, inverse = normalised(at, at.x, axes, at.attribute("epsilon", 1e-5), centred=False)
-    scaled = at.whole(at.scaled(g, at.node.inputs[1]))
-    return [through(at, scaled, normal, inverse, axes, centred=False)]
+    centred = at.node.op == "LayerNormalization"
+    n = normalised(at, at.x, axes, at.attribute("epsilon", 1e-5), centred=centred)
+    return [through(at, at.whole(at.scaled(g, at.node.inputs[1])), n)]
 
 
 @rule("InstanceNormalization", limits=SCALE)
 def _instance_norm(at: Site, g: Gradient) -> Owed:
     _only_scale(at)
     axes = list(range(2 - at.rank(at.x), 0))
-    normal, inverse = normalised(at, at.x, axes, at.attribute("epsilon", 1e-5))
+    n = normalised(at, at.x, axes, at.attribute("epsilon", 1e-5))
     gamma = at.array(per_channel(at, at.constant(1, "a scale")), "gamma")
-    return [through(at, at.whole(at.scaled(g, gamma)), normal, inverse, axes)]
+    return [through(at, at.whole(at.scaled(g, gamma)), n)]
 
 
 @rule("GroupNormalization", limits=SCALE)
@@ -106,21 +98,12 @@ def _group_norm(at: Site, g: Gradient) -> Owed:
     gamma, groups = at.constant(1, "a scale"), at.attribute("num_groups")
     channels, *sizes = at.sizes(at.x)
     inner = channels // groups * int(np.prod(sizes))
-    if gamma.size != channels:  # before opset 21 one number a group
-        gamma = np.repeat(gamma, channels // groups)
     grouped = at.add("Reshape", at.x, at.ints(-1, groups, inner), part="grouped")
-    epsilon = at.attribute("epsilon", 1e-5)
-    normal, inverse = normalised(at, grouped, [-1], epsilon)
+    n = normalised(at, grouped, [-1], at.attribute("epsilon", 1e-5))
     scaled = at.whole(at.scaled(g, at.array(per_channel(at, gamma), "gamma")))
-    batch = at.shape(at.x)[0]
-    tensor = at.shaped(scaled, (batch, groups, inner))
-    back = at.add("Mul", *_both(through(at, tensor, normal, inverse, [-1])), part="flat")
+    tensor = at.shaped(scaled, (at.shape(at.x)[0], groups, inner))
+    back = at.whole(through(at, tensor, n))
     return [Gradient(at.shaped(back, at.shape(at.x)))]
-
-
-def _both(gradient: Gradient) -> tuple[str, str]:
-    assert gradient.factor is not None
-    return gradient.tensor, gradient.factor
 
 
 @rule("MeanVarianceNormalization", limits="axes that do not depend on the batch")
@@ -128,8 +111,7 @@ def _mean_variance_norm(at: Site, g: Gradient) -> Owed:
     rank = at.rank(at.x)
     axes = [axis % rank - rank for axis in at.attribute("axes", [0, 2, 3])]
     at.sizes(at.x, [axis + rank for axis in axes])
-    normal, inverse = normalised(at, at.x, axes, 1e-9)
-    return [through(at, at.whole(g), normal, inverse, axes)]
+    return [through(at, at.whole(g), normalised(at, at.x, axes, 1e-9))]
 
 
 @rule("LpNormalization")
@@ -139,7 +121,9 @@ def _lp_norm(at: Site, g: Gradient) -> Owed:
     axis = at.attribute("axis", -1) % at.rank(at.x)
     at.sizes(at.x, [axis])
     norm = at.add("ReduceL2" if order == 2 else "ReduceL1", at.x, at.ints(axis), keepdims=1)
-    inverse = at.add("Reciprocal", norm)
+    # Where all is zero, so is what comes out and what goes back.
+    some = at.add("Greater", norm, at.number(0))
+    inverse = at.add("Where", some, at.add("Reciprocal", norm), at.number(0))
     outward = at.y if order == 2 else at.add("Sign", at.x)
     tensor = at.whole(g)
     pull = at.summed(at.add("Mul", tensor, at.y), [axis])
@@ -148,10 +132,11 @@ def _lp_norm(at: Site, g: Gradient) -> Owed:
 
 @rule("LRN")
 def _local_response_norm(at: Site, g: Gradient) -> Owed:
-    """With ``s = bias + alpha / size * (sum of x**2 over neighbours)`` and ``y = x * s**-beta``:
+    """Go back through ``y = x * s**-beta``, where s adds up the squares of near channels.
 
-    ``g * s**-beta - 2 alpha beta / size * x * (sum of g * y / s over neighbours, reversed)``.
-    The sum over neighbouring channels is a product with a banded matrix.
+    ``s = bias + alpha / size * (sum of x**2 over neighbours)``. That is
+    ``g * s**-beta - 2 alpha beta / size * x * (sum of g * y / s over neighbours, reversed)``;
+    the sum over neighbouring channels is a product with a banded matrix.
     """
     channels, *sizes = at.sizes(at.x)
     size, beta = at.attribute("size"), at.attribute("beta", 0.75)

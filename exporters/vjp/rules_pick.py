@@ -94,7 +94,8 @@ def _is_whole_axis(at: Site, axis: int) -> bool:
 def _inputs(at: Site, count: int, which: list[int]) -> list[torch.Tensor]:
     """Return inputs of the node for a batch of grey images, in float64."""
     forward = at.tape.forward
-    pixels = forward.shapes[INPUT][1:]
+    shape = forward.shapes[INPUT]
+    pixels = [size for size in shape if isinstance(size, int)]
     module = GraphModule(forward, torch.float64)
     images = torch.full((count, *pixels), 0.5, dtype=torch.float64)
     names = [at.node.inputs[index] for index in which]

@@ -37,10 +37,7 @@ def evenly(at: Site, tensor: str, y: str, axes: Sequence[int]) -> Gradient:
 def reduced_axes(at: Site) -> list[int]:
     """Return the axes of a reduction, from 0 on."""
     rank = at.rank(at.x)
-    if at.given(1):
-        axes = at.integers(1, "axes")
-    else:
-        axes = list(at.attribute("axes") or [])
+    axes = at.integers(1, "axes") if at.given(1) else list(at.attribute("axes") or [])
     if not axes and not at.attribute("noop_with_empty_axes", 0):
         axes = list(range(rank))
     axes = sorted(axis % rank for axis in axes)

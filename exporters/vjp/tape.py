@@ -228,9 +228,7 @@ class Site:
         if number == 1:
             return gradient
         if gradient.factor is not None:
-            return replace(
-                gradient, factor=self.add("Mul", gradient.factor, self.number(number))
-            )
+            return replace(gradient, factor=self.add("Mul", gradient.factor, self.number(number)))
         return Gradient(self.add("Mul", gradient.tensor, self.number(number)))
 
     def whole(self, gradient: Gradient) -> str:
