@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 from ccn_deploy.errors import UsageError
@@ -38,8 +39,7 @@ def read_class_names(path: str | os.PathLike[str], classes: int) -> tuple[str, .
     if not all(names):
         raise UsageError(f"Name {names.index('')} in {path} is empty.", HINT)
     if len(set(names)) < len(names):
-        seen: set[str] = set()
-        twice = next(name for name in names if name in seen or seen.add(name))
+        twice = Counter(names).most_common(1)[0][0]
         raise UsageError(
             f"{path} names two classes {twice!r}.", "Tell them apart: data is matched by name."
         )
@@ -61,7 +61,5 @@ def _from_json(document: Any, path: str | os.PathLike[str]) -> list[str]:
     except (TypeError, ValueError) as error:
         raise UsageError(f"{path} holds no class names.", HINT) from error
     if len(by_label) != len(pairs) or sorted(by_label) != list(range(len(pairs))):
-        raise UsageError(
-            f"The labels in {path} are not 0 to {len(pairs) - 1}, each once.", HINT
-        )
+        raise UsageError(f"The labels in {path} are not 0 to {len(pairs) - 1}, each once.", HINT)
     return [by_label[label] for label in range(len(pairs))]

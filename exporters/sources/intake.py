@@ -52,7 +52,13 @@ class Intake:
     output: str = ""
 
     def __post_init__(self) -> None:
-        Preprocessing(range=self.input_range, mean=self.mean, std=self.std)  # checks its numbers
+        Preprocessing(  # checks its values
+            layout=self.input_layout or "nchw",
+            channel_order=self.channel_order,
+            range=self.input_range,
+            mean=self.mean,
+            std=self.std,
+        )
         if self.input_size is not None and any(
             not 1 <= side <= LARGEST_SIDE for side in self.input_size
         ):

@@ -81,7 +81,7 @@ def cut(model: onnx.ModelProto, input_name: str = "", output_name: str = "") -> 
         [_bare(node) for node in nodes],
         "forward",
         inputs=[image],
-        outputs=[onnx.ValueInfoProto(name=output)],
+        outputs=[helper.make_tensor_value_info(output, TensorProto.FLOAT, [])],
         initializer=[_bare(c) for c in graph.initializer if c.name in read | {output}],
         sparse_initializer=list(graph.sparse_initializer),
     )
@@ -147,9 +147,7 @@ def _imports(
     return [helper.make_opsetid("", opset), *others]
 
 
-def _functions(
-    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]
-) -> list[onnx.FunctionProto]:
+def _functions(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> list[onnx.FunctionProto]:
     """Return the functions if a node calls one: the reader refuses them by name."""
     called = {(node.domain, node.op_type) for node in nodes}
     calls = any((function.domain, function.name) in called for function in model.functions)
@@ -185,7 +183,8 @@ def _choose_input(graph: onnx.GraphProto, read: set[str], name: str) -> onnx.Val
             f"The network takes {len(fed)} inputs: {_listed(names)}. One is fed, the images.",
             "Give the others a constant value: add an initializer of the same name to the file.",
         )
-    return fed[0]
+    image: onnx.ValueInfoProto = fed[0]
+    return image
 
 
 def _strip_head(

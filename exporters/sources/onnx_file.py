@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from ccn_deploy.graph.reader import LIMITS, parse_model, read_graph
 from numpy.typing import NDArray
 from onnx import TensorProto
 
 from ccn_deploy.bundle.card import Source
 from ccn_deploy.bundle.preprocessing import Preprocessing
-from ccn_deploy.errors import GraphError, UsageError
+from ccn_deploy.errors import UsageError
 from ccn_deploy.exporters.sources.agreement import Agreement, check_agreement, probe_images
 from ccn_deploy.exporters.sources.intake import Intake, image_shape
 from ccn_deploy.exporters.sources.onnx_cut import Cut, cut
@@ -37,13 +37,9 @@ from ccn_deploy.exporters.sources.rebatch import rebatch
 from ccn_deploy.exporters.sources.take_in import Format, take_in
 from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.graph.graph import Graph
-from ccn_deploy.graph.reader import read_graph
 from ccn_deploy.graph.signature import INPUT, OUTPUT
 
-LARGEST_FILE = 2 << 30
-"""Bytes of the largest message that protobuf reads."""
-
-_FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 _OTHER_BATCH = 3
 """Of a probe that shows whether any batch goes; not the one that files are exported for."""
@@ -103,12 +99,14 @@ class OnnxFile:
         )
 
 
-def open_onnx_file(source: str | os.PathLike[str] | bytes, intake: Intake = Intake()) -> OnnxFile:
+def open_onnx_file(
+    source: str | os.PathLike[str] | bytes, intake: Intake | None = None
+) -> OnnxFile:
     """Make a forward graph of an ONNX classifier. Call :meth:`OnnxFile.check` before it is used.
 
     Args:
         source: Path or content of the file.
-        intake: What its owner says of its input.
+        intake: What its owner says of its input; nothing if not given.
 
     Raises:
         UsageError: No such file; it takes no images or several inputs; it is no classifier, or
@@ -116,8 +114,9 @@ def open_onnx_file(source: str | os.PathLike[str] | bytes, intake: Intake = Inta
         GraphError: No ONNX, or an operator or feature that is not taken in, by name.
         MissingExtraError: ONNX Runtime is not installed.
     """
+    intake = intake or Intake()
     data, name = _read(source)
-    model = _parse(data, name)
+    model = parse_model(data, name)
     kept = cut(model, intake.input, intake.output)
     read_graph(to_bytes(kept.model), name)  # refuses by name before anything runs
     sizes = declared_sizes(kept.input)
@@ -161,7 +160,7 @@ def _read(source: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
     path = Path(source)
     try:
         size = path.stat().st_size
-        if size >= LARGEST_FILE:
+        if size > LIMITS.size:
             raise UsageError(
                 f"{path} has {size:,} bytes, more than an ONNX file can have.",
                 "Weights in a file of their own are not taken in either.",
@@ -173,31 +172,17 @@ def _read(source: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
         ) from error
 
 
-def _parse(data: bytes, name: str) -> onnx.ModelProto:
-    try:
-        model = onnx.load_model_from_string(data)
-    except (DecodeError, ValueError) as error:
-        raise GraphError(f"{name} is no ONNX model.", "Give a file that ends in .onnx.") from error
-    if not model.graph.node:
-        raise GraphError(f"{name} is no ONNX model: it has no nodes.", "Export it again.")
-    return model
-
-
 def _check_input_type(element_type: int, name: str) -> None:
     if element_type in _FLOATS:
         return
-    kind = type_name(element_type)
-    if "int" in kind and kind.strip("uint").isdigit():
+    hint = "Only networks that classify images, given as floats, can be exported."
+    if element_type == TensorProto.UINT8:
         hint = (
             "Pixels that are rounded have no gradient. Export the network with a float input, "
             "and give --input-range 0,255."
-            if kind == "uint8"
-            else "Only networks that classify images can be exported."
         )
-        raise UsageError(f"Input {name!r} takes {kind}, not floats.", hint)
     raise UsageError(
-        f"Input {name!r} takes {kind}, not images.",
-        "Only networks that classify images can be exported.",
+        f"Input {name!r} takes {type_name(element_type)}, not float32 or float16.", hint
     )
 
 

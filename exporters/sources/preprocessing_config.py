@@ -205,8 +205,8 @@ def _square(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def _share(crop: float) -> float:
-    if not 0 < crop <= 1:
-        raise UsageError(f"crop_pct is {crop:g}, not a share from 0 to 1.", "Check the file.")
+    if not 0.1 <= crop <= 1:
+        raise UsageError(f"crop_pct is {crop:g}, not a share from 0.1 to 1.", "Check the file.")
     return crop
 
 
@@ -222,18 +222,14 @@ def _interpolation(value: int | str | None) -> str:
     if value and value not in RESAMPLE:
         if value == "random":  # timm's word for training; it evaluates with bilinear
             return "bilinear"
-        raise UsageError(
-            f"There is no interpolation {value!r}.", f"Known: {', '.join(RESAMPLE)}."
-        )
+        raise UsageError(f"There is no interpolation {value!r}.", f"Known: {', '.join(RESAMPLE)}.")
     return value or ""
 
 
 S = TypeVar("S", bound=msgspec.Struct)
 
 
-def _convert(
-    document: Mapping[str, Any], kind: type[S], path: str | os.PathLike[str]
-) -> S:
+def _convert(document: Mapping[str, Any], kind: type[S], path: str | os.PathLike[str]) -> S:
     try:
         return msgspec.convert(document, kind)
     except msgspec.ValidationError as error:

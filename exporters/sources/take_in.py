@@ -104,7 +104,7 @@ def _steps(form: Format) -> list[Step]:
     if done.channel_order == "bgr":
         steps.append(("Gather", {"axis": 1}, np.array([2, 1, 0])))
     if high - low != 1:
-        steps.append(("Mul", {}, np.float32(high - low)))
+        steps.append(("Mul", {}, np.array(high - low, np.float32)))
     if mean.any():
         steps.append(("Sub", {}, _by_channel(mean)))
     if (std != 1).any():
