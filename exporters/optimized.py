@@ -90,7 +90,7 @@ def check_optimized(model: onnx.ModelProto, forward: Graph) -> None:
     error = float((found - wanted).abs().max()) if found.shape == wanted.shape else np.inf
     if not error <= CLOSE * scale:
         raise LoweringError(
-            f"The optimised graph is another function: logits differ by {error:.1e} of {scale:.1e}.",
+            f"The optimised graph is another function: logits of {scale:.1e} differ by {error:.1e}.",
             "Nothing was written; this is a bug in the exporter, please report it.",
         )
 

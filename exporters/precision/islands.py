@@ -36,6 +36,14 @@ ENTRANCE = frozenset(
 )  # fmt: skip
 """Ops that bring an image to what the first product reads."""
 
+UNDER_ROOTS = frozenset(
+    {
+        "Add", "AveragePool", "Clip", "Expand", "GlobalAveragePool", "Max", "ReduceMean",
+        "ReduceSum", "Reshape", "Squeeze", "Sub", "Transpose", "Unsqueeze",
+    }
+)  # fmt: skip
+"""Ops between squares and the root of their sum, besides products with constants that add up."""
+
 BEHIND_ROOTS = frozenset(
     {
         "Add", "Cast", "Clip", "Expand", "Identity", "Max", "Reciprocal", "ReduceMean",
@@ -49,8 +57,8 @@ def island_nodes(graph: Graph) -> frozenset[str]:
     """Return the names of the forward nodes that stay float32 in every precision.
 
     * What an image passes before the first product: the subtraction of a mean, a scale.
-    * Norm branches, from the mean and the sum of squares to the division, and the scale and bias
-      after it, so that the result is rounded once.
+    * Norm branches, from the mean and the squares to the division, and the bias of a compact layer
+      after it, so that its result is rounded once.
     * Normalisations that are one op, softmax, exponentials, logarithms, powers that are not whole,
       roots, and what leads from one of those to the division by it.
     """
@@ -61,6 +69,7 @@ def island_nodes(graph: Graph) -> frozenset[str]:
         if node.op in WIDE_OPS or _fractional_power(graph, node):
             found.add(node.name)
             found.update(divisions(graph, node))
+            found.update(squares(graph, node))
     return frozenset(found)
 
 
@@ -95,6 +104,52 @@ def divisions(graph: Graph, root: Node) -> Iterable[str]:
                 yield from (*path, node.name)
             elif node.op in BEHIND_ROOTS:
                 ahead += [(output, (*path, node.name)) for output in node.outputs]
+
+
+def squares(graph: Graph, root: Node) -> Iterable[str]:
+    """Yield the names of the nodes from the squares under a root to it, of a mean before them too.
+
+    Finds what one norm is made of in several ways, such as a variance that is the mean of squares
+    less the square of the mean. Nothing, if there are no squares.
+    """
+    if root.op not in ("Sqrt", "Pow"):
+        return
+    ahead: list[tuple[str, tuple[str, ...]]] = [(root.inputs[0], ())]
+    seen = set()
+    while ahead:
+        tensor, path = ahead.pop()
+        node = graph.made_by.get(tensor)
+        if node is None or node.name in seen:
+            continue
+        seen.add(node.name)
+        if _is_square(graph, node):
+            yield from (*path, node.name, *_mean_before(graph, node))
+        elif node.op in UNDER_ROOTS or _adds_up(graph, node):
+            ahead += [(read, (*path, node.name)) for read in node.inputs if read]
+
+
+def _is_square(graph: Graph, node: Node) -> bool:
+    if node.op == "Mul":
+        return node.inputs[0] == node.inputs[1]
+    return node.op == "ReduceSumSquare" or power_of(graph, node) == 2
+
+
+def _mean_before(graph: Graph, square: Node) -> Iterable[str]:
+    """Yield the names of the mean that is squared, or of the one subtracted before, and of that."""
+    node = graph.made_by.get(square.inputs[0])
+    if node is not None and node.op == "Sub":
+        yield node.name
+        node = graph.made_by.get(node.inputs[1])
+    if node is not None and node.op in ("ReduceMean", "GlobalAveragePool"):
+        yield node.name
+
+
+def _adds_up(graph: Graph, node: Node) -> bool:
+    """Whether a node multiplies by a constant that has no negative number."""
+    if node.op not in ("Conv", "MatMul", "Mul", "Div"):
+        return False
+    factors = [graph.constants.get(tensor) for tensor in node.inputs[:2]]
+    return any(factor is not None and bool((factor >= 0).all()) for factor in factors)
 
 
 def _inverted(graph: Graph, root: Node, path: tuple[str, ...]) -> bool:

@@ -88,8 +88,8 @@ class NumericReport:
         """Where fp16 without protected norms would over- or underflow, and where it does."""
         norms = tuple(warning for layer in self.layers for warning in layer.warnings())
         return norms + tuple(
-            f"{layer}: values up to {largest:.3g} overflow fp16 ({FP16_LARGEST:g}): export in bf16, "
-            f"or with --keep-fp32 {layer} and what reads it."
+            f"{layer}: values up to {largest:.3g} overflow fp16 ({FP16_LARGEST:g}): export in "
+            f"bf16, or with --keep-fp32 {layer} and what reads it."
             for layer, largest in self.activations.items()
             if not largest <= FP16_LARGEST
         )
@@ -137,7 +137,7 @@ def numeric_report(graph: Graph, images: NDArray[np.float32]) -> NumericReport:
 
 def _is_reported(graph: Graph, norm: Norm) -> bool:
     """Whether there is a sum of squares to look at."""
-    return bool(norm.summed) or _op(graph, norm) in NORMALISED
+    return norm.kind != "softmax" and (bool(norm.summed) or _op(graph, norm) in NORMALISED)
 
 
 def _op(graph: Graph, norm: Norm) -> str:
@@ -157,7 +157,11 @@ def _met(
 ) -> tuple[NDArray[np.float32], ...]:
     """Return the sums of squares, the divisors and what is divided."""
     if norm.summed:
-        return values[norm.summed], values[norm.divisor], values[norm.product]
+        summed = values[norm.summed]
+        if graph.made_by[norm.summed].op == "ReduceL2":
+            summed = summed * summed
+        divisor = values[norm.divisor] if norm.divisor else summed
+        return summed, divisor, values[norm.product] if norm.product else np.zeros(1, np.float32)
     node = next(node for node in graph.nodes if node.name == norm.nodes[0])
     return normalised(node, values[node.inputs[0]])
 

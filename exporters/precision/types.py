@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx
 from onnx import TensorProto, defs, shape_inference
@@ -13,7 +13,7 @@ from ccn_deploy.graph.graph import Graph, Node
 UNTYPED = frozenset({"Cast", "Shape", "Size"})
 """Ops that give the same whatever float they read."""
 
-ELEMENT = {
+ELEMENT: dict[int, str] = {
     TensorProto.FLOAT16: "tensor(float16)",
     TensorProto.BFLOAT16: "tensor(bfloat16)",
 }
@@ -30,8 +30,9 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
 class Signatures:
     """Which inputs and outputs of a graph's nodes can be a low float in place of float32.
 
-    Follows the type variables of ONNX's own operator schemas: a tensor declared as ``tensor(float)``
-    (the scales of Resize) or by a variable that does not range over the format stays float32.
+    Follows the type variables of ONNX's own operator schemas: a tensor declared as
+    ``tensor(float)`` (the scales of Resize), or by a variable that does not range over the format,
+    stays float32.
 
     Args:
         graph: float32.
@@ -88,7 +89,7 @@ class Signatures:
         )
 
 
-def _formals(formals: list[defs.OpSchema.FormalParameter]) -> Iterator[str]:
+def _formals(formals: Sequence[defs.OpSchema.FormalParameter]) -> Iterator[str]:
     """Yield the declared type of each parameter; a variadic one is the last, for ever."""
     for formal in formals:
         yield formal.type_str
