@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ccn_deploy.cli.options import DataDirOption, JsonOption, SeedOption
+from ccn_deploy.cli.options import (
+    CropOption,
+    DataDirOption,
+    InterpolationOption,
+    JsonOption,
+    LayoutOption,
+    NpzImagesOption,
+    NpzLabelsOption,
+    ResizeOption,
+    SeedOption,
+    data_options,
+)
 
 if TYPE_CHECKING:
     from ccn_deploy.bundle import Bundle
@@ -88,11 +99,18 @@ def export(
         str | None,
         typer.Option(
             "--dataset",
-            help="Data set of those images.",
+            metavar="NAME|DIR|FILE.npz",
+            help="Data set of those images: a name, a directory of class folders, an .npz file.",
             show_default="the one it was trained on",
         ),
     ] = None,
     data_dir: DataDirOption = None,
+    resize: ResizeOption = None,
+    crop: CropOption = None,
+    interpolation: InterpolationOption = None,
+    layout: LayoutOption = None,
+    npz_images: NpzImagesOption = None,
+    npz_labels: NpzLabelsOption = None,
     seed: SeedOption = 0,
     no_gradient: Annotated[
         bool,
@@ -123,8 +141,23 @@ def export(
     from ccn_deploy.exporters import CalibrationRequest, export_run
     from ccn_deploy.exporters.tensorrt.build import Batches
 
-    request = CalibrationRequest(calibration, calibration_samples, seed, dataset, data_dir)
     notes: list[str] = []
+    request = CalibrationRequest(
+        calibration,
+        calibration_samples,
+        seed,
+        dataset,
+        data_dir,
+        data_options(
+            resize=resize,
+            crop=crop,
+            interpolation=interpolation,
+            layout=layout,
+            npz_images=npz_images,
+            npz_labels=npz_labels,
+        ),
+        notes.append,
+    )
     with console.err.status("Lowering and checking") as status:
         bundle = export_run(
             source,
@@ -163,7 +196,7 @@ def _open(path: Path) -> TrainedRun | Bundle:
 def _notes(document: dict[str, Any], optimize: str | None) -> Iterator[str]:
     """Yield what a user should know of the files, a sentence each."""
     files = document["files"]
-    if optimize and not any(file["role"] == f"forward:{optimize}" for file in files):
+    if optimize and not any(file["runtime"] == optimize for file in files):
         yield "No compact layer: the default graph is the one for every runtime."
     warnings: dict[str, None] = {}
     for file in files:
@@ -184,18 +217,20 @@ def _notes(document: dict[str, Any], optimize: str | None) -> Iterator[str]:
 
 
 def _document(bundle: Bundle) -> dict[str, Any]:
-    manifest = bundle.manifest
+    manifest, card = bundle.manifest, bundle.card
     return {
         "schema": SCHEMA,
         "bundle": str(bundle.path),
         "digest": manifest.digest,
-        "architecture": manifest.architecture,
-        "defense": manifest.defense,
+        "name": card.name,
+        "architecture": card.architecture,
+        "defense": card.defense,
         "files": [
             {
                 "path": record.path,
                 "role": record.role,
                 "precision": record.precision,
+                "runtime": record.runtime,
                 "bytes": record.bytes,
                 "sha256": record.sha256,
                 "details": dict(record.details),
@@ -210,11 +245,10 @@ def _print(document: dict[str, Any]) -> None:
     from rich.table import Table
 
     from ccn_deploy.cli import console
+    from ccn_deploy.cli.text import network_title
 
     path = escape(document["bundle"])
-    console.out.print(
-        f"[bold]{path}[/]: {document['defense']} on {document['architecture']}", soft_wrap=True
-    )
+    console.out.print(f"[bold]{path}[/]: {escape(network_title(document))}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     table.add_column("file", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)

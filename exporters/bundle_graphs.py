@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import torch
 
-from ccn_deploy.bundle import NewFile
+from ccn_deploy.bundle import Lineage, NewFile
 from ccn_deploy.exporters.bundle_draft import OURS
 from ccn_deploy.exporters.checks import (
     check_gradient_graph,
@@ -29,12 +29,13 @@ from ccn_deploy.exporters.precision import (
 from ccn_deploy.exporters.reference_check import check_gradient_probe, check_probe
 from ccn_deploy.graph.builder import IR_VERSION, OPSET, to_bytes
 from ccn_deploy.models import Classifier
+from ccn_deploy.runs import WEIGHTS
+from ccn_deploy.targets import PRECISIONS, Role
 
 
-def path_of(role: str, precision: str) -> str:
+def path_of(role: Role, precision: str, runtime: str = "") -> str:
     """Return where a bundle keeps a graph: ``graphs/forward-fp32.onnx``."""
-    kind, _, runtime = role.partition(":")
-    return f"graphs/{kind}-{precision}{f'-{runtime}' if runtime else ''}.onnx"
+    return f"graphs/{role}-{precision}{f'-{runtime}' if runtime else ''}.onnx"
 
 
 def forward_graph(model: Classifier) -> NewFile:
@@ -47,7 +48,7 @@ def forward_graph(model: Classifier) -> NewFile:
     graph = lower(model)
     check_graph(graph, model)
     check_probe(graph, model)
-    return _file("forward", graph)
+    return _file(Role.FORWARD, graph, Lineage(sources=(WEIGHTS,), step="lower"))
 
 
 def optimized_graph(model: Classifier, runtime: str) -> NewFile:
@@ -59,7 +60,8 @@ def optimized_graph(model: Classifier, runtime: str) -> NewFile:
     graph = lower_optimized(model)
     check_optimized_graph(graph, model)
     check_probe(graph, model)
-    return _file(f"forward:{runtime}", graph)
+    lineage = Lineage(sources=(WEIGHTS,), step="optimize")
+    return _file(Role.FORWARD, graph, lineage, runtime=runtime)
 
 
 def gradient_graph(model: Classifier, forward: NewFile) -> NewFile:
@@ -72,7 +74,7 @@ def gradient_graph(model: Classifier, forward: NewFile) -> NewFile:
     graph = lower_gradient(model)
     check_gradient_graph(graph, onnx.load_model_from_string(forward.data), model)
     check_gradient_probe(graph, model)
-    return _file("gradient", graph)
+    return _file(Role.GRADIENT, graph, Lineage(sources=(WEIGHTS,), step="vjp"))
 
 
 def converted_graph(
@@ -102,22 +104,29 @@ def converted_graph(
         details["calibration"] = converted.calibration
     if report is not None:
         details["numeric"] = report.document()
-    return _file(source.role, converted.graph, precision, details)
+    step = "cast" if PRECISIONS[precision].kind == "half" else "qdq"
+    lineage = Lineage(sources=(source.path,), step=step)
+    return _file(source.role, converted.graph, lineage, precision, details=details)
 
 
 def _file(
-    role: str,
+    role: Role,
     graph: onnx.ModelProto,
+    lineage: Lineage,
     precision: str = "fp32",
+    *,
+    runtime: str = "",
     details: Mapping[str, Any] | None = None,
 ) -> NewFile:
     ops = Counter(node.op_type for node in graph.graph.node)
     return NewFile(
-        path_of(role, precision),
+        path_of(role, precision, runtime),
         to_bytes(graph),
         role,
         precision,
-        made_by={**OURS, "onnx": onnx.__version__, "torch": torch.__version__},
+        runtime,
+        lineage,
+        made_by={**OURS, "onnx": onnx.__version__, "torch": str(torch.__version__)},
         details={
             "opset": OPSET,
             "ir_version": IR_VERSION,

@@ -11,15 +11,13 @@ from pathlib import Path
 import onnx
 import torch
 
-from ccn_deploy.bundle import MANIFEST, Bundle, NewFile, write_bundle
+from ccn_deploy.bundle import MANIFEST, Bundle, Lineage, NewFile, write_bundle
 from ccn_deploy.errors import DatasetNotFoundError, UsageError, unknown
 from ccn_deploy.exporters import bundle_graphs
 from ccn_deploy.exporters.bundle_draft import OURS, BundleDraft
 from ccn_deploy.exporters.calibration import CalibrationRequest, load_calibration
 from ccn_deploy.exporters.optimized import TARGETS, differs
 from ccn_deploy.exporters.precision import (
-    GRADIENTS,
-    PRECISIONS,
     Calibration,
     NumericReport,
     numeric_report,
@@ -30,6 +28,7 @@ from ccn_deploy.extras import require
 from ccn_deploy.models import Classifier
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
+from ccn_deploy.targets import DEPLOYED_PRECISIONS, PRECISIONS, Role, precision_named
 
 TRITON = "triton"
 """The format that is a model repository, and the directory of the bundle that it is written to."""
@@ -94,7 +93,7 @@ def export_run(
         formats: Of :data:`FORMATS`. For each library an engine of every graph in every precision;
             for ``"triton"`` a model repository in the bundle's directory.
         precisions: Of graphs and engines: ``"fp32"``, in which a bundle has its graphs in any
-            case, and those of :data:`~ccn_deploy.exporters.precision.PRECISIONS`.
+            case, and others of :data:`~ccn_deploy.targets.DEPLOYED_PRECISIONS`.
         batch: Smallest, usual and largest batch that engines take.
         calibration: On which images to find the ranges of activations; 512 of the training split
             by default.
@@ -117,7 +116,7 @@ def export_run(
         gradient=gradient,
         optimize=optimize,
         libraries=tuple(name for name in LIBRARIES if name in formats),
-        precisions=tuple(name for name in ("fp32", *PRECISIONS) if name in precisions),
+        precisions=tuple(name for name in DEPLOYED_PRECISIONS if name in precisions),
         batch=batch if isinstance(batch, Batches) else Batches(*batch),
         calibration=calibration,
         compute_capabilities=tuple(compute_capabilities),
@@ -136,17 +135,7 @@ def export_run(
             "Ask for another --format, --precision, --batch or --compute-capability.",
         )
     progress("Writing the bundle")
-    network = contents.network
-    bundle = write_bundle(
-        target,
-        architecture=network.architecture,
-        defense=network.defense,
-        input_shape=maker.model.architecture.input_shape,
-        class_names=network.class_names,
-        training=network.training,
-        files=contents.files,
-        overwrite=overwrite,
-    )
+    bundle = write_bundle(target, card=contents.card, files=contents.files, overwrite=overwrite)
     if TRITON in formats:
         from ccn_deploy.exporters.triton import write_repository
 
@@ -162,9 +151,10 @@ class _Maker:
     def __init__(
         self, contents: BundleDraft, wanted: Wanted, progress: Callable[[str], None]
     ) -> None:
-        network = contents.network
+        card, weights = contents.card, contents.find(Role.WEIGHTS)
+        assert weights is not None
         self.model: Classifier = network_from(
-            network.architecture, network.defense, len(network.class_names), network.weights
+            card.architecture, card.defense, card.classes, weights.data
         )
         self._contents = contents
         self._wanted = wanted
@@ -177,26 +167,32 @@ class _Maker:
             keep_without_gradient: Whether contents without a gradient graph get none.
         """
         optimize = self._wanted.optimize
-        forward = self._graph("forward", lambda: bundle_graphs.forward_graph(self.model))
+        forward = self._graph(Role.FORWARD, lambda: bundle_graphs.forward_graph(self.model))
         if optimize is not None and differs(self.model):
             self._graph(
-                f"forward:{optimize}", lambda: bundle_graphs.optimized_graph(self.model, optimize)
+                Role.FORWARD,
+                lambda: bundle_graphs.optimized_graph(self.model, optimize),
+                optimize,
             )
-        gradient = self._contents.find("gradient", "fp32")
+        gradient = self._contents.find(Role.GRADIENT, "fp32")
         if gradient is None and self._wanted.gradient and not keep_without_gradient:
             gradient = self._graph(
-                "gradient", lambda: bundle_graphs.gradient_graph(self.model, forward)
+                Role.GRADIENT, lambda: bundle_graphs.gradient_graph(self.model, forward)
             )
         for precision in self._wanted.precisions:
             if precision == "fp32":
                 continue
             self._convert(forward, precision)
-            if gradient is not None and self._wanted.gradient and precision in GRADIENTS:
+            if (
+                gradient is not None
+                and self._wanted.gradient
+                and PRECISIONS[precision].has_gradients
+            ):
                 self._convert(gradient, precision)
 
     def make_engines(self) -> None:
         """Add an engine of every graph that is wanted."""
-        roles = ("forward", "gradient") if self._wanted.gradient else ("forward",)
+        roles = (Role.FORWARD, Role.GRADIENT) if self._wanted.gradient else (Role.FORWARD,)
         for library in self._wanted.libraries:
             for precision in self._wanted.precisions:
                 for role in roles:
@@ -204,11 +200,11 @@ class _Maker:
                     if graph is not None:
                         self._engine(library, graph)
 
-    def _graph(self, role: str, make: Callable[[], NewFile]) -> NewFile:
-        """Return the float32 graph of a role, made if it is not there."""
-        found = self._contents.find(role, "fp32")
+    def _graph(self, role: Role, make: Callable[[], NewFile], runtime: str = "") -> NewFile:
+        """Return the float32 graph of a role and runtime, made if it is not there."""
+        found = self._contents.find(role, "fp32", runtime)
         if found is None:
-            self._progress(f"Lowering and checking {bundle_graphs.path_of(role, 'fp32')}")
+            self._progress(f"Lowering and checking {bundle_graphs.path_of(role, 'fp32', runtime)}")
             found = self._contents.add(make())
         return found
 
@@ -216,8 +212,8 @@ class _Maker:
         if self._contents.find(graph.role, precision) is not None:
             return
         self._progress(f"Converting to {bundle_graphs.path_of(graph.role, precision)}")
-        calibration = self._images if precision not in GRADIENTS else None
-        report = self._report if graph.role == "forward" else None
+        calibration = self._images if PRECISIONS[precision].kind == "grid" else None
+        report = self._report if graph.role == Role.FORWARD else None
         self._contents.add(
             bundle_graphs.converted_graph(graph, precision, self.model, calibration, report)
         )
@@ -225,12 +221,12 @@ class _Maker:
     @cached_property
     def _images(self) -> Calibration:
         request = self._wanted.calibration or CalibrationRequest()
-        return load_calibration(request, self._contents.network.training, self.model)
+        return load_calibration(request, self._contents.card.training, self.model)
 
     @cached_property
     def _report(self) -> NumericReport | None:
         """What the norm branches met; None where there are no images and nobody named any."""
-        forward = self._contents.find("forward", "fp32")
+        forward = self._contents.find(Role.FORWARD, "fp32")
         assert forward is not None
         try:
             images = self._images.images
@@ -242,11 +238,10 @@ class _Maker:
 
     def _engine(self, library: str, graph: NewFile) -> None:
         batch, candidates, prefix = self._wanted.batch, None, ""
-        if graph.role == "gradient":
+        if graph.role.has_gradients:
             most = min(CANDIDATES, self.model.classes)
             prefix, candidates = "gradient-", Batches(1, most, most)
             batch = batch.at_most(LARGEST_TENSOR // (most * _largest_activation(self.model)))
-        role = f"{prefix}engine:{library}"
         asked = self._wanted.asked_of(library)
         named = asked or not LIBRARIES[library].portable
         gpus = [f"-sm{target.replace('.', '')}" for target in find_targets(library, asked) if named]
@@ -263,18 +258,19 @@ class _Maker:
         details = {
             **built.details,
             "layers": graph.details.get("layers", {}),
-            "source": {"path": graph.path, "sha256": graph.record().sha256},
         }
         same = {**details, "log": None, "reproducible": None}
-        for other in self._contents.every(role, graph.precision):
+        for other in self._contents.every(graph.role.engine, graph.precision, library):
             if {**other.details, "log": None, "reproducible": None} == same:
                 return
         self._contents.add(
             NewFile(
                 self._contents.free_path(stem, ".engine"),
                 built.plan,
-                role,
+                graph.role.engine,
                 graph.precision,
+                library,
+                Lineage(sources=(graph.path,), step="build"),
                 made_by={**OURS, LIBRARIES[library].distribution: built.details["version"]},
                 details=details,
             )
@@ -298,8 +294,10 @@ def _check_names(wanted: Wanted, formats: Sequence[str], precisions: Sequence[st
         if name not in FORMATS:
             raise unknown("format", name, FORMATS)
     for name in precisions:
-        if name != "fp32" and name not in PRECISIONS:
-            raise unknown("precision", name, ("fp32", *PRECISIONS))
+        if not precision_named(name).deployed:
+            raise UsageError(
+                f"No graph is exported in {name}.", "It is for the reference; leave it out."
+            )
     if wanted.optimize is not None and wanted.optimize not in TARGETS:
         raise unknown("lowering for a runtime", wanted.optimize, TARGETS)
     if wanted.compute_capabilities and not any(map(wanted.asked_of, wanted.libraries)):

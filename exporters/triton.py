@@ -7,6 +7,7 @@ through the protobuf that the server itself reads it by. ``docs/triton.md`` is f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from ccn_deploy.extras import require
 from ccn_deploy.graph.signature import INPUT, OUTPUT
 from ccn_deploy.runtimes.base import LARGEST_BATCH
 from ccn_deploy.storage import atomic_directory
+from ccn_deploy.targets import Role
 
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
@@ -27,7 +29,6 @@ MANIFEST_PARAMETER = "ccn-deploy.manifest"
 """Parameter of a model with the digest of the manifest of the bundle it came from."""
 
 BACKENDS = ("onnx", "tensorrt")
-RTX = "engine:tensorrt-rtx"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def write_repository(
             "Export the run again with --format tensorrt on the GPU that will serve it.",
         )
     _check_ours(output)
-    labels = _labels(bundle.manifest.class_names)
+    labels = _labels(bundle.card.class_names)
     with atomic_directory(output, overwrite=True) as directory:
         for model in models:
             root = directory / model.name
@@ -155,11 +156,15 @@ def _models(bundle: Bundle, backends: Sequence[str], serving: Serving) -> list[_
     models = []
     files = bundle.manifest.files
     if "onnx" in backends:
-        models += [_of_graph(bundle, r, serving) for r in files if r.role == "forward"]
+        models += [
+            _of_graph(bundle, r, serving)
+            for r in files
+            if (r.role, r.runtime) == (Role.FORWARD, "")
+        ]
     if "tensorrt" in backends:
         engines: dict[str, list[FileRecord]] = {}
         for record in files:
-            if record.role == "engine:tensorrt":
+            if (record.role, record.runtime) == (Role.ENGINE, "tensorrt"):
                 engines.setdefault(record.precision, []).append(record)
         models += [_of_engines(bundle, p, records, serving) for p, records in engines.items()]
     return models
@@ -255,9 +260,8 @@ def _within(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
 def _config(bundle: Bundle, model: _Model) -> Any:
     """Return the ``ModelConfig`` message."""
     schema = _schema()
-    manifest = bundle.manifest
-    image, classes = list(manifest.input_shape), [len(manifest.class_names)]
-    digest = {"string_value": manifest.digest}
+    image, classes = list(bundle.card.input_shape), [bundle.card.classes]
+    digest = {"string_value": bundle.manifest.digest}
     kind = schema.ModelInstanceGroup.KIND_GPU if model.profiles else None
     profiles = [str(at) for at in range(model.profiles)] if model.profiles > 1 else []
     return schema.ModelConfig(
@@ -317,9 +321,8 @@ def _schema() -> Any:
 
 
 def _name(bundle: Bundle, backend: str, precision: str) -> str:
-    """Return the name of a model; it is part of addresses, so it has no plus sign."""
-    manifest = bundle.manifest
-    return f"{manifest.architecture}-{manifest.defense}-{backend}-{precision}".replace("+", "-")
+    """Return the name of a model, which is part of addresses and of paths."""
+    return re.sub("[^A-Za-z0-9_.-]", "-", f"{bundle.card.name}-{backend}-{precision}").lstrip(".")
 
 
 def _labels(names: Sequence[str]) -> bytes:
@@ -338,7 +341,7 @@ def _labels(names: Sequence[str]) -> bytes:
 
 
 def _notes(bundle: Bundle) -> tuple[str, ...]:
-    if not any(record.role == RTX for record in bundle.manifest.files):
+    if not any(r.role is Role.ENGINE and r.runtime != "tensorrt" for r in bundle.manifest.files):
         return ()
     return ("Triton has no backend for TensorRT-RTX engines: they are left out.",)
 

@@ -64,7 +64,7 @@ class Gpu:
         self.names = itertools.count(1)
 
     @property
-    def robust(self) -> dict[str, int]:
+    def held(self) -> dict[str, int]:
         return {
             "memory": len(self.memory),
             "streams": len(self.streams),

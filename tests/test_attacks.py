@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import foolbox as fb
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -326,7 +327,7 @@ def test_deepfool_on_the_runtime_agrees_with_deepfool_on_the_twin(bundle: Bundle
 def test_without_a_source_of_gradients_there_is_nothing_to_attack(ccn_bundle: Bundle) -> None:
     # On a NumPy model over ONNX Runtime, Foolbox's C&W reports black images as success.
     files = tuple(file for file in ccn_bundle.manifest.files if file.role != "gradient")
-    served = replace(ccn_bundle, manifest=replace(ccn_bundle.manifest, files=files))
+    served = replace(ccn_bundle, manifest=msgspec.structs.replace(ccn_bundle.manifest, files=files))
     with open_runtime(served, "onnxruntime-cpu", "fp32", ONE_THREAD) as runtime:
         with pytest.raises(RuntimeUnavailableError, match="no reference was given"):
             foolbox_model(runtime, None)

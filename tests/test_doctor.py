@@ -31,6 +31,7 @@ from ccn_deploy.machine import Gpu, release, this_machine
 from ccn_deploy.runtimes import RUNTIMES
 from ccn_deploy.runtimes.compatibility import check_engine
 from ccn_deploy.smoke_test import Trial, build, engine_file, try_runtime
+from ccn_deploy.targets import Role
 
 ROOT = Path(__file__).parent.parent
 STATES = {"works", "builds", "absent", "broken"}
@@ -287,7 +288,7 @@ def test_a_bundle_that_nothing_here_runs() -> None:
 
 
 def test_a_damaged_bundle_is_an_error(ccn_bundle: Bundle) -> None:
-    graph = ccn_bundle.path / ccn_bundle.file("forward", "fp32").path
+    graph = ccn_bundle.path / ccn_bundle.file(Role.FORWARD, "fp32").path
     graph.write_bytes(graph.read_bytes()[:-1] + b"\x00")
     result = doctor(sys.executable, ccn_bundle.path)
     assert result.returncode == ExitCode.INTEGRITY

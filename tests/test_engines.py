@@ -36,6 +36,7 @@ from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, capture, load_library, logger
 from ccn_deploy.storage import sha256
+from ccn_deploy.targets import Role
 from tests.networks import DEFENSES, as_run, random_network, write_run
 from tests.test_cli import assert_clear_error, ccn_deploy
 
@@ -415,7 +416,7 @@ def test_turing_runs_half_precision_and_no_other(tmp_path: Path) -> None:
 
 def test_calibration_uses_the_training_split_and_says_so(whole: Bundle) -> None:
     train, test = load_dataset("mnist5k", "train"), load_dataset("mnist5k", "test")
-    said = whole.file("forward", "int8").details["calibration"]
+    said = whole.file(Role.FORWARD, "int8").details["calibration"]
     assert said["dataset"] == "mnist5k" and said["samples"] == 16 and said["seed"] == 0
     assert said["digest"] == train.digest != test.digest
 
@@ -473,7 +474,7 @@ def test_export_without_images_says_nothing_of_numbers_or_refuses(tmp_path: Path
     run = replace(run_of("ccn"), training={"dataset": "mnist"})
     nowhere = CalibrationRequest(directory=tmp_path)
     half = export_run(run, tmp_path / "half", precisions=("fp16",), gradient=False)
-    assert "numeric" not in half.file("forward", "fp16").details
+    assert "numeric" not in half.file(Role.FORWARD, "fp16").details
     for precision in ("int8", "fp16"):  # of which one needs images and the other was given some
         with pytest.raises(DatasetNotFoundError):
             export_run(run, tmp_path / "none", precisions=(precision,), calibration=nowhere)

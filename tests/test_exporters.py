@@ -30,6 +30,7 @@ from ccn_deploy.exporters.reference_check import check_probe
 from ccn_deploy.layers import CompactConv2d, CompactLinear
 from ccn_deploy.models import Classifier
 from ccn_deploy.runtimes import open_runtime
+from ccn_deploy.targets import Role
 from tests.networks import DEFENSES, as_run, difficult_images, random_network, write_run
 
 COMPACT_CONV = ["ReduceSumSquare", "Conv", "Sqrt", "Add", "Conv", "Div", "Add"]
@@ -51,7 +52,7 @@ def test_graph_computes_the_network(architecture: str, defense: str, tmp_path: P
     images = difficult_images(model.architecture.input_shape)
     truth = model.double()(torch.from_numpy(images).double()).numpy()
 
-    graph = onnx.load(bundle.path / bundle.file("forward", "fp32").path)
+    graph = onnx.load(bundle.path / bundle.file(Role.FORWARD, "fp32").path)
     (by_definition,) = ReferenceEvaluator(graph).run(None, {"images": images})
     with open_runtime(bundle) as runtime:
         deployed = runtime.logits(images)
@@ -368,9 +369,9 @@ def test_equal_runs_give_equal_bundles_whatever_their_paths(tmp_path: Path) -> N
 def test_bundle_holds_the_very_weights_of_the_run_and_says_what_made_it(tmp_path: Path) -> None:
     run = as_run(random_network("mnist-cnn", "ccn"))
     bundle = export_run(run, tmp_path / "bundle")
-    graph = bundle.file("forward", "fp32")
+    graph = bundle.file(Role.FORWARD, "fp32")
 
-    assert bundle.read(bundle.file("weights")) == run.weights
+    assert bundle.read(bundle.file(Role.WEIGHTS)) == run.weights
     assert set(graph.made_by) == {"ccn-deploy", "onnx", "torch"}
     assert graph.details["opset"] == 20
     assert graph.details["ops"]["ReduceSumSquare"] == 7

@@ -27,6 +27,7 @@ from ccn_deploy.runtimes.compatibility import choose_engine
 from ccn_deploy.runtimes.tensorrt.cuda import CudaError, Device
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, load_library
 from ccn_deploy.runtimes.tensorrt.runtime import kernels_file
+from ccn_deploy.targets import Target
 from tests.engines import engine_file, with_files
 
 pytestmark = pytest.mark.gpu
@@ -226,7 +227,7 @@ def test_memory_that_is_not_there_is_a_typed_error(bundle: Bundle, library: str)
 def test_kernels_are_kept_for_the_next_process(bundle: Bundle, library: str) -> None:
     if not LIBRARIES[library].portable:
         pytest.skip(f"{library} compiles nothing when it runs")
-    record = choose_engine(bundle, library, "fp32", this_machine())
+    record = choose_engine(bundle, Target(library, "fp32"), this_machine())
     kept = kernels_file(record, library, this_machine(), 0)
     assert kept is not None
     x = digits(8)
@@ -247,16 +248,16 @@ def test_another_gpu_and_another_release_are_refused(bundle: Bundle, library: st
     here = this_machine()
     other = replace(here.gpus[0], compute_capability="5.0")
     with pytest.raises(EngineUnfitError, match=r"5\.0"):
-        choose_engine(bundle, library, "fp32", replace(here, gpus=(other,)))
+        choose_engine(bundle, Target(library, "fp32"), replace(here, gpus=(other,)))
     with pytest.raises(EngineUnfitError, match="older"):
         older = {**here.packages, LIBRARIES[library].distribution: "0.1.0"}
-        choose_engine(bundle, library, "fp32", replace(here, packages=older))
+        choose_engine(bundle, Target(library, "fp32"), replace(here, packages=older))
 
 
 def test_a_plan_that_is_none_is_refused_with_the_log(
     bundle: Bundle, library: str, tmp_path: Path
 ) -> None:
-    record = choose_engine(bundle, library, "fp32", this_machine())
+    record = choose_engine(bundle, Target(library, "fp32"), this_machine())
     built = BuiltEngine(bundle.read(record), dict(record.details))
     half = built.plan[: len(built.plan) // 2]
     spoilt = with_files(bundle, tmp_path / "b", engine_file(built, half, precision="spoilt"))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -39,6 +40,7 @@ from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear, Subtrac
 from ccn_deploy.models import Classifier
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
 from ccn_deploy.runtimes import onnx_runtime as onnx_runtime_module
+from ccn_deploy.targets import Role
 from tests.networks import DEFENSES, as_run, random_network
 
 SHAPE = (1, 28, 28)
@@ -563,7 +565,7 @@ def test_a_gradient_graph_that_is_none_is_refused_when_asked_for(
     bundle: Bundle, spoilt: str, tmp_path: Path
 ) -> None:
     if spoilt == "forward graph":
-        graph = bundle.read(bundle.file("forward", "fp32"))
+        graph = bundle.read(bundle.file(Role.FORWARD, "fp32"))
     elif spoilt == "garbage":
         graph = b"\x00\xff not a graph" * 50
     else:
@@ -577,12 +579,8 @@ def test_a_gradient_graph_that_is_none_is_refused_when_asked_for(
     ]
     wrong = write_bundle(
         tmp_path / "wrong",
-        architecture=manifest.architecture,
-        defense=manifest.defense,
-        input_shape=manifest.input_shape,
-        class_names=manifest.class_names,
-        training=manifest.training,
-        files=[*kept, NewFile("graphs/gradient-fp32.onnx", graph, "gradient", "fp32")],
+        card=bundle.card,
+        files=[*kept, NewFile("graphs/gradient-fp32.onnx", graph, Role.GRADIENT, "fp32")],
     )
     with open_runtime(wrong) as runtime:
         assert np.isfinite(runtime.logits(noise(1))).all()
@@ -595,7 +593,7 @@ def test_a_gradient_graph_in_another_precision_does_not_count(bundle: Bundle) ->
         replace(file, precision="fp16") if file.role == "gradient" else file
         for file in bundle.manifest.files
     )
-    relabelled = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    relabelled = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, files=files))
     with open_runtime(relabelled) as runtime:
         assert not runtime.differentiable
 

@@ -300,14 +300,9 @@ def test_parity_measures_the_graph_that_runs(optimized: Path, tmp_path: Path) ->
             _constant(graph.graph, "conv3.bias", lambda value: value.fill(0.5))
             data = graph.SerializeToString(deterministic=True)
         files.append(NewFile(record.path, data, record.role, record.precision))
-    manifest = healthy.manifest
     faulty = write_bundle(
         tmp_path / "faulty",
-        architecture=manifest.architecture,
-        defense=manifest.defense,
-        input_shape=manifest.input_shape,
-        class_names=manifest.class_names,
-        training=manifest.training,
+        card=healthy.card,
         files=files,
     )
 

@@ -142,11 +142,7 @@ def test_a_grid_without_its_ranges_is_no_measurement(
     ]
     bare = write_bundle(
         tmp_path / "bare",
-        architecture=manifest.architecture,
-        defense=manifest.defense,
-        input_shape=manifest.input_shape,
-        class_names=manifest.class_names,
-        training=manifest.training,
+        card=bundle.card,
         files=files,
     )
     with pytest.raises(IntegrityError, match="ranges"):

@@ -22,10 +22,11 @@ from ccn_deploy.errors import (
 )
 from ccn_deploy.exporters import export_run
 from ccn_deploy.exporters.sources.run import network_from
-from ccn_deploy.runtimes import RUNTIMES, RuntimeOptions, RuntimeSpec, open_runtime
+from ccn_deploy.runtimes import RuntimeOptions, RuntimeSpec, open_runtime
 from ccn_deploy.runtimes.base import check_images
 from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
 from ccn_deploy.runtimes.torch_runtime import load_reference
+from ccn_deploy.targets import RUNTIMES, Role
 from tests.networks import as_lowered, as_run, difficult_images, random_network
 
 HERE = ["onnxruntime-cpu", "torch"]
@@ -49,17 +50,12 @@ def images(count: int, seed: int = 0) -> np.ndarray:
 
 def with_graph(bundle: Bundle, path: Path, graph: bytes) -> Bundle:
     """Return a bundle whose digests are right and whose graph is something else."""
-    manifest = bundle.manifest
     return write_bundle(
         path,
-        architecture=manifest.architecture,
-        defense=manifest.defense,
-        input_shape=manifest.input_shape,
-        class_names=manifest.class_names,
-        training=manifest.training,
+        card=bundle.card,
         files=[
-            NewFile("weights.safetensors", bundle.read(bundle.file("weights")), "weights"),
-            NewFile("graphs/forward-fp32.onnx", graph, "forward", "fp32"),
+            NewFile("weights.safetensors", bundle.read(bundle.file(Role.WEIGHTS)), Role.WEIGHTS),
+            NewFile("graphs/forward-fp32.onnx", graph, Role.FORWARD, "fp32"),
         ],
     )
 
@@ -347,7 +343,7 @@ def test_a_graph_of_the_right_digest_that_is_no_such_graph_is_refused_quietly(
     bundle: Bundle, spoil: str, tmp_path: Path, capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    graph = bundle.read(bundle.file("forward", "fp32"))
+    graph = bundle.read(bundle.file(Role.FORWARD, "fp32"))
     if spoil == "empty":
         graph = b""
     elif spoil == "truncated":
@@ -357,7 +353,7 @@ def test_a_graph_of_the_right_digest_that_is_no_such_graph_is_refused_quietly(
     elif spoil == "other classes":
         model = random_network("mnist-cnn", "ccn", classes=4)
         other = export_run(as_run(model), tmp_path / "other")
-        graph = other.read(other.file("forward", "fp32"))
+        graph = other.read(other.file(Role.FORWARD, "fp32"))
     else:  # weights from a file that no digest covers
         model = onnx.load_from_string(graph)
         monkeypatch.chdir(tmp_path)
@@ -376,7 +372,7 @@ def test_weights_of_another_network_are_refused() -> None:
 
 
 def test_a_forward_graph_that_no_exporter_writes_is_damage(bundle: Bundle, tmp_path: Path) -> None:
-    model = onnx.load_model_from_string(bundle.read(bundle.file("forward", "fp32")))
+    model = onnx.load_model_from_string(bundle.read(bundle.file(Role.FORWARD, "fp32")))
     model.graph.node[-1].domain = "com.example"
     with pytest.raises(IntegrityError, match=r"forward-fp32|com\.example"):
         load_reference(with_graph(bundle, tmp_path / "spoilt", model.SerializeToString()))

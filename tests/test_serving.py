@@ -36,6 +36,7 @@ from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.compatibility import Candidate
 from ccn_deploy.serving import first_usable
+from ccn_deploy.targets import Role
 from tests.engines import build_rtx, engine_file, with_files
 from tests.networks import as_run, random_network
 
@@ -55,14 +56,9 @@ def digits(count: int, seed: int = 0) -> np.ndarray[Any, Any]:
 
 def rewritten(bundle: Bundle, output: Path, files: list[NewFile]) -> Bundle:
     """Write a bundle of the same network with other files."""
-    manifest = bundle.manifest
     return write_bundle(
         output,
-        architecture=manifest.architecture,
-        defense=manifest.defense,
-        input_shape=manifest.input_shape,
-        class_names=manifest.class_names,
-        training=manifest.training,
+        card=bundle.card,
         files=files,
     )
 
@@ -136,7 +132,7 @@ class TestAnswers:
         values = onnx.numpy_helper.to_array(bias).copy()
         values[3] = np.inf
         bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
-        spoiled = NewFile("forward.onnx", graph.SerializeToString(), "forward", "fp32")
+        spoiled = NewFile("forward.onnx", graph.SerializeToString(), Role.FORWARD, "fp32")
         with ccn_deploy.load(rewritten(bundle, tmp_path / "b", [spoiled])) as model:
             assert np.isinf(model.predict(digits(1))).any()
             with pytest.raises(GateError, match="not finite on onnxruntime-cpu-fp32"):
@@ -202,7 +198,7 @@ class TestChoice:
         self, path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         bundle = open_bundle(path)
-        graph = bundle.file("forward", "fp32")
+        graph = bundle.file(Role.FORWARD, "fp32")
         candidates = [
             Candidate(name, "fp32", graph, None) for name in ("onnxruntime-cuda", "onnxruntime-cpu")
         ]
@@ -232,7 +228,7 @@ class TestChoice:
 
     def test_auto_serves_nothing_from_a_bundle_that_is_not_what_it_says(self, path: Path) -> None:
         bundle = open_bundle(path)
-        graph = bundle.file("forward", "fp32")
+        graph = bundle.file(Role.FORWARD, "fp32")
         candidates = [
             Candidate("tensorrt", "fp32", graph, IntegrityError("No engine.")),
             Candidate("onnxruntime-cpu", "fp32", graph, None),
@@ -244,7 +240,7 @@ class TestChoice:
         self, path: Path
     ) -> None:
         bundle = open_bundle(path)
-        graph = bundle.file("forward", "fp32")
+        graph = bundle.file(Role.FORWARD, "fp32")
         candidates = [
             Candidate("onnxruntime-cpu", "fp32", graph, RuntimeUnavailableError("Another GPU.")),
             Candidate("onnxruntime-cpu", "fp32", graph, None),
@@ -253,7 +249,7 @@ class TestChoice:
 
     def test_without_any_the_error_has_every_reason(self, path: Path) -> None:
         bundle = open_bundle(path)
-        graph = bundle.file("forward", "fp32")
+        graph = bundle.file(Role.FORWARD, "fp32")
         candidates = [
             Candidate(name, "fp32", graph, RuntimeUnavailableError(f"No {name}.", "Do something."))
             for name in ("tensorrt", "onnxruntime-cpu")
@@ -276,7 +272,7 @@ class TestChoice:
         graph = (path / "graphs/forward-fp32.onnx").read_bytes()
 
         def having(*precisions: str) -> Bundle:
-            files = [NewFile(f"{p}.onnx", graph, "forward", p) for p in precisions]
+            files = [NewFile(f"{p}.onnx", graph, Role.FORWARD, p) for p in precisions]
             return rewritten(bundle, tmp_path / "-".join(precisions), files)
 
         for held, wanted in (
@@ -461,7 +457,7 @@ def test_a_loaded_bundle_takes_little_more_memory_than_a_bare_session(
     run = as_run(random_network(architecture, "ccn"))
     bundle = export_run(run, tmp_path / "b", gradient=False)
     shape = [str(size) for size in bundle.manifest.input_shape]
-    graph = bundle.path / bundle.file("forward", "fp32").path
+    graph = bundle.path / bundle.file(Role.FORWARD, "fp32").path
     ours = int(python(OURS, bundle.path, *shape).stdout)
     bare = int(python(BARE, graph, *shape).stdout)
     print(f"{architecture}: {ours:,} bytes against {bare:,}: {ours / bare:.2f}")

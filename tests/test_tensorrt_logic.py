@@ -24,9 +24,12 @@ from ccn_deploy.errors import (
 )
 from ccn_deploy.machine import Gpu as GpuFacts
 from ccn_deploy.machine import Machine
-from ccn_deploy.runtimes import RuntimeOptions, open_runtime, tensorrt
+from ccn_deploy.runtimes import RuntimeOptions, open_runtime
+from ccn_deploy.runtimes.tensorrt import runtime as tensorrt
 from ccn_deploy.runtimes.tensorrt.cuda import CudaError
 from ccn_deploy.runtimes.tensorrt.engine import GRAPHS
+from ccn_deploy.targets import Role
+from tests.cards import a_card
 from tests.simulated_gpu import Gpu, cuda_module, trt_module
 
 IMAGE = (2, 3, 3)
@@ -82,17 +85,13 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         }
         plans = {"engine": forward, **({"gradient-engine": gradient} if gradient else {})}
         files = [
-            NewFile(f"{role}.engine", f"{magic} {plan}".encode(), f"{role}:{library}", "fp32", {},
-                    details)
+            NewFile(f"{role}.engine", f"{magic} {plan}".encode(), Role(role), "fp32", library,
+                    details=details)
             for role, plan in plans.items()
         ]  # fmt: skip
         return write_bundle(
             tmp_path / "bundle",
-            architecture="none",
-            defense="sm",
-            input_shape=IMAGE,
-            class_names=["a", "b", "c", "d"],
-            training={},
+            card=a_card(input_shape=IMAGE, class_names=("a", "b", "c", "d")),
             files=files,
             overwrite=True,
         )
@@ -374,7 +373,7 @@ def test_kernels_that_the_library_refuses_are_replaced(world: World, tmp_path: P
 def test_kernels_are_written_ever_more_rarely(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ccn_deploy.runtimes import engine
+    from ccn_deploy.runtimes.tensorrt import engine
 
     written = []
     monkeypatch.setattr(engine, "store_kernels", lambda path, blob: written.append(blob))

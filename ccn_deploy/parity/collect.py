@@ -33,6 +33,7 @@ from ccn_deploy.parity.tolerances import Arithmetic, tolerance_for
 from ccn_deploy.runtimes import Runtime, RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.base import Array
 from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
+from ccn_deploy.targets import Role
 
 if TYPE_CHECKING:
     from ccn_deploy.graph.evaluate import GraphModule
@@ -69,7 +70,7 @@ class ParityRequest:
 
     Attributes:
         dataset: Its first images in the order that ``seed`` gives are used.
-        runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
+        runtime: A name in :data:`ccn_deploy.targets.RUNTIMES`.
         precision: Of the deployed graph.
         samples: Images of each kind, at least 8; they are also the large batch. By default 256, or
             32 where an image has more than 10,000 values.
@@ -124,7 +125,11 @@ def collect(
         if path.exists() and not fresh:
             return ParityEvidence.read(path)
         torch = require("torch", "train", "for the float64 reference")
-        setting["reference"] = {"name": "torch", "precision": "fp64", "version": torch.__version__}
+        setting["reference"] = {
+            "name": "torch",
+            "precision": "fp64",
+            "version": str(torch.__version__),
+        }
         measurement = _Measurement(bundle, request, options, runtime, setting)
         with _torch_threads(torch, request.threads):
             evidence = measurement.run(data, progress)
@@ -239,7 +244,7 @@ class _Measurement:
 
     def _ranges(self) -> dict[str, float]:
         """Return the calibrated ranges, which stand in the manifest apart from the graph."""
-        record = self.bundle.file("forward", self.request.precision)
+        record = self.bundle.file(Role.FORWARD, self.request.precision)
         try:
             return dict(record.details["calibration"]["ranges"])
         except (KeyError, TypeError, ValueError) as error:
@@ -371,7 +376,7 @@ def _setting(
     spec = runtime.spec
     return {
         "bundle": bundle.manifest.digest,
-        "dataset": {"name": data.name, "split": data.split, "digest": data.digest},
+        "dataset": data.identity,
         "seed": request.seed,
         "samples": samples,
         "per_layer": request.per_layer,

@@ -63,7 +63,7 @@ def page_of(
         precisions=precision_table(result.document()) if several else None,
         targets=targets,
         parity=parity_table(parity) if parity else None,
-        pictures=pictures_of(examples, bundle.manifest.class_names),
+        pictures=pictures_of(examples, bundle.card.class_names),
         pictured=targets[0].name,
         warnings=warnings,
         command=command,
@@ -93,9 +93,11 @@ def _target(document: Json) -> Target:
 
 
 def _model(bundle: Bundle) -> str:
-    manifest = bundle.manifest
-    defense = DEFENSES.get(manifest.defense)
-    return f"{defense.title if defense else manifest.defense} ({manifest.architecture})"
+    card = bundle.card
+    if not card.architecture:
+        return card.name
+    defense = DEFENSES.get(card.defense)
+    return f"{defense.title if defense else card.defense} ({card.architecture})"
 
 
 def _facts(document: Json) -> list[Fact]:

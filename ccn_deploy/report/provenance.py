@@ -15,9 +15,9 @@ from ccn_deploy.storage import sha256_file
 
 def provenance(bundle: Bundle, measurements: Sequence[Measurement]) -> list[Fact]:
     """Return how the numbers came about; measurements are of the same images."""
-    manifest, first = bundle.manifest, measurements[0]
+    card, first = bundle.card, measurements[0]
     dataset = first.dataset
-    architecture = ARCHITECTURES.get(manifest.architecture)
+    architecture = ARCHITECTURES.get(card.architecture)
     headers = [evidence.header for evidence in _evidence(measurements)]
     versions = {
         name: version
@@ -31,8 +31,10 @@ def provenance(bundle: Bundle, measurements: Sequence[Measurement]) -> list[Fact
     alike = len(set(sources.values())) == 1
     gradients = [sources[first.precision]] if alike else [f"{p}: {s}" for p, s in sources.items()]
     facts = [
-        Fact("Architecture", architecture.title if architecture else manifest.architecture),
-        Fact("Training", _training(manifest.training)),
+        Fact(
+            "Architecture", architecture.title if architecture else card.architecture or card.name
+        ),
+        Fact("Training", _training(card.training)),
         Fact("Data", f"{dataset['name']}, {dataset['split']} split"),
         Fact(
             "Selection",
@@ -41,7 +43,7 @@ def provenance(bundle: Bundle, measurements: Sequence[Measurement]) -> list[Fact
         Fact("Gradients", f"{'; '.join(gradients)}; every verdict is the runtime's own"),
         Fact("Versions", _list(f"{name} {version}" for name, version in sorted(versions.items()))),
         Fact("Machine", _list([*machines, *gpus])),
-        Fact("Manifest", manifest.digest, code=True),
+        Fact("Manifest", bundle.manifest.digest, code=True),
     ]
     return [fact for fact in facts if fact.value]
 

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from ccn_deploy.attacks.spec import AttackSpec
 from ccn_deploy.errors import IntegrityError
 from ccn_deploy.extras import require
-from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession, Target
+from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession
 from ccn_deploy.runtimes.base import Runtime
 from ccn_deploy.storage import canonical_json, sha256, write_atomic
+from ccn_deploy.targets import Target
 
 SCHEMA = "ccn-deploy/gradient-agreement/1"
 
@@ -136,7 +137,7 @@ class GradientAgreement:
 def agreement_path(directory: Path, setting: Mapping[str, Any], target: Target) -> Path:
     """Return where the agreement is kept, below ``BUNDLE/evidence``."""
     key = sha256(canonical_json({"schema": SCHEMA, **setting}))[:16]
-    return directory / "robustness" / "-".join(target) / f"gradients-{key}.json"
+    return directory / "robustness" / str(target) / f"gradients-{key}.json"
 
 
 def compare_gradients(

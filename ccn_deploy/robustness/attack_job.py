@@ -12,9 +12,10 @@ from ccn_deploy.attacks import AttackSpec
 from ccn_deploy.attacks.source import Gradient
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.extras import require
-from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession, Target
+from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession
 from ccn_deploy.robustness.evidence import Sample, Status
 from ccn_deploy.runtimes.base import Runtime
+from ccn_deploy.targets import Target
 
 TOLERANCE = 1e-6
 """By how much rounding may take a perturbation beyond epsilon."""

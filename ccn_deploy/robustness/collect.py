@@ -13,12 +13,12 @@ from ccn_deploy.attacks import AttackSpec, suite
 from ccn_deploy.attacks.source import Gradient, no_gradients, source
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data.dataset import Dataset
-from ccn_deploy.errors import UsageError, unknown
+from ccn_deploy.errors import UsageError
 from ccn_deploy.evaluation import check_fits
 from ccn_deploy.robustness import agreement
 from ccn_deploy.robustness.agreement import GradientAgreement
 from ccn_deploy.robustness.attack_job import Trial, attack
-from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession, Target
+from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession
 from ccn_deploy.robustness.cache_key import cache_key, differentiable
 from ccn_deploy.robustness.evidence import (
     SCHEMA,
@@ -27,8 +27,8 @@ from ccn_deploy.robustness.evidence import (
     read_evidence,
     writing,
 )
-from ccn_deploy.runtimes import RUNTIMES
 from ccn_deploy.runtimes.base import RuntimeOptions
+from ccn_deploy.targets import Target
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RobustnessRequest:
 
     Attributes:
         dataset: Its first ``samples`` images in the order that ``seed`` gives are attacked.
-        runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
+        runtime: A name in :data:`ccn_deploy.targets.RUNTIMES`.
         precision: Of the deployed graph.
         attacks: Each is run on the reference and on the runtime.
         gradient: Where the gradients of attacks on the runtime come from, a name in
@@ -62,7 +62,7 @@ class RobustnessRequest:
     @property
     def target(self) -> Target:
         """Runtime and precision."""
-        return self.runtime, self.precision
+        return Target(self.runtime, self.precision)
 
     @property
     def n(self) -> int:
@@ -143,7 +143,7 @@ def collect(
     with AttackSession(bundle, request.options) as session:
         for job in jobs:
             spec, target = job.trial.spec, job.trial.target
-            what = f"{spec.label} on {'-'.join(target)}"
+            what = f"{spec.label} on {target}"
             path = evidence_path(bundle.evidence, job.header, spec.label)
             evidence = read_evidence(path, job.header, n)
             if len(evidence) < n:
@@ -159,7 +159,7 @@ def collect(
         runtime=request.runtime,
         precision=request.precision,
         gradient=gradient,
-        dataset={"name": dataset.name, "split": dataset.split, "digest": dataset.digest},
+        dataset=dataset.identity,
         seed=request.seed,
         n=n,
         pairs=tuple(
@@ -224,8 +224,6 @@ def _extend(session: AttackSession, request: RobustnessRequest, job: _Job) -> It
 
 
 def _check(bundle: Bundle, request: RobustnessRequest) -> None:
-    if request.runtime not in RUNTIMES:
-        raise unknown("runtime", request.runtime, RUNTIMES)
     if request.samples < 1 or request.batch < 1:
         raise UsageError("No image to attack was asked for.", "Give --samples 1 or more.")
     if not request.attacks:
@@ -245,7 +243,7 @@ def _gradient(bundle: Bundle, request: RobustnessRequest) -> Gradient:
         return "native"  # it is the reference
     native = differentiable(bundle, request.target, device=request.options.device)
     if request.gradient == "native" and not native:
-        raise no_gradients("-".join(request.target))
+        raise no_gradients(str(request.target))
     return request.gradient or ("native" if native else "reference")
 
 

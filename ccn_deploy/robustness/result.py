@@ -79,7 +79,7 @@ class RobustnessResult:
             "warnings": list(self.warnings),
             "runtime": measurement.runtime,
             "precision": measurement.precision,
-            "reference": "-".join(REFERENCE),
+            "reference": str(REFERENCE),
             "gradient": measurement.gradient,
             "gradient_agreement": agreement.document() if agreement is not None else None,
             "dataset": measurement.dataset,

@@ -20,13 +20,7 @@ from ccn_deploy.errors import (
 )
 from ccn_deploy.machine import NO_CUDA_PYTHON, Gpu, Machine, release
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, Library
-
-ENGINE = "engine"
-PREFERENCE = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu")
-"""Runtimes that a bundle is deployed in, the fastest first."""
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
-"""The most exact first."""
+from ccn_deploy.targets import DEPLOYED_PRECISIONS, DEPLOYED_RUNTIMES, Role, Target
 
 BOTH_ONNXRUNTIMES = (
     "onnxruntime and onnxruntime-gpu are both installed, and each overwrites files of the other."
@@ -47,14 +41,12 @@ class Candidate:
     """Whether a machine can run one file of a bundle.
 
     Attributes:
-        runtime: A name in :data:`PREFERENCE`.
-        precision: Of the file.
-        record: The graph or engine that the runtime would execute.
+        target: The runtime that would execute it, and the file's precision.
+        record: The graph or engine.
         problem: Why it cannot; None if nothing is known to be in the way.
     """
 
-    runtime: str
-    precision: str
+    target: Target
     record: FileRecord
     problem: CcnDeployError | None
 
@@ -62,8 +54,8 @@ class Candidate:
 def candidates_for(bundle: Bundle, machine: Machine, *, device: int = 0) -> tuple[Candidate, ...]:
     """Return every way to run the bundle's network, in order of preference.
 
-    Runtimes in the order of :data:`PREFERENCE`, then precisions in that of :data:`PRECISIONS`,
-    then the bundle's own order: there may be several engines, for several GPUs.
+    Runtimes in the order of :data:`~ccn_deploy.targets.RUNTIMES`, then precisions, the most exact
+    first, then the bundle's own order: there may be several engines, for several GPUs.
 
     Args:
         bundle: An open bundle.
@@ -71,64 +63,44 @@ def candidates_for(bundle: Bundle, machine: Machine, *, device: int = 0) -> tupl
         device: Index of the GPU.
     """
     return tuple(
-        Candidate(
-            runtime,
-            precision,
-            record,
-            incompatibility(bundle, record, runtime, machine, device=device),
-        )
-        for runtime in PREFERENCE
-        for precision in _precisions(bundle)
-        for record in files_for(bundle, runtime, precision)
+        Candidate(target, record, incompatibility(bundle, record, target, machine, device=device))
+        for runtime in DEPLOYED_RUNTIMES
+        for precision in DEPLOYED_PRECISIONS
+        for target in [Target(runtime, precision)]
+        for record in files_for(bundle, target)
     )
-
-
-def engines(
-    bundle: Bundle, runtime: str, precision: str, *, role: str = ENGINE
-) -> tuple[FileRecord, ...]:
-    """Return the engines of a runtime and precision, none if there are none.
-
-    Args:
-        bundle: An open bundle.
-        runtime: ``"tensorrt"`` or ``"tensorrt-rtx"``.
-        precision: Of the engine.
-        role: ``"engine"`` or ``"gradient-engine"``.
-    """
-    wanted = (f"{role}:{runtime}", precision)
-    return tuple(r for r in bundle.manifest.files if (r.role, r.precision) == wanted)
 
 
 def choose_engine(
     bundle: Bundle,
-    runtime: str,
-    precision: str,
+    target: Target,
     machine: Machine,
     *,
     device: int = 0,
-    role: str = ENGINE,
+    role: Role = Role.ENGINE,
 ) -> FileRecord:
     """Return the first engine that fits the machine.
 
     Args:
         bundle: An open bundle.
-        runtime: ``"tensorrt"`` or ``"tensorrt-rtx"``.
-        precision: Of the engine.
+        target: A TensorRT runtime and a precision.
         machine: What it shall run on.
         device: Index of the GPU.
-        role: ``"engine"`` or ``"gradient-engine"``.
+        role: ``ENGINE`` or ``GRADIENT_ENGINE``.
 
     Raises:
         RuntimeUnavailableError: The bundle has no such engine.
         CcnDeployError: None fits: the error of :func:`check_engine` of the one that came
             nearest, or of one that is not what its manifest says.
     """
-    found = engines(bundle, runtime, precision, role=role)
+    found = bundle.files(role, target.precision, target.runtime)
     if not found:
-        have = [r.precision for r in bundle.manifest.files if r.role == f"{role}:{runtime}"]
+        files = bundle.manifest.files
+        have = [r.precision for r in files if (r.role, r.runtime) == (role, target.runtime)]
         raise RuntimeUnavailableError(
-            f"The bundle has no {role.replace('-', ' ')} for {runtime} in {precision}; it has "
-            f"{', '.join(dict.fromkeys(have)) or 'none at all'}.",
-            f"Add it with: {_export(runtime, precision)}",
+            f"The bundle has no {str(role).replace('-', ' ')} for {target.runtime} in "
+            f"{target.precision}; it has {', '.join(dict.fromkeys(have)) or 'none at all'}.",
+            f"Add it with: {_export(target)}",
         )
     refused = []
     for record in found:
@@ -165,8 +137,7 @@ class _Engine:
     """What the manifest says of an engine, with its types checked."""
 
     path: str
-    runtime: str
-    precision: str
+    target: Target
     version: str
     system: str
     architecture: str
@@ -175,17 +146,20 @@ class _Engine:
 
     @property
     def library(self) -> Library:
-        return LIBRARIES[self.runtime]
+        return LIBRARIES[self.target.runtime]
 
     @property
     def export(self) -> str:
         """The command that builds such an engine."""
-        return _export(self.runtime, self.precision)
+        return _export(self.target)
 
 
-def _export(runtime: str, precision: str) -> str:
+def _export(target: Target) -> str:
     """Return the command that adds an engine to a bundle."""
-    return f"ccn-deploy export BUNDLE --output NEW --format {runtime} --precision {precision}"
+    return (
+        f"ccn-deploy export BUNDLE --output NEW --format {target.runtime} "
+        f"--precision {target.precision}"
+    )
 
 
 def _read(record: FileRecord) -> _Engine:
@@ -200,21 +174,14 @@ def _read(record: FileRecord) -> _Engine:
     whole = isinstance(capabilities, list) and all(
         isinstance(value, str) for value in (*strings, *capabilities)
     )
-    runtime = record.role.partition(":")[2]
-    if (
-        not whole
-        or strings[0] != runtime
-        or runtime not in LIBRARIES
-        or not release(str(strings[1]))
-    ):
+    if not whole or strings[0] != record.runtime or not release(str(strings[1])):
         raise IntegrityError(
             f"The manifest does not say what {record.path} was built with and for.", _REPLACE
         )
     _, version, system, architecture, magic = map(str, strings)
     return _Engine(
         path=record.path,
-        runtime=runtime,
-        precision=record.precision,
+        target=Target(record.runtime, record.precision),
         version=version,
         system=system,
         architecture=architecture,
@@ -256,8 +223,8 @@ def _no_library(engine: _Engine, machine: Machine, device: int) -> CcnDeployErro
     if engine.library.distribution in machine.packages:
         return None
     return MissingExtraError(
-        f"The runtime {engine.runtime} needs the package {engine.library.distribution!r}, which "
-        "is not installed.",
+        f"The runtime {engine.target.runtime} needs the package "
+        f"{engine.library.distribution!r}, which is not installed.",
         f"Install it with: pip install 'ccn-deploy[{engine.library.extra}]'",
     )
 
@@ -354,68 +321,61 @@ def _called(gpu: Gpu) -> str:
     return f"GPU {gpu.index} ({gpu.name})"
 
 
-def _precisions(bundle: Bundle) -> list[str]:
-    here = {record.precision for record in bundle.manifest.files if record.precision}
-    order = {name: index for index, name in enumerate(PRECISIONS)}
-    return sorted(here, key=lambda name: (order.get(name, len(order)), name))
-
-
-def files_for(bundle: Bundle, runtime: str, precision: str) -> tuple[FileRecord, ...]:
-    """Return what a runtime may execute in a precision: engines, or the graph that it takes.
+def files_for(bundle: Bundle, target: Target) -> tuple[FileRecord, ...]:
+    """Return what a target may execute: its engines, or the graph that it takes.
 
     Args:
         bundle: An open bundle.
-        runtime: A name in :data:`PREFERENCE`.
-        precision: Of the files.
+        target: Runtime and precision.
     """
-    if runtime in LIBRARIES:
-        return engines(bundle, runtime, precision)
-    files = bundle.manifest.files
-    own = tuple(r for r in files if (r.role, r.precision) == (f"forward:{runtime}", precision))
-    return own or tuple(r for r in files if (r.role, r.precision) == ("forward", precision))
+    if target.kind.runs_engines:
+        return bundle.files(Role.ENGINE, target.precision, target.runtime)
+    try:
+        return (bundle.program(target),)
+    except RuntimeUnavailableError:
+        return ()
 
 
 def incompatibility(
-    bundle: Bundle, record: FileRecord, runtime: str, machine: Machine, *, device: int = 0
+    bundle: Bundle, record: FileRecord, target: Target, machine: Machine, *, device: int = 0
 ) -> CcnDeployError | None:
-    """Return why a runtime cannot run a file of a bundle here, or None if nothing is known.
+    """Return why a target cannot run a file of a bundle here, or None if nothing is known.
 
     Args:
         bundle: An open bundle.
-        record: A graph or engine in it.
-        runtime: A name in :data:`PREFERENCE` that takes such a file.
+        record: A graph or engine in it that the target takes.
+        target: Runtime and precision.
         machine: What it shall run on.
         device: Index of the GPU.
     """
-    if runtime not in LIBRARIES:
-        return onnxruntime_problem(runtime, record.precision, machine, device=device)
+    if not target.kind.runs_engines:
+        return onnxruntime_problem(target, machine, device=device)
     refusal = _refusal(record, bundle.head(record, HEAD), machine, device)
     return None if refusal is None else refusal[1]
 
 
 def onnxruntime_problem(
-    runtime: str, precision: str, machine: Machine, *, device: int = 0
+    target: Target, machine: Machine, *, device: int = 0
 ) -> CcnDeployError | None:
     """Return why ONNX Runtime cannot run a graph here, or None if nothing is known against it.
 
     Args:
-        runtime: ``"onnxruntime-cpu"`` or ``"onnxruntime-cuda"``.
-        precision: Of the graph; bf16 has no kernels for convolution on the CPU.
+        target: ONNX Runtime and the graph's precision; bf16 has no kernels for convolution on the
+            CPU.
         machine: What it shall run on.
         device: Index of the GPU.
     """
-    on_cpu = runtime == "onnxruntime-cpu"
-    extra = "cpu" if on_cpu else "gpu"
+    kind = target.kind
     builds = [name for name in ("onnxruntime", "onnxruntime-gpu") if name in machine.packages]
-    if not builds or (not on_cpu and builds == ["onnxruntime"]):
+    if not builds or (kind.on_gpu and builds == ["onnxruntime"]):
         replace = "pip uninstall onnxruntime; " if builds else ""
         return MissingExtraError(
-            f"The runtime {runtime} needs the package "
-            f"{'onnxruntime' if on_cpu else 'onnxruntime-gpu'!r}, which is not installed.",
-            f"Install it with: {replace}pip install 'ccn-deploy[{extra}]'",
+            f"The runtime {kind.name} needs the package {kind.distribution!r}, which is not "
+            "installed.",
+            f"Install it with: {replace}pip install 'ccn-deploy[{kind.extra}]'",
         )
-    if on_cpu:
-        if precision != "bf16":
+    if not kind.on_gpu:
+        if target.precision != "bf16":
             return None
         return RuntimeUnavailableError(
             "ONNX Runtime has no kernels for bf16 on the CPU.",
@@ -423,4 +383,4 @@ def onnxruntime_problem(
         )
     if len(builds) == 2:
         return RuntimeUnavailableError(BOTH_ONNXRUNTIMES, KEEP_ONE)
-    return no_gpu(machine, device, f"{runtime} cannot run", extra)
+    return no_gpu(machine, device, f"{kind.name} cannot run", kind.extra)

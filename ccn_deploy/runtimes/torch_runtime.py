@@ -24,6 +24,7 @@ from ccn_deploy.runtimes.base import (
     already_closed,
     check_images,
 )
+from ccn_deploy.targets import RUNTIMES, Role
 
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -51,7 +52,7 @@ def forward_graph(bundle: Bundle) -> Graph:
         IntegrityError: The graph is damaged, or has what no exporter of this package writes.
         RuntimeUnavailableError: The bundle has no float32 forward graph.
     """
-    record = bundle.file("forward", "fp32")
+    record = bundle.file(Role.FORWARD, "fp32")
     try:
         return read_graph(bundle.read(record), record.path)
     except GraphError as error:
@@ -98,11 +99,11 @@ class TorchRuntime(Closing):
         self._spec = RuntimeSpec(
             name=name,
             precision=precision,
-            input_shape=bundle.manifest.input_shape,
-            classes=len(bundle.manifest.class_names),
+            input_shape=bundle.card.input_shape,
+            classes=bundle.card.classes,
             max_batch=self._options.max_batch or LARGEST_BATCH,
             device=str(self._device),
-            versions={"torch": torch.__version__},
+            versions={"torch": str(torch.__version__)},
             thread_safe=True,
         )
 
@@ -217,7 +218,7 @@ class TorchRuntime(Closing):
 
 
 def _device(name: str, options: RuntimeOptions) -> torch.device:
-    if name == "torch":
+    if not RUNTIMES[name].on_gpu:
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if options.device >= count:

@@ -1,0 +1,196 @@
+"""The one codec of documents: typed records to canonical JSON and back.
+
+What is written can be read: :func:`encode` checks types as :func:`decode` does. What is read was
+written: bytes in any other form than the canonical one are refused, so that a digest of the bytes
+is a digest of the content.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from ccn_deploy.errors import CcnDeployError, IntegrityError
+from ccn_deploy.storage import canonical_json, sha256
+
+LARGEST = 16 << 20
+"""Bytes of the largest document that is parsed."""
+
+DEEPEST = 32
+"""Levels of objects and arrays that a document may nest."""
+
+_STRING = re.compile(rb'"[^"]*"?')
+_NO_BRACKET = bytes(sorted(set(range(256)) - set(b"[]{}")))
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+"""A number of things: never negative, exact in every JSON reader."""
+
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+"""A SHA-256 in lower-case hex."""
+
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+"""A name or a line for people."""
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every document and of its parts: immutable, without unknown fields."""
+
+
+R = TypeVar("R", bound=Record)
+
+
+def encode(record: Record) -> bytes:
+    """Return the canonical JSON of a record, see :func:`ccn_deploy.storage.canonical_json`.
+
+    Raises:
+        TypeError, ValueError: A value that its type does not allow, NaN or infinity, text that is
+            no Unicode, or more or deeper than :func:`decode` reads.
+    """
+    return _readable(canonical_json(document(record)))
+
+
+def encode_line(record: Record) -> bytes:
+    """Return a record as one line of JSON lines, keys sorted, with its newline.
+
+    Raises:
+        TypeError, ValueError: As :func:`encode`.
+    """
+    return _readable(_line(document(record)))
+
+
+def document(record: Record) -> dict[str, Any]:
+    """Return a record as plain objects for JSON, each value checked against its type.
+
+    Raises:
+        TypeError, ValueError: A value that its type does not allow.
+    """
+    plain = msgspec.to_builtins(record)
+    checked: dict[str, Any] = msgspec.to_builtins(msgspec.convert(plain, type(record)))
+    return checked
+
+
+def decode(data: bytes, record: type[R], what: str, hint: str, *, limit: int = LARGEST) -> R:
+    """Read a record from the bytes that :func:`encode` wrote.
+
+    Args:
+        data: The file.
+        record: The type to read.
+        what: Begins the error: ``"manifest.json"``.
+        hint: What to do about a damaged document.
+        limit: Most bytes that are parsed.
+
+    Raises:
+        IntegrityError: Too large or too deep, no JSON, a field missing, unknown or of another
+            type or range, or not in canonical form.
+    """
+    return _decode(data, record, what, hint, limit=limit, form=canonical_json)
+
+
+def decode_line(data: bytes, record: type[R], what: str, hint: str, *, limit: int = 1 << 16) -> R:
+    """Read a record from the line that :func:`encode_line` wrote; see :func:`decode`.
+
+    Raises:
+        IntegrityError: As :func:`decode`.
+    """
+    return _decode(data, record, what, hint, limit=limit, form=_line)
+
+
+def encode_sealed(record: Record) -> bytes:
+    """Return :func:`encode` of a record with one more field: the digest of all others.
+
+    Raises:
+        TypeError, ValueError: As :func:`encode`.
+    """
+    plain = document(record)
+    return _readable(canonical_json({**plain, "digest": sha256(canonical_json(plain))}))
+
+
+def decode_sealed(data: bytes, record: type[R], what: str, hint: str) -> R:
+    """Read a record from the bytes that :func:`encode_sealed` wrote.
+
+    Raises:
+        IntegrityError: As :func:`decode`, or the digest is not that of the content.
+    """
+    plain = unseal(data, what, hint)
+    try:
+        found = msgspec.convert(plain, record)
+    except (msgspec.MsgspecError, ValueError, CcnDeployError) as error:
+        raise _damaged(what, error, hint) from error
+    if canonical_json(msgspec.to_builtins(found)) != canonical_json(plain):
+        raise IntegrityError(f"{what} has numbers of another type than its schema.", hint)
+    return found
+
+
+def unseal(data: bytes, what: str, hint: str) -> dict[str, Any]:
+    """Return the content of a sealed document as plain objects, whatever its schema.
+
+    Raises:
+        IntegrityError: Too large or too deep, no JSON object, not in canonical form, or the
+            digest is not that of the content.
+    """
+    _check_bounds(data, what, hint, LARGEST)
+    try:
+        plain = msgspec.json.decode(data, type=dict[str, Any])
+        canonical = canonical_json(plain) == data
+        sealed = plain.pop("digest", None) == sha256(canonical_json(plain))
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise _damaged(what, error, hint) from error
+    if not (canonical and sealed):
+        raise IntegrityError(f"{what} does not match its own digest: it was changed.", hint)
+    return plain
+
+
+def _line(document: Any) -> bytes:
+    return (json.dumps(document, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def _decode(
+    data: bytes,
+    record: type[R],
+    what: str,
+    hint: str,
+    *,
+    limit: int,
+    form: Callable[[Any], bytes],
+) -> R:
+    _check_bounds(data, what, hint, limit)
+    try:
+        found = msgspec.json.decode(data, type=record)
+        canonical = form(msgspec.to_builtins(found)) == data
+    except (msgspec.MsgspecError, ValueError, RecursionError, CcnDeployError) as error:
+        raise _damaged(what, error, hint) from error
+    if not canonical:
+        raise IntegrityError(f"{what} is not in the form that it was written in.", hint)
+    return found
+
+
+def _readable(data: bytes) -> bytes:
+    """Return bytes that were written, unless nobody could read them."""
+    try:
+        _check_bounds(data, "The document", "", LARGEST)
+    except IntegrityError as error:
+        raise ValueError(error.what) from error
+    msgspec.json.decode(data)
+    return data
+
+
+def _check_bounds(data: bytes, what: str, hint: str, limit: int) -> None:
+    """Refuse what would cost a parser time or memory, before one sees it."""
+    if len(data) > limit:
+        raise IntegrityError(f"{what} has {len(data):,} bytes, more than {limit:,}.", hint)
+    # An escaped backslash first: in \\" the quote is not escaped. Left to right, as JSON reads.
+    outside = _STRING.sub(b"", data.replace(rb"\\", b"").replace(rb"\"", b""))
+    depth = 0
+    for bracket in outside.translate(None, _NO_BRACKET):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > DEEPEST:
+            raise IntegrityError(f"{what} nests more than {DEEPEST} levels.", hint)
+
+
+def _damaged(what: str, error: Exception, hint: str) -> IntegrityError:
+    reason = error.what if isinstance(error, CcnDeployError) else str(error)
+    return IntegrityError(f"{what} is damaged: {' '.join(reason.split()).rstrip('.')}.", hint)
