@@ -22,11 +22,11 @@ from ccn_deploy.errors import (
 )
 from ccn_deploy.exporters import export_bundle
 from ccn_deploy.exporters.sources.run import network_from
-from ccn_deploy.runtimes import RUNTIMES, RuntimeOptions, RuntimeSpec, open_runtime
+from ccn_deploy.runtimes import RuntimeOptions, RuntimeSpec, open_runtime
 from ccn_deploy.runtimes.base import check_images
 from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
 from ccn_deploy.runtimes.torch_runtime import load_reference
-from ccn_deploy.targets import Role
+from ccn_deploy.targets import RUNTIMES, Role
 from tests.networks import as_lowered, as_run, difficult_images, random_network
 
 HERE = ["onnxruntime-cpu", "torch"]
@@ -372,7 +372,7 @@ def test_weights_of_another_network_are_refused() -> None:
 
 
 def test_a_forward_graph_that_no_exporter_writes_is_damage(bundle: Bundle, tmp_path: Path) -> None:
-    model = onnx.load_model_from_string(bundle.read(bundle.file("forward", "fp32")))
+    model = onnx.load_model_from_string(bundle.read(bundle.file(Role.FORWARD, "fp32")))
     model.graph.node[-1].domain = "com.example"
     with pytest.raises(IntegrityError, match=r"forward-fp32|com\.example"):
         load_reference(with_graph(bundle, tmp_path / "spoilt", model.SerializeToString()))
