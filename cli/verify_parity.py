@@ -315,4 +315,6 @@ def _errors(finding: Finding) -> tuple[str, str, str, str]:
 
 
 def _mark(finding: AnyFinding) -> str:
-    return "[bold red]fail[/]" if finding.reasons else "[green]pass[/]"
+    return {"pass": "[green]pass[/]", "fail": "[bold red]fail[/]"}.get(
+        finding.verdict.value, "[bold yellow]none[/]"
+    )

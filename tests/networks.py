@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 
 from ccn_deploy.bundle import Source
+from ccn_deploy.layers import CompactConv2d, CompactLinear
 from ccn_deploy.models import Classifier, build_model
 from ccn_deploy.records import encode
 from ccn_deploy.runs import RUN, WEIGHTS, Finished, RunRecord, TrainedRun
@@ -29,6 +30,20 @@ def random_network(architecture: str, defense: str, *, classes: int = 10) -> Cla
             if name.endswith("bias"):
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval().requires_grad_(False)
+
+
+def as_lowered(model: Classifier) -> Classifier:
+    """Return the network with the constants of its graph: alpha folded, all rounded to float32.
+
+    It is float64, changed in place.
+    """
+    with torch.no_grad():
+        for layer in model.children():
+            if isinstance(layer, CompactConv2d | CompactLinear):
+                layer.weight.mul_(layer.alpha)
+                layer.alpha.fill_(1.0)
+                layer.delta = float(np.float32(layer.delta))
+    return model.double()
 
 
 def as_run(model: Classifier, path: Path = Path("nowhere")) -> TrainedRun:

@@ -36,7 +36,7 @@ from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
 from ccn_deploy.targets import Role
 
 if TYPE_CHECKING:
-    from ccn_deploy.models import Classifier
+    from ccn_deploy.graph.evaluate import GraphModule
     from ccn_deploy.parity.inputs import Probe
 
 ODD_BATCH = 7
@@ -181,18 +181,21 @@ class _Measurement:
         import torch
 
         from ccn_deploy.parity.inputs import make_inputs
+        from ccn_deploy.parity.rounding import images_kept
         from ccn_deploy.runtimes.torch_runtime import load_reference
 
         samples: int = self.setting["samples"]
         parts = 2 + self.request.per_layer + self.runtime.differentiable
         step = _Steps(2 + len(KINDS) * parts, progress)
         step("crafting inputs")
-        probes = make_inputs(load_reference(self.bundle), data, samples, self.request.seed)
         exact = load_reference(self.bundle, torch.float64)
+        batch = min(_REFERENCE_BATCH, images_kept(exact.graph))
+        reference32 = load_reference(self.bundle)
+        probes = make_inputs(reference32, data, samples, self.request.seed, batch=batch)
         units: dict[str, dict[str, float]] = {}
         logits: dict[str, Array] = {}
         inputs: list[InputRow] = []
-        options = replace(self.options, max_batch=_REFERENCE_BATCH)
+        options = replace(self.options, max_batch=batch)
         with open_runtime(self.bundle, "torch", "fp64", options) as reference:
             for probe in probes:
                 step(f"{probe.kind}: what rounding explains")
@@ -220,7 +223,7 @@ class _Measurement:
         step.finish()
         return ParityEvidence(self.setting, tuple(inputs), tuple(claims), gradients, layers)
 
-    def _units(self, exact: Classifier, probe: Probe) -> dict[str, float]:
+    def _units(self, exact: GraphModule, probe: Probe) -> dict[str, float]:
         import torch
 
         from ccn_deploy.parity.rounding import rounding_units
@@ -277,7 +280,7 @@ class _Measurement:
         probes: Sequence[Probe],
         step: _Steps,
         *,
-        exact: Classifier,
+        exact: GraphModule,
         reference: Runtime,
         logits: dict[str, Array],
         units: dict[str, dict[str, float]],
@@ -329,7 +332,7 @@ class _Measurement:
             found, expected = deployed(images), reference(images)
             clean = clean or expected
             for layer, values in expected.items():
-                if layer in found:
+                if layer in found and layer in units[probe.kind]:
                     unit = units[probe.kind][layer]
                     scale = self._scale(values, clean[layer])
                     deviation = compare_values(found[layer], values, scale=scale, unit=unit)

@@ -29,17 +29,21 @@ class Finding:
 
     Attributes:
         row: The evidence.
-        reasons: Why it fails, one phrase each; empty if it passes.
+        reasons: Why it is not a pass, one phrase each; empty if it passes.
         stated_error: Absolute error the policy allows here.
+        blank: Whether the row shows nothing, because all that was to be compared is 0.
     """
 
     row: InputRow | Claim | LayerRow
     reasons: tuple[str, ...]
     stated_error: float
+    blank: bool = False
 
     @property
     def verdict(self) -> Verdict:
-        """Pass, or fail for any reason."""
+        """Pass; inconclusive if the row shows nothing; fail for any other reason."""
+        if self.blank:
+            return Verdict.INCONCLUSIVE
         return Verdict.FAIL if self.reasons else Verdict.PASS
 
     @property
@@ -233,7 +237,14 @@ def _finding(row: InputRow | Claim | LayerRow, policy: Tolerance) -> Finding:
     reasons = _reasons(deviation, policy)
     if isinstance(row, Claim) and row.claim == DETERMINISTIC and row.differing:
         reasons.append(f"{row.differing} logits differ in their bits between runs")
-    return Finding(row, tuple(reasons), policy.stated_error(deviation.scale))
+    blank = isinstance(row, InputRow) and row.kind == "clean" and _is_blank(deviation)
+    if blank:
+        reasons.append("every logit is 0, of the reference as of the runtime: an untrained head?")
+    return Finding(row, tuple(reasons), policy.stated_error(deviation.scale), blank)
+
+
+def _is_blank(deviation: Deviation) -> bool:
+    return deviation.scale == 0.0 and deviation.max_abs == 0.0
 
 
 def _reasons(deviation: Deviation, policy: Tolerance) -> list[str]:
@@ -251,6 +262,11 @@ def _reasons(deviation: Deviation, policy: Tolerance) -> list[str]:
             f"label flips: {many}{len(sure)} where the margin, up to {sure[0].margin:.2g}, is over "
             f"the stated error {stated:.2g}"
         )
+    if deviation.scale == 0.0 and deviation.max_abs > 0.0:
+        reasons.append(
+            f"largest error is {deviation.max_abs:.2g} where the reference gives nothing but 0"
+        )
+        return reasons
     if not deviation.relative <= policy.max_relative:
         reasons.append(
             f"largest error is {deviation.relative:.2g} of the scale, allowed "

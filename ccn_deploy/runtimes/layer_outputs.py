@@ -15,7 +15,8 @@ from ccn_deploy.targets import Target
 LayerOutputs = Callable[[Array], dict[str, Array]]
 """Maps images [N, C, H, W] to the output of every layer by its name, in order of execution.
 
-The last entry is the last linear layer's: the logits. Batches are not split."""
+The last entry is the logits. Layers that a deployed graph does not have by that tensor, such as
+those that a pass merged into others, are left out. Batches are not split."""
 
 
 def open_layer_outputs(
@@ -60,15 +61,22 @@ def open_layer_outputs(
 
 
 def _in_onnx_runtime(bundle: Bundle, target: Target, options: RuntimeOptions) -> LayerOutputs:
-    from ccn_deploy.runtimes.onnx_runtime import load_library, make_session, make_spec
-
     onnx = require("onnx", "train", "to look at single layers")
+    require("torch", "train", "to look at single layers")
+    from ccn_deploy.graph.layers import layer_outputs
+    from ccn_deploy.runtimes.onnx_runtime import load_library, make_session, make_spec
+    from ccn_deploy.runtimes.torch_runtime import forward_graph
+
     record = bundle.program(target)
     model = onnx.load_model_from_string(bundle.read(record))
-    # The exporter names a node "<layer>" if it gives the layer's result, "<layer>.<part>" if not.
-    layers = {node.name: node.output[0] for node in model.graph.node if "." not in node.name}
+    made = {tensor for node in model.graph.node for tensor in node.output}
+    layers = {
+        layer: tensor
+        for layer, tensor in layer_outputs(forward_graph(bundle)).items()
+        if tensor in made
+    }
     shown = {output.name for output in model.graph.output}
-    for tensor in layers.values():
+    for tensor in dict.fromkeys(layers.values()):
         if tensor not in shown:
             model.graph.output.append(onnx.ValueInfoProto(name=tensor))
     ort = load_library(target.runtime)
