@@ -27,6 +27,7 @@ from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import RuntimeUnavailableError, UsageError
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.torch_runtime import load_reference
+from tests.networks import random_network
 
 ONE_THREAD = RuntimeOptions(threads=1)
 
