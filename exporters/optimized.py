@@ -25,7 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ccn_deploy.exporters.lowering import add_layer, as_array, deployed_layers, sliding_window
+from ccn_deploy.exporters.compact_nodes import as_array
+from ccn_deploy.exporters.lowering import add_layer, deployed_layers, sliding_window
 from ccn_deploy.graph.builder import GraphBuilder
 from ccn_deploy.graph.signature import BATCH, INPUT, OUTPUT
 from ccn_deploy.layers import CompactConv2d, CompactLinear
