@@ -22,11 +22,11 @@ from ccn_deploy.errors import (
     UsageError,
 )
 from ccn_deploy.exporters import export_run
-from ccn_deploy.runtimes import RUNTIMES, RuntimeOptions, RuntimeSpec, open_runtime
+from ccn_deploy.runtimes import RuntimeOptions, RuntimeSpec, open_runtime
 from ccn_deploy.runtimes.base import check_images
 from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
 from ccn_deploy.runtimes.torch_runtime import load_reference
-from ccn_deploy.targets import Role
+from ccn_deploy.targets import RUNTIMES, Role
 from tests.networks import as_run, difficult_images, random_network
 
 HERE = ["onnxruntime-cpu", "torch"]

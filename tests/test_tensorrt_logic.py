@@ -373,7 +373,7 @@ def test_kernels_that_the_library_refuses_are_replaced(world: World, tmp_path: P
 def test_kernels_are_written_ever_more_rarely(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ccn_deploy.runtimes import engine
+    from ccn_deploy.runtimes.tensorrt import engine
 
     written = []
     monkeypatch.setattr(engine, "store_kernels", lambda path, blob: written.append(blob))
