@@ -86,9 +86,7 @@ def document(record: Record) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: A value that its type does not allow.
     """
-    plain = _plain(record)
-    msgspec.convert(plain, type(record))
-    return plain
+    return _plain(msgspec.convert(_plain(record), type(record)))
 
 
 def decode(data: bytes, record: type[R], what: str, hint: str, *, limit: int = LARGEST) -> R:

@@ -7,8 +7,9 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import numpy as np
 
 import ccn_deploy
@@ -251,7 +252,8 @@ class _Measurement:
         """Return the calibrated ranges, which stand in the manifest apart from the graph."""
         record = self.bundle.file(Role.FORWARD, self.request.precision)
         try:
-            return dict(record.details["calibration"]["ranges"])
+            ranges = record.details["calibration"]["ranges"]
+            return msgspec.convert(ranges, dict[str, Annotated[float, msgspec.Meta(ge=0)]])
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(
                 f"The manifest does not say which ranges {record.path} was calibrated to.",
