@@ -18,6 +18,7 @@ from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import Calibration, convert
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
 from ccn_deploy.parity.rounding import noisy_forward, rounding_units
 from ccn_deploy.parity.tolerances import Arithmetic, tolerance_for
