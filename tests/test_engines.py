@@ -34,6 +34,7 @@ from ccn_deploy.exporters.precision import PRECISIONS, Calibration, convert
 from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, known_targets
 from ccn_deploy.exporters.tensorrt.log import read_log, worth_keeping
 from ccn_deploy.graph.builder import to_bytes
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, capture, load_library, logger
 from ccn_deploy.storage import sha256
@@ -113,7 +114,7 @@ EVERY_LOW = [
 def test_every_low_precision(architecture: str, defense: str, precision: str) -> None:
     model = random_network(architecture, defense)
     images = np.random.default_rng(0).random((4, *model.architecture.input_shape), np.float32)
-    low = convert(lower(model), precision, Calibration(images)).graph
+    low = convert(Graph(lower(model)), precision, Calibration(images)).graph
 
     built = build_engine(to_bytes(low), library=RTX, batch=SMALL)
 

@@ -18,6 +18,7 @@ from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import Calibration, convert
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
 from ccn_deploy.parity.rounding import noisy_forward, rounding_units
 from ccn_deploy.parity.tolerances import Arithmetic, tolerance_for
@@ -163,7 +164,7 @@ def test_first_draw_is_the_deployed_grid(defense: str) -> None:
     """Against a network quantised by hand, in float64, where every rounding is written out."""
     model = random_network("mnist-cnn", defense)
     images = np.random.default_rng(0).random((2, 1, 28, 28), dtype=np.float32)
-    calibration = convert(lower(model), "int8", Calibration(images)).calibration
+    calibration = convert(Graph(lower(model)), "int8", Calibration(images)).calibration
     assert calibration is not None
     ranges = calibration["ranges"]
     model = model.double()
@@ -202,7 +203,7 @@ def by_hand(
 def test_units_grow_with_the_coarseness_of_the_format() -> None:
     model = random_network("mnist-cnn", "ccn")
     images = np.random.default_rng(0).random((2, 1, 28, 28), dtype=np.float32)
-    calibration = convert(lower(model), "int8", Calibration(images)).calibration
+    calibration = convert(Graph(lower(model)), "int8", Calibration(images)).calibration
     assert calibration is not None
     model = model.double()
     units = [
