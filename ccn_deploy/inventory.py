@@ -33,6 +33,7 @@ def inventory(bundle: Bundle, machine: Machine) -> dict[str, Any]:
         "bundle": str(bundle.path),
         "digest": manifest.digest,
         "name": card["name"],
+        "title": bundle.card.title,
         "architecture": card["architecture"],
         "defense": card["defense"],
         "input": {
@@ -43,7 +44,8 @@ def inventory(bundle: Bundle, machine: Machine) -> dict[str, Any]:
         },
         "class_names": list(card["class_names"]),
         "training": card["training"],
-        "source": card["source"],
+        "source": bundle.card.source.told(),
+        "preprocessing": card["source"]["preprocessing"],
         "files": [_file(bundle, record, machine) for record in manifest.files],
         "evidence": list(_evidence(bundle)),
     }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ccn_deploy.bundle import Bundle, open_bundle
+from ccn_deploy.bundle.preprocessing import to_images
 from ccn_deploy.errors import (
     EnvironmentUnfitError,
     GateError,
@@ -83,6 +84,7 @@ class Model(Closing):
         self._choice = choice
         self._digest = bundle.manifest.digest
         self._class_names = bundle.card.class_names
+        self._preprocessing = bundle.card.source.preprocessing
 
     @property
     def spec(self) -> RuntimeSpec:
@@ -120,6 +122,21 @@ class Model(Closing):
             RuntimeUnavailableError: The runtime failed, for want of memory most likely.
         """
         return self._runtime.logits(images)
+
+    def predict_source(self, source: Array) -> Array:
+        """Return logits, float32 [N, classes], of input in the format of the source network.
+
+        That is what the network was fed before it was exported: its own layout, channel order,
+        range, mean and deviation, as ``ccn-deploy inspect`` shows them.
+
+        Args:
+            source: [N, C, H, W] or [N, H, W, C], integers or floats.
+
+        Raises:
+            InputError: Not of that format, or values outside its range.
+            CcnDeployError: As :meth:`predict` does.
+        """
+        return self.predict(to_images(source, self._preprocessing))
 
     def classify(self, images: Array) -> Array:
         """Return the label of each image, int64 [N]: the index of its largest logit.

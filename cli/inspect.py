@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ccn_deploy.cli.options import BundleArgument, JsonOption
-from ccn_deploy.cli.text import line, network_title, plain
+from ccn_deploy.cli.text import line, plain
 
 _INDENT = 13
 
@@ -30,13 +30,15 @@ def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
 
 
 def _print(document: dict[str, Any]) -> None:
-    line(f"[bold]{plain(document['bundle'])}[/]: {plain(network_title(document))}")
+    line(f"[bold]{plain(document['bundle'])}[/]: {plain(document['title'])}")
     names = document["class_names"]
     shape = ", ".join(map(str, document["input"]["shape"]))
     _field("input", f"float32 [N, {shape}] in [0, 1]", 0)
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     _field("classes", f"{len(names)}: {shown}", 0)
     _field("training", _training(document["training"]), 0)
+    for topic, text in document["source"].items():
+        _field(topic, text, 0)
     _field("digest", document["digest"], 0)
     line("")
     _print_files(document["files"])

@@ -196,7 +196,7 @@ class Pipeline:
     def _export(self, run: TrainedRun, tell: Tell) -> Bundle:
         """Export a run, or open what an earlier quickstart made of the very same weights."""
         from ccn_deploy.bundle import open_bundle
-        from ccn_deploy.exporters import export_run
+        from ccn_deploy.exporters import export_bundle
         from ccn_deploy.storage import sha256
         from ccn_deploy.targets import Role
 
@@ -204,7 +204,7 @@ class Pipeline:
             bundle = open_bundle(self.bundle)
             if bundle.file(Role.WEIGHTS).sha256 == sha256(run.weights):
                 return bundle
-        bundle = export_run(run, self.bundle, overwrite=True)
+        bundle = export_bundle(run, self.bundle, overwrite=True)
         digest = bundle.manifest.digest[:16]
         tell(Note(self.defense, f"exported: {len(bundle.manifest.files)} files, digest {digest}"))
         return bundle

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 
 def plain(text: str) -> str:
     """Return text as it is to be read: no markup, and nothing that steers a terminal."""
@@ -17,10 +15,3 @@ def line(text: str) -> None:
     from ccn_deploy.cli.console import out
 
     out.print(text, soft_wrap=True)
-
-
-def network_title(document: dict[str, Any]) -> str:
-    """Return what a document's network is called: defense and architecture, or its name."""
-    if not document["architecture"]:
-        return str(document["name"])
-    return f"{document['defense']} on {document['architecture']}"

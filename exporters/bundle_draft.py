@@ -1,13 +1,13 @@
-"""What is to be in a bundle: made of a run, or taken over from a bundle that gets more."""
+"""What is to be in a bundle: a new network's files, or those of a bundle that gets more."""
 
 from __future__ import annotations
 
-import ccn_deploy
 from ccn_deploy.bundle import Bundle, NewFile
-from ccn_deploy.runs import WEIGHTS, TrainedRun
+from ccn_deploy.errors import UsageError
+from ccn_deploy.exporters.bundle_graphs import OURS, forward_file
+from ccn_deploy.exporters.sources.opening import NetworkSource
+from ccn_deploy.runs import WEIGHTS
 from ccn_deploy.targets import Role
-
-OURS = {"ccn-deploy": ccn_deploy.__version__}
 
 
 class BundleDraft:
@@ -19,13 +19,21 @@ class BundleDraft:
         added: Paths of those that were not there from the start.
     """
 
-    def __init__(self, source: TrainedRun | Bundle) -> None:
+    def __init__(self, source: NetworkSource | Bundle) -> None:
         self.added: list[str] = []
         self.card = source.card
         if isinstance(source, Bundle):
             self.files = [NewFile.copy(source, record) for record in source.manifest.files]
+            if self.find(Role.FORWARD, "fp32") is None:
+                raise UsageError(
+                    f"{source.path} has no float32 forward graph, of which all others are made.",
+                    "Export the network again.",
+                )
         else:
-            self.files = [NewFile(WEIGHTS, source.weights, Role.WEIGHTS, made_by=OURS)]
+            self.files = []
+            if source.weights:
+                self.add(NewFile(WEIGHTS, source.weights, Role.WEIGHTS, made_by=OURS))
+            self.add(forward_file(source.forward, tuple(file.path for file in self.files)))
 
     def find(self, role: Role, precision: str = "", runtime: str = "") -> NewFile | None:
         """Return the first of :meth:`every`, or None."""

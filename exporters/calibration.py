@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from ccn_deploy.bundle.card import ModelCard
 from ccn_deploy.data import DataOptions, ModelInput, load_dataset
 from ccn_deploy.data.options import DEFAULT
 from ccn_deploy.errors import UsageError
 from ccn_deploy.evaluation import trained_on
 from ccn_deploy.exporters.precision import Calibration
-from ccn_deploy.models import Classifier
 
 
 @dataclass(frozen=True)
@@ -48,26 +47,23 @@ class CalibrationRequest:
             )
 
 
-def load_calibration(
-    request: CalibrationRequest, training: Mapping[str, Any], model: Classifier
-) -> Calibration:
+def load_calibration(request: CalibrationRequest, card: ModelCard) -> Calibration:
     """Load images of the training split.
 
     Args:
         request: Which and how many.
-        training: Of a run or a manifest; names the data set.
-        model: What they are run through.
+        card: Of the network that they are run through; its training names the data set.
 
     Raises:
         UsageError: No such data set or method, no data set named, or images of another shape.
         DatasetNotFoundError: Its files are not there.
     """
     data = load_dataset(
-        request.dataset or trained_on(training),
+        request.dataset or trained_on(card.training),
         "train",
         request.directory,
         options=request.options,
-        like=ModelInput(model.architecture.input_shape),
+        like=ModelInput(card.input_shape),
     )
     for sentence in data.notes:
         request.note(sentence)

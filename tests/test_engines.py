@@ -25,9 +25,9 @@ from ccn_deploy.errors import (
     MissingExtraError,
     UsageError,
 )
-from ccn_deploy.exporters import CalibrationRequest, engines, export_run
+from ccn_deploy.exporters import CalibrationRequest, engines, export_bundle
 from ccn_deploy.exporters.calibration import load_calibration
-from ccn_deploy.exporters.gradient import lower_gradient
+from benchmarks.handwritten_gradient import lower_gradient
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import PRECISIONS, Calibration, convert
 from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, known_targets
@@ -345,7 +345,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle with everything, of a network with random weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "ATTEMPTS", 1)
-        return export_run(
+        return export_bundle(
             run_of("ccn"),
             tmp_path_factory.mktemp("whole") / "bundle",
             formats=("onnx", RTX),
@@ -402,7 +402,7 @@ def test_gpus_that_lack_a_precision_are_not_named(whole: Bundle) -> None:
 
 @pytest.mark.usefixtures("once")
 def test_turing_runs_half_precision_and_no_other(tmp_path: Path) -> None:
-    bundle = export_run(
+    bundle = export_bundle(
         run_of("ccn"), tmp_path / "b", formats=(RTX,), precisions=("fp16",), gradient=False,
         batch=(1, 4, 8), compute_capabilities=("7.5",),
     )  # fmt: skip
@@ -427,7 +427,7 @@ def test_calibration_uses_the_training_split_and_says_so(whole: Bundle) -> None:
 
 @pytest.mark.usefixtures("once")
 def test_engines_are_added_to_a_bundle(whole: Bundle, tmp_path: Path) -> None:
-    more = export_run(
+    more = export_bundle(
         whole, tmp_path / "more", formats=(RTX,), batch=(1, 4, 8), compute_capabilities=("8.9",)
     )
     before = {record.path: record for record in whole.manifest.files}
@@ -441,7 +441,7 @@ def test_engines_are_added_to_a_bundle(whole: Bundle, tmp_path: Path) -> None:
         assert (more.path / path).read_bytes() == (whole.path / path).read_bytes()
 
     with pytest.raises(UsageError, match="nothing to add"):
-        export_run(
+        export_bundle(
             more, tmp_path / "again", formats=(RTX,), batch=(1, 4, 8), compute_capabilities=("8.9",)
         )
     assert not (tmp_path / "again").exists()
@@ -449,10 +449,10 @@ def test_engines_are_added_to_a_bundle(whole: Bundle, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("once")
 def test_other_batches_get_an_engine_of_their_own(tmp_path: Path) -> None:
-    first = export_run(
+    first = export_bundle(
         run_of("sm"), tmp_path / "a", formats=(RTX,), gradient=False, batch=(1, 4, 8)
     )
-    second = export_run(first, tmp_path / "b", formats=(RTX,), batch=(1, 1, 1))
+    second = export_bundle(first, tmp_path / "b", formats=(RTX,), batch=(1, 1, 1))
     assert [r.path for r in second.manifest.files if "engine" in r.role] == [
         "engines/tensorrt-rtx-fp32.engine",
         "engines/tensorrt-rtx-fp32-2.engine",
@@ -463,7 +463,7 @@ def test_other_batches_get_an_engine_of_their_own(tmp_path: Path) -> None:
 def test_triton_repository_stands_beside_the_bundle(whole: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tritonclient", reason="pip install 'ccn-deploy[triton]'")
     notes: list[str] = []
-    bundle = export_run(whole, tmp_path / "b", formats=("triton",), note=notes.append)
+    bundle = export_bundle(whole, tmp_path / "b", formats=("triton",), note=notes.append)
 
     assert bundle.manifest == whole.manifest
     assert list((bundle.path / "triton").glob("*/config.pbtxt"))
@@ -473,11 +473,11 @@ def test_triton_repository_stands_beside_the_bundle(whole: Bundle, tmp_path: Pat
 def test_export_without_images_says_nothing_of_numbers_or_refuses(tmp_path: Path) -> None:
     run = replace(run_of("ccn"), training={"dataset": "mnist"})
     nowhere = CalibrationRequest(directory=tmp_path)
-    half = export_run(run, tmp_path / "half", precisions=("fp16",), gradient=False)
+    half = export_bundle(run, tmp_path / "half", precisions=("fp16",), gradient=False)
     assert "numeric" not in half.file(Role.FORWARD, "fp16").details
     for precision in ("int8", "fp16"):  # of which one needs images and the other was given some
         with pytest.raises(DatasetNotFoundError):
-            export_run(run, tmp_path / "none", precisions=(precision,), calibration=nowhere)
+            export_bundle(run, tmp_path / "none", precisions=(precision,), calibration=nowhere)
     assert not (tmp_path / "none").exists()
 
 
@@ -492,7 +492,7 @@ def test_names_are_checked_before_any_work(tmp_path: Path) -> None:
         ({"optimize": "onnxruntime"}, "onnxruntime-cpu"),
     ):
         with pytest.raises(UsageError) as caught:
-            export_run(run, tmp_path / "bundle", **wrong)  # type: ignore[arg-type]
+            export_bundle(run, tmp_path / "bundle", **wrong)  # type: ignore[arg-type]
         assert word in str(caught.value)
 
 

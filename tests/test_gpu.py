@@ -275,10 +275,10 @@ def test_what_rtx_does_with_its_default_engine_here(
     """In a process of its own; reports, and fails only if an engine that was accepted is wrong."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("tensorrt-rtx is not installed")
-    from ccn_deploy.exporters import export_run
+    from ccn_deploy.exporters import export_bundle
     from ccn_deploy.runs import open_run
 
-    plain = export_run(open_run(trained_run("ccn")), tmp_path / "plain", gradient=False)
+    plain = export_bundle(open_run(trained_run("ccn")), tmp_path / "plain", gradient=False)
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(plain.path), str(tmp_path / "probe")],
         capture_output=True, text=True, cwd=Path(__file__).parent.parent,

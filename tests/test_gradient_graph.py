@@ -31,9 +31,9 @@ from ccn_deploy.errors import (
     RuntimeUnavailableError,
     UsageError,
 )
-from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters import export_bundle
 from ccn_deploy.exporters.checks import check_gradient_graph, check_size
-from ccn_deploy.exporters.gradient import lower_gradient
+from benchmarks.handwritten_gradient import lower_gradient
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.reference_check import check_gradient_probe
 from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear, SubtractMean, guarded_sqrt
@@ -455,7 +455,7 @@ def test_the_limit_of_a_file_counts_kernels_twice() -> None:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     path = tmp_path_factory.mktemp("b") / "ccn"
-    return export_run(as_run(random_network("mnist-cnn", "ccn")), path)
+    return export_bundle(as_run(random_network("mnist-cnn", "ccn")), path)
 
 
 def test_runtime_answers_as_the_reference_does(bundle: Bundle) -> None:
@@ -524,7 +524,7 @@ def test_a_bundle_without_the_graph_serves_and_says_that_it_has_no_gradients(
     tmp_path: Path,
 ) -> None:
     run = as_run(random_network("mnist-cnn", "sm"))
-    served = export_run(run, tmp_path / "served", gradient=False)
+    served = export_bundle(run, tmp_path / "served", gradient=False)
     assert {file.role for file in served.manifest.files} == {"weights", "forward"}
     with open_runtime(served) as runtime:
         assert runtime.logits(noise(1)).shape == (1, 10)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ccn_deploy.errors import UsageError
 from ccn_deploy.layers import (
     DELTA,
     MEAN,
@@ -339,3 +340,129 @@ def test_the_kernel_of_ones_is_no_weight() -> None:
 def test_the_layer_says_its_delta() -> None:
     assert "delta=0.01" in repr(CompactConv2d(1, 1, 3))
     assert "delta=0.01" in repr(CompactLinear(1, 1))
+
+
+# Groups, dilation, padding by name or by other pixels, no bias; delta.
+
+PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+def by_definition(layer: CompactConv2d, x: Array, delta: float) -> Array:
+    """Equation 6 patch by patch, each group of channels on its own, in NumPy."""
+    weight, alpha = layer.weight.detach().numpy(), layer.alpha.item()
+    bias = np.zeros(len(weight)) if layer.bias is None else layer.bias.detach().numpy()
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+    if layer.padding == "same":  # an odd pixel is added at the end
+        totals = dh * (kh - 1), dw * (kw - 1)
+        around = [(total // 2, total - total // 2) for total in totals]
+    elif layer.padding == "valid":
+        around = [(0, 0), (0, 0)]
+    else:
+        around = [(p, p) for p in layer.padding]
+    padded = np.pad(x, [(0, 0), (0, 0), *around], mode=PAD_MODES[layer.padding_mode])
+    rows = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1
+    columns = (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
+    inputs, outputs = weight.shape[1], len(weight) // layer.groups
+    y = np.empty((len(x), len(weight), rows, columns))
+    for n, out, r, s in np.ndindex(*y.shape):
+        first = out // outputs * inputs
+        patch = [
+            padded[n, first + c, r * sh + i * dh, s * sw + j * dw]
+            for c in range(inputs)
+            for i in range(kh)
+            for j in range(kw)
+        ]
+        length = np.sqrt(np.sum(np.square(patch)))
+        y[n, out, r, s] = alpha * np.dot(weight[out].ravel(), patch) / (length + delta) + bias[out]
+    return y
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    groups=st.integers(1, 3),
+    channels=pairs,
+    kernel=pairs,
+    stride=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    padding=st.one_of(st.integers(0, 2), pairs, st.sampled_from(["same", "valid"])),
+    mode=st.sampled_from(sorted(PAD_MODES)),
+    bias=st.booleans(),
+    learn_delta=st.booleans(),
+)
+def test_every_option_is_equation_6(
+    seed: int, groups: int, channels: tuple[int, int], kernel: tuple[int, int],
+    stride: tuple[int, int], dilation: tuple[int, int], padding: Any, mode: Any, bias: bool,
+    learn_delta: bool,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    layer = CompactConv2d(
+        groups * channels[0], groups * channels[1], kernel, 1 if padding == "same" else stride,
+        padding, dilation, groups, bias, mode, dtype=torch.float64, delta=0.03,
+        learn_delta=learn_delta,
+    )  # fmt: skip
+    with torch.no_grad():
+        layer.alpha.fill_(-1.7)
+    x = np.random.default_rng(seed).normal(size=(2, groups * channels[0], 8, 9))
+    expected = by_definition(layer, x, 0.03)
+    got = layer(torch.from_numpy(x)).detach().numpy()
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+    alone = layer(torch.from_numpy(x[0])).detach().numpy()  # torch takes an image without a batch
+    np.testing.assert_allclose(alone, expected[0], rtol=0, atol=1e-12)
+
+
+def test_groups_are_compact_convolutions_side_by_side() -> None:
+    layer = CompactConv2d(6, 4, 3, groups=2, dtype=torch.float64)
+    x = torch.randn(1, 6, 5, 5, dtype=torch.float64)
+    x[:, 3:] *= 100  # the other group's pixels must not count
+    y = layer(x).detach().numpy()
+    np.testing.assert_allclose(y, by_definition(layer, x.numpy(), DELTA), rtol=0, atol=1e-12)
+    moved = layer(torch.cat([x[:, :3], 3 * x[:, 3:]], dim=1)).detach().numpy()
+    np.testing.assert_array_equal(moved[:, :2], y[:, :2])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("leading", [(), (3,), (2, 5), (2, 3, 4)])
+def test_compact_linear_norms_the_last_axis(bias: bool, leading: tuple[int, ...]) -> None:
+    layer = CompactLinear(7, 4, bias, dtype=torch.float64, delta=0.1)
+    x = np.random.default_rng(0).normal(size=(*leading, 7))
+    weight = layer.weight.detach().numpy()
+    expected = np.empty((*leading, 4))
+    for at in np.ndindex(*leading):
+        expected[at] = weight @ x[at] / (np.sqrt((x[at] ** 2).sum()) + 0.1)
+    if bias:
+        expected += layer.bias.detach().numpy()
+    got = layer(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("make_layer", [lambda **k: CompactConv2d(2, 3, 3, groups=1, **k),
+                                        lambda **k: CompactLinear(4, 3, **k)])  # fmt: skip
+def test_a_learned_delta_has_the_derivative_of_equation_6(make_layer: Any) -> None:
+    layer = make_layer(dtype=torch.float64, delta=0.2, learn_delta=True)
+    assert set(layer.state_dict()) == {"weight", "bias", "alpha", "delta"}
+    assert "delta=learned" in repr(layer)
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    layer(x).sum().backward()
+    with torch.no_grad():
+        layer.delta += 1e-6
+        up = layer(x).sum()
+        layer.delta -= 2e-6
+        down = layer(x).sum()
+    assert layer.delta.grad.item() == pytest.approx((up - down).item() / 2e-6, rel=1e-6)
+    with torch.no_grad():
+        layer.delta.fill_(-1.0)  # where training may drive it
+    assert layer(torch.zeros_like(x)).isfinite().all()
+
+
+@pytest.mark.parametrize("delta", [0.0, -0.01, float("nan"), float("inf")])
+def test_a_delta_that_divides_by_zero_is_refused(delta: float) -> None:
+    with pytest.raises(UsageError, match=r"The delta .*\n.*the paper's is 0\.01"):
+        CompactConv2d(1, 1, 3, delta=delta)
+    with pytest.raises(UsageError, match="delta"):
+        CompactLinear(1, 1, delta=delta)
+
+
+def test_a_given_delta_is_no_weight() -> None:
+    assert set(CompactLinear(2, 2, bias=False, delta=1).state_dict()) == {"weight", "alpha"}

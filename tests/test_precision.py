@@ -22,7 +22,7 @@ from ccn_deploy.data import load_dataset
 from ccn_deploy.defenses import defense_named
 from ccn_deploy.errors import LoweringError, RuntimeUnavailableError, UsageError
 from ccn_deploy.exporters.checks import check_gradient_graph, check_shapes
-from ccn_deploy.exporters.gradient import lower_gradient
+from benchmarks.handwritten_gradient import lower_gradient
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import (
     METHODS,

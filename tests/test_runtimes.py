@@ -20,7 +20,7 @@ from ccn_deploy.errors import (
     RuntimeUnavailableError,
     UsageError,
 )
-from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters import export_bundle
 from ccn_deploy.exporters.sources.run import network_from
 from ccn_deploy.runtimes import RuntimeOptions, RuntimeSpec, open_runtime
 from ccn_deploy.runtimes.base import check_images
@@ -41,7 +41,7 @@ SHAPE = (1, 28, 28)
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     path = tmp_path_factory.mktemp("b") / "ccn"
-    return export_run(as_run(random_network("mnist-cnn", "ccn")), path, gradient=False)
+    return export_bundle(as_run(random_network("mnist-cnn", "ccn")), path, gradient=False)
 
 
 def images(count: int, seed: int = 0) -> np.ndarray:
@@ -352,7 +352,7 @@ def test_a_graph_of_the_right_digest_that_is_no_such_graph_is_refused_quietly(
         graph = b"\x00\xff not a graph" * 50
     elif spoil == "other classes":
         model = random_network("mnist-cnn", "ccn", classes=4)
-        other = export_run(as_run(model), tmp_path / "other")
+        other = export_bundle(as_run(model), tmp_path / "other")
         graph = other.read(other.file(Role.FORWARD, "fp32"))
     else:  # weights from a file that no digest covers
         model = onnx.load_from_string(graph)

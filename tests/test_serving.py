@@ -30,7 +30,7 @@ from ccn_deploy.errors import (
     RuntimeUnavailableError,
     UsageError,
 )
-from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters import export_bundle
 from ccn_deploy.exporters.tensorrt.build import Batches
 from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
@@ -47,7 +47,7 @@ HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = as_run(random_network("mnist-cnn", "ccn"))
-    return export_run(run, tmp_path_factory.mktemp("b") / "ccn").path
+    return export_bundle(run, tmp_path_factory.mktemp("b") / "ccn").path
 
 
 def digits(count: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -455,7 +455,7 @@ def test_a_loaded_bundle_takes_little_more_memory_than_a_bare_session(
     architecture: str, tmp_path: Path
 ) -> None:
     run = as_run(random_network(architecture, "ccn"))
-    bundle = export_run(run, tmp_path / "b", gradient=False)
+    bundle = export_bundle(run, tmp_path / "b", gradient=False)
     shape = [str(size) for size in bundle.manifest.input_shape]
     graph = bundle.path / bundle.file(Role.FORWARD, "fp32").path
     ours = int(python(OURS, bundle.path, *shape).stdout)

@@ -25,7 +25,7 @@ from ccn_deploy.errors import (
     RuntimeUnavailableError,
     UsageError,
 )
-from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters import export_bundle
 from ccn_deploy.exporters.tensorrt.build import Batches, BuiltEngine
 from ccn_deploy.machine import Gpu, Machine, this_machine
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
@@ -65,7 +65,7 @@ no_gpu_here = pytest.mark.skipif(bool(this_machine().gpus), reason="this machine
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     path = tmp_path_factory.mktemp("plain") / "ccn"
-    return export_run(as_run(random_network("mnist-cnn", "ccn")), path)
+    return export_bundle(as_run(random_network("mnist-cnn", "ccn")), path)
 
 
 @pytest.fixture(scope="module")

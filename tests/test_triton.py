@@ -15,7 +15,7 @@ from tritonclient.grpc import model_config_pb2 as schema
 
 from ccn_deploy.bundle import Bundle, NewFile, open_bundle, write_bundle
 from ccn_deploy.errors import IntegrityError, MissingExtraError, UsageError
-from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters import export_bundle
 from ccn_deploy.exporters.triton import Repository, Serving, write_repository
 from ccn_deploy.storage import sha256
 from ccn_deploy.targets import Role
@@ -27,7 +27,7 @@ NAMES = ("null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "ac
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     path = tmp_path_factory.mktemp("b") / "ccn"
-    return export_run(as_run(random_network("mnist-cnn", "ccn+ls")), path)
+    return export_bundle(as_run(random_network("mnist-cnn", "ccn+ls")), path)
 
 
 def engine(

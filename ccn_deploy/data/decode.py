@@ -198,7 +198,7 @@ def _coloured(image: Image.Image, channels: int, path: str) -> Image.Image:
 
 
 def _fit(image: Image.Image, geometry: Geometry, path: str) -> Image.Image:
-    """Resize and crop in one step, so that nothing larger than the result is made."""
+    """Resize, then crop; in one step where what is between would be too large."""
     from PIL import Image
 
     (width, height), (_, high, wide) = image.size, geometry.shape
@@ -212,10 +212,13 @@ def _fit(image: Image.Image, geometry: Geometry, path: str) -> Image.Image:
     left, top = (across - wide) // 2, (down - high) // 2
     if (across, down) == image.size:
         return image.crop((left, top, left + wide, top + high))
-    x, y = width / across, height / down
-    box = (left * x, top * y, min((left + wide) * x, width), min((top + high) * y, height))
     method = Image.Resampling[geometry.interpolation.upper()]
     with _explained(path):
+        if across * down <= MAX_PIXELS:
+            return image.resize((across, down), method).crop((left, top, left + wide, top + high))
+        # The same pixels, but for rounding of the box's corners to float32: only for 3 x 60000.
+        x, y = width / across, height / down
+        box = (left * x, top * y, min((left + wide) * x, width), min((top + high) * y, height))
         return image.resize((wide, high), method, box)
 
 

@@ -332,5 +332,5 @@ def _shown(shape: tuple[int, int, int], options: DataOptions) -> str:
 
 def _listed(counts: Counter[str]) -> str:
     """Return the commonest names with how often each occurs."""
-    shown = [f"{name} ({count})" if count > 1 else name for name, count in counts.most_common(4)]
+    shown = [f"{name} ({count})" if count > 1 else name for name, count in counts.most_common(6)]
     return ", ".join([*shown, *(["..."] if len(counts) > len(shown) else [])])

@@ -147,8 +147,9 @@ def _path(name: str | Path) -> Path:
     try:
         is_directory, exists = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:  # too long, a loop of links, or a NUL
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
         raise InputError(
-            f"{printable(path)[:200]} cannot be opened: {error}.", "Check the path."
+            f"{printable(path)[:200]} cannot be opened: {why}.", "Check the path."
         ) from error
     if is_directory or (exists and path.suffix.lower() == ".npz"):
         return path

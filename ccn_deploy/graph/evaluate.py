@@ -208,7 +208,7 @@ class GraphModule(nn.Module):
     ) -> tuple[Tensor, ...]:
         try:
             made = function(*inputs)
-        except torch.OutOfMemoryError:
+        except (GraphError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, IndexError, ValueError, TypeError, KeyError) as error:
             raise GraphError(

@@ -76,7 +76,7 @@ def read_graph(data: bytes, name: str = "the graph", limits: Limits = LIMITS) ->
     Raises:
         GraphError: It is no ONNX model, or holds something that is refused; names the node.
     """
-    model = _parse(data, name, limits)
+    model = parse_model(data, name, limits)
     try:
         _check_model(model, limits)
         onnx.checker.check_model(model)
@@ -95,7 +95,17 @@ def _capital(name: str) -> str:
     return "The" + name[3:] if name.startswith("the ") else name
 
 
-def _parse(data: bytes, name: str, limits: Limits) -> onnx.ModelProto:
+def parse_model(data: bytes, name: str, limits: Limits = LIMITS) -> onnx.ModelProto:
+    """Parse a serialised ONNX model within limits, before anything in it is looked at.
+
+    Args:
+        data: Bytes of the file.
+        name: What messages call it.
+        limits: What it may not go beyond.
+
+    Raises:
+        GraphError: It is no ONNX model.
+    """
     hint = "Give a file that holds an ONNX model with its weights in it."
     if len(data) > limits.size:
         raise GraphError(
@@ -118,7 +128,7 @@ def _parse(data: bytes, name: str, limits: Limits) -> onnx.ModelProto:
 
 def _check_model(model: onnx.ModelProto, limits: Limits) -> None:
     graph = model.graph
-    versions = [o.version for o in model.opset_import if o.domain in DOMAINS]
+    versions = sorted({o.version for o in model.opset_import if o.domain in DOMAINS})
     newest = onnx.defs.onnx_opset_version()
     if len(versions) != 1 or not 1 <= versions[0] <= newest:
         raise GraphError(

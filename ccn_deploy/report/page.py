@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ccn_deploy.bundle import Bundle
-from ccn_deploy.defenses import DEFENSES
 from ccn_deploy.report.claim_text import Json, interval, percent, reason, target, title
 from ccn_deploy.report.curves import bounded_curves, minimal_curve
 from ccn_deploy.report.examples import Example
@@ -56,7 +55,7 @@ def page_of(
     return Page(
         verdict=deciding.verdict,
         reason=f"{deciding.name}: {deciding.reason}" if several else deciding.reason,
-        model=_model(bundle),
+        model=bundle.card.title,
         target=", ".join(one.name for one in targets),
         reference=documents[0]["reference"],
         facts=_facts(documents[0]),
@@ -90,14 +89,6 @@ def _target(document: Json) -> Target:
             effort_table(document["attacks"]),
         ],
     )
-
-
-def _model(bundle: Bundle) -> str:
-    card = bundle.card
-    if not card.architecture:
-        return card.name
-    defense = DEFENSES.get(card.defense)
-    return f"{defense.title if defense else card.defense} ({card.architecture})"
 
 
 def _facts(document: Json) -> list[Fact]:

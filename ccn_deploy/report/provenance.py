@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ccn_deploy.architectures import ARCHITECTURES
 from ccn_deploy.attacks.source import GRADIENTS
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.report.claim_text import Json
@@ -17,7 +16,6 @@ def provenance(bundle: Bundle, measurements: Sequence[Measurement]) -> list[Fact
     """Return how the numbers came about; measurements are of the same images."""
     card, first = bundle.card, measurements[0]
     dataset = first.dataset
-    architecture = ARCHITECTURES.get(card.architecture)
     headers = [evidence.header for evidence in _evidence(measurements)]
     versions = {
         name: version
@@ -31,9 +29,8 @@ def provenance(bundle: Bundle, measurements: Sequence[Measurement]) -> list[Fact
     alike = len(set(sources.values())) == 1
     gradients = [sources[first.precision]] if alike else [f"{p}: {s}" for p, s in sources.items()]
     facts = [
-        Fact(
-            "Architecture", architecture.title if architecture else card.architecture or card.name
-        ),
+        Fact("Network", card.title),
+        *(Fact(topic.capitalize(), text) for topic, text in card.source.told().items()),
         Fact("Training", _training(card.training)),
         Fact("Data", f"{dataset['name']}, {dataset['split']} split"),
         Fact(

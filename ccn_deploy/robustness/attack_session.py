@@ -16,7 +16,7 @@ from ccn_deploy.targets import Target
 if TYPE_CHECKING:
     from foolbox.models.pytorch import PyTorchModel
 
-    from ccn_deploy.models import Classifier
+    from ccn_deploy.graph.evaluate import GraphModule
 
 REFERENCE = Target("torch")
 """The target that deployed ones are compared with: the PyTorch network, attacked itself."""
@@ -35,7 +35,7 @@ class AttackSession:
         self._options = options
         self._open: dict[tuple[Target, bool], Runtime] = {}
         self._models: dict[tuple[Target, bool, Gradient], PyTorchModel] = {}
-        self._reference: Classifier | None = None
+        self._reference: GraphModule | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> AttackSession:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccn_deploy.errors import IntegrityError
+from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.extras import require
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.models import Classifier, build_model
+from ccn_deploy.runs import TrainedRun
 
 
 def network_from(architecture: str, defense: str, classes: int, weights: bytes) -> Classifier:
@@ -56,3 +59,23 @@ def _check_fit(model: Classifier, state: dict[str, Tensor]) -> None:
                 f"not {want.dtype} {list(want.shape)}.",
                 "Train or export it again.",
             )
+
+
+def run_network(run: TrainedRun) -> tuple[nn.Module, Graph]:
+    """Return the network of a run and its forward graph.
+
+    Networks of this package are lowered by our own walk over their layers; a network of the
+    user's own is made by its factory again and exported as any torch module is.
+
+    Raises:
+        IntegrityError: The weights do not belong to the network.
+        UsageError: The factory is not there any more.
+    """
+    card = run.card
+    if not run.network:
+        model = network_from(card.architecture, card.defense, card.classes, run.weights)
+        return model, Graph(lower(model))
+    from ccn_deploy.exporters.sources.module import export_module, trained_module
+
+    module = trained_module(run)
+    return module, Graph(export_module(module, card.input_shape))
