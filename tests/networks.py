@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 
 from ccn_deploy.bundle import Source
+from ccn_deploy.exporters.lowering import lower
+from ccn_deploy.graph.evaluate import GraphModule
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.layers import CompactConv2d, CompactLinear
 from ccn_deploy.models import Classifier, build_model
 from ccn_deploy.records import encode
@@ -30,6 +33,13 @@ def random_network(architecture: str, defense: str, *, classes: int = 10) -> Cla
             if name.endswith("bias"):
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval().requires_grad_(False)
+
+
+def random_graph(
+    architecture: str, defense: str, dtype: torch.dtype = torch.float64
+) -> GraphModule:
+    """Return the forward graph of :func:`random_network`."""
+    return GraphModule(Graph(lower(random_network(architecture, defense))), dtype)
 
 
 def as_lowered(model: Classifier) -> Classifier:

@@ -375,7 +375,7 @@ def test_bundle_holds_the_very_weights_of_the_run_and_says_what_made_it(tmp_path
     assert set(graph.made_by) == {"ccn-deploy", "onnx", "torch"}
     assert graph.details["opset"] == 20
     assert graph.details["ops"]["ReduceSumSquare"] == 7
-    assert bundle.manifest.class_names == run.class_names
+    assert bundle.card == run.card
 
 
 def test_overwriting_is_asked_for_and_only_replaces_bundles(tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_overwriting_is_asked_for_and_only_replaces_bundles(tmp_path: Path) -> N
     with pytest.raises(UsageError, match="exists already"):
         export_bundle(other, target)
     assert open_bundle(target).manifest == first.manifest
-    assert export_bundle(other, target, overwrite=True).manifest.defense == "ccn"
+    assert export_bundle(other, target, overwrite=True).card.defense == "ccn"
 
     precious = tmp_path / "precious"
     precious.mkdir()

@@ -268,8 +268,8 @@ def optimized(trained_run: Callable[[str], Path], tmp_path_factory: pytest.TempP
     arguments = ["export", trained_run("ccn"), "--output", target, "--optimize", TARGET, "--json"]
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
-    roles = [file["role"] for file in json.loads(result.stdout)["files"]]
-    assert roles == ["weights", "forward", f"forward:{TARGET}", "gradient"]
+    roles = [(file["role"], file["runtime"]) for file in json.loads(result.stdout)["files"]]
+    assert roles == [("weights", ""), ("forward", ""), ("forward", TARGET), ("gradient", "")]
     return target
 
 

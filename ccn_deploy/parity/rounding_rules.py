@@ -242,7 +242,7 @@ def _batch_normalization(step: Step) -> Tensor:
 
 
 def _normalization(step: Step) -> Tensor:
-    """Round what subtracts a mean, divides by a root and scales, with its sums in one pass."""
+    """Round what subtracts a mean, divides by a root and scales."""
     node, (x, *rest) = step.node, step.noisy
     assert x is not None
     scale, bias = (*rest, None, None)[:2]
@@ -269,19 +269,19 @@ def _normalization(step: Step) -> Tensor:
 
 
 def _normalized(step: Step, x: Tensor, dims: list[int], epsilon: float, *, centred: bool) -> Tensor:
-    """Return ``x`` over the root of its mean square, less its mean if it is to be centred."""
+    """Return ``x``, less its mean if it is to be centred, over the root of its mean square."""
     unit, terms = step.inner, math.prod(x.shape[dim] for dim in dims)
-    squares = x.detach().square()
+    mean_square = x.detach().square().mean(dims, keepdim=True)
     if centred:
         mean = x.mean(dims, keepdim=True)
-        total, sum_of_squares = terms * mean.detach(), squares.sum(dims, keepdim=True)
-        std = sum_error_std(total, sum_of_squares, terms, unit) / terms
-        mean = mean + std * step.errors.normal(mean, step.axis)
-        x = step.rounded(x - mean, unit)
+        std = sum_error_std(terms * mean.detach(), terms * mean_square, terms, unit) / terms
+        x = step.rounded(x - mean - std * step.errors.normal(mean, step.axis), unit)
     power = x.square().mean(dims, keepdim=True)
-    total, fourth = squares.sum(dims, keepdim=True), squares.square().sum(dims, keepdim=True)
-    std = sum_error_std(total, fourth, terms, unit).square() + unit**2 / 3 * fourth
-    power = (power + std.sqrt() / terms * step.errors.normal(power, step.axis)).clamp(min=0.0)
+    fourth = x.detach().pow(4).sum(dims, keepdim=True)
+    std = sum_error_std(terms * power.detach(), fourth, terms, unit) / terms
+    # In one pass, the mean of squares less the squared mean, both are rounded before they cancel.
+    std = (std.square() + unit**2 / 3 * (fourth / terms**2 + 2 * mean_square.square())).sqrt()
+    power = (power + std * step.errors.normal(power, step.axis)).clamp(min=0.0)
     return step.rounded(x * step.rounded((power + epsilon).rsqrt(), FEW * unit), unit)
 
 
@@ -332,8 +332,8 @@ ONE_ROUNDING = frozenset(
 """Ops whose exact result is rounded once."""
 
 MAGNITUDES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "Celu": lambda x, y: torch.where(x < 0, 1.0, y.abs()),
-    "Elu": lambda x, y: torch.where(x < 0, 1.0, y.abs()),
+    "Celu": lambda x, y: torch.where(x < 0, 1.0, 0.0),
+    "Elu": lambda x, y: torch.where(x < 0, 1.0, 0.0),
     "Gelu": _gated,
     "HardSigmoid": lambda x, y: torch.where((y == 0) | (y == 1), 0.0, 1.0),
     "HardSwish": _gated,
