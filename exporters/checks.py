@@ -152,10 +152,10 @@ def check_gradient(gradient: onnx.ModelProto, forward: Graph) -> None:
         ("logits", found[OUTPUT], logits.detach()),
         ("gradients", found[GRADIENTS], wanted),
     ):
-        error = float((got[0] - truth[0]).abs().max() / truth[0].abs().max().clamp(min=1e-30))
-        if not error < EXACT:
+        off = float((got[0] - truth[0]).abs().max() / truth[0].abs().max().clamp(min=1e-30))
+        if not off < EXACT:
             raise LoweringError(
-                f"The gradient graph's {what} are off by {error:.1e} of the largest from those of "
+                f"The gradient graph's {what} are off by {off:.1e} of the largest from those of "
                 "the forward graph.",
                 HINT,
             )

@@ -431,7 +431,10 @@ def test_calibration_uses_the_training_split_and_says_so(whole: Bundle) -> None:
     assert said["digest"] == train.digest != test.digest
 
     model = random_network("mnist-cnn", "ccn")
-    loaded = load_calibration(CalibrationRequest(samples=16, seed=4), {"dataset": "mnist5k"}, model)
+    loaded = load_calibration(
+        CalibrationRequest(samples=16, seed=4),
+        msgspec.structs.replace(as_run(model).card, training={"dataset": "mnist5k"}),
+    )
     assert np.array_equal(loaded.images, train.images(train.order(4)[:16]))
 
 
