@@ -26,13 +26,14 @@ from ccn_deploy.errors import (
     MissingExtraError,
     UsageError,
 )
-from ccn_deploy.exporters import CalibrationRequest, engines, export_bundle
+from ccn_deploy.exporters import CalibrationRequest, export_bundle
 from ccn_deploy.exporters.calibration import load_calibration
-from benchmarks.handwritten_gradient import lower_gradient
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import PRECISIONS, Calibration, convert
+from ccn_deploy.exporters.tensorrt import build as engines
 from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, known_targets
 from ccn_deploy.exporters.tensorrt.log import read_log, worth_keeping
+from ccn_deploy.exporters.vjp import gradient_graph
 from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.graph.graph import Graph
 from ccn_deploy.runs import TrainedRun
@@ -128,7 +129,10 @@ def test_every_low_precision(architecture: str, defense: str, precision: str) ->
 def test_gradient_graph() -> None:
     model = random_network("mnist-cnn", "ccn")
     built = build_engine(
-        to_bytes(lower_gradient(model)), library=RTX, batch=SMALL, candidates=Batches(1, 10, 10)
+        to_bytes(gradient_graph(Graph(lower(model)))),
+        library=RTX,
+        batch=SMALL,
+        candidates=Batches(1, 10, 10),
     )
     (profile,) = built.details["profiles"]
     assert profile["images"]["max"] == [8, 1, 28, 28]
@@ -224,7 +228,7 @@ def test_unknown_gpu_is_refused_with_those_that_are_known() -> None:
 
 
 def test_missing_sizes_of_candidates() -> None:
-    backward = to_bytes(lower_gradient(random_network("mnist-cnn", "sm")))
+    backward = to_bytes(gradient_graph(Graph(lower(random_network("mnist-cnn", "sm")))))
     with pytest.raises(EngineBuildError, match="cotangents"):
         build_engine(backward, library=RTX, batch=SMALL)
 
@@ -427,7 +431,10 @@ def test_calibration_uses_the_training_split_and_says_so(whole: Bundle) -> None:
     assert said["digest"] == train.digest != test.digest
 
     model = random_network("mnist-cnn", "ccn")
-    loaded = load_calibration(CalibrationRequest(samples=16, seed=4), {"dataset": "mnist5k"}, model)
+    loaded = load_calibration(
+        CalibrationRequest(samples=16, seed=4),
+        msgspec.structs.replace(as_run(model).card, training={"dataset": "mnist5k"}),
+    )
     assert np.array_equal(loaded.images, train.images(train.order(4)[:16]))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ccn_deploy.bundle import MANIFEST, Bundle, open_bundle
 from ccn_deploy.bundle.card import ModelCard, Source
 from ccn_deploy.errors import UsageError
+from ccn_deploy.exporters.checks import check_plain, check_valid
 from ccn_deploy.exporters.sources.agreement import module_agreement
 from ccn_deploy.exporters.sources.class_names import read_class_names
 from ccn_deploy.exporters.sources.intake import Intake
@@ -109,6 +110,8 @@ def of_run(run: TrainedRun) -> NetworkSource:
         LoweringError: Graph and network are not the same function.
     """
     module, graph = run_network(run)
+    check_valid(graph.model)
+    check_plain(graph.model)
     source = Source(
         kind="run",
         name=run.network,
@@ -129,6 +132,7 @@ def _of_onnx_file(path: Path, options: SourceOptions) -> NetworkSource:
 def _of_module(given: str, options: SourceOptions) -> NetworkSource:
     """Export a module, then take the export in as an ONNX file is."""
     from ccn_deploy.exporters.sources.factory import load_factory, load_weights
+
     from ccn_deploy.exporters.sources.module import export_module
 
     module = load_factory(given)
