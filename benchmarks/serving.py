@@ -70,6 +70,6 @@ def _memory_rows(subjects: Subjects) -> Iterator[tuple[str, ...]]:
 
 
 def _resident(how: str, bundle: Bundle) -> int:
-    shape = map(str, (16, *bundle.manifest.input_shape))
+    shape = map(str, (16, *bundle.card.input_shape))
     command = [sys.executable, "-m", "benchmarks.resident", how, str(bundle.path), *shape]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.data import Dataset, load_dataset
-from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters import export_bundle
 from ccn_deploy.models import build_model
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes import RuntimeOptions
@@ -62,7 +62,7 @@ def make_subjects(scratch: Path, made: Path | None = None) -> Subjects:
 def _trained(defense: str, test_data: Dataset, scratch: Path) -> Bundle:
     config = TrainConfig(defense=defense, dataset=DATASET)
     run = train(config, load_dataset(DATASET, "train"), test_data, scratch / "runs" / defense)
-    return export_run(run, scratch / "bundles" / defense)
+    return export_bundle(run, scratch / "bundles" / defense)
 
 
 def untrained(
@@ -75,10 +75,10 @@ def untrained(
         defense: A name in :data:`ccn_deploy.defenses.DEFENSES`.
         output: Directory to make.
         class_names: One per logit.
-        **options: Of :func:`ccn_deploy.exporters.export_run`.
+        **options: Of :func:`ccn_deploy.exporters.export_bundle`.
     """
     with torch.no_grad():
         weights = save(build_model(architecture, defense, classes=len(class_names)).state_dict())
     training = {"dataset": "none", "seed": 0}
     run = TrainedRun(output, architecture, defense, class_names, training, weights)
-    return export_run(run, output, **options)
+    return export_bundle(run, output, **options)

@@ -17,22 +17,19 @@ from ccn_deploy.errors import (
     IntegrityError,
     RuntimeUnavailableError,
     UsageError,
-    unknown,
 )
 from ccn_deploy.latency import Latency, Program, Ratio, take_turns
 from ccn_deploy.machine import processor, this_machine
-from ccn_deploy.runtimes import RUNTIMES, RuntimeOptions
+from ccn_deploy.runtimes import RuntimeOptions
 from ccn_deploy.runtimes.base import Array
 from ccn_deploy.runtimes.compatibility import Candidate, candidates_for
 from ccn_deploy.serving import Model, PassedOver, load
+from ccn_deploy.targets import Target, precision_named, runtime_named
 
 SCHEMA = "ccn-deploy/bench/1"
 
 Progress = Callable[[str, int, int], None]
 """What comes next, how many configurations are done, and of how many."""
-
-Target = tuple[str, str]
-"""Runtime and precision."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,8 @@ class BenchResult:
                 name: {
                     "bundle": str(bundle.path),
                     "digest": bundle.manifest.digest,
-                    "architecture": bundle.manifest.architecture,
-                    "defense": bundle.manifest.defense,
+                    "architecture": bundle.card.architecture,
+                    "defense": bundle.card.defense,
                 }
                 for name, bundle in self.bundles.items()
             },
@@ -158,7 +155,8 @@ def bench(
     steps = [(target, batch) for target in targets for batch in request.batches]
     rows: list[Row] = []
     versions: dict[str, str] = {}
-    for (runtime, precision), names in targets.items():
+    for target, names in targets.items():
+        runtime, precision = target.runtime, target.precision
         with ExitStack() as stack:
             options = RuntimeOptions(threads=request.threads)
             try:
@@ -177,7 +175,7 @@ def bench(
                 versions.update(model.spec.versions)
             for batch in request.batches:
                 if progress is not None:
-                    done = steps.index(((runtime, precision), batch))
+                    done = steps.index((target, batch))
                     progress(f"{runtime} {precision}, batch {batch}", done, len(steps))
                 rows += _measure(models, images[:batch], request)
     if progress is not None:
@@ -200,17 +198,19 @@ def _names(bundles: Sequence[Bundle]) -> dict[str, Bundle]:
         UsageError: They are not of one architecture, or one of them is given twice.
     """
     networks = {
-        (bundle.manifest.architecture, bundle.manifest.input_shape, bundle.manifest.class_names)
+        (bundle.card.architecture, bundle.card.input_shape, bundle.card.class_names)
         for bundle in bundles
     }
     if len(networks) > 1:
-        each = ", ".join(f"{bundle.path} is {bundle.manifest.architecture}" for bundle in bundles)
+        each = ", ".join(
+            f"{bundle.path} is {bundle.card.architecture or bundle.card.name}" for bundle in bundles
+        )
         raise UsageError(
             f"The bundles are of different networks or classes: {each}.",
             "Compare bundles of one architecture and data set, or measure one at a time.",
         )
     spellings: tuple[Callable[[Bundle], str], ...] = (
-        lambda bundle: bundle.manifest.defense,
+        lambda bundle: bundle.card.defense,
         lambda bundle: bundle.path.name,
         lambda bundle: str(bundle.path),
     )
@@ -226,8 +226,9 @@ def _targets(
 ) -> tuple[dict[Target, list[str]], dict[str, list[PassedOver]]]:
     """Return which bundles to measure in each runtime and precision, and what not, and why."""
     for runtime in request.runtimes:
-        if runtime not in RUNTIMES:
-            raise unknown("runtime", runtime, RUNTIMES)
+        runtime_named(runtime)
+    for precision in request.precisions:
+        precision_named(precision)
     targets: dict[Target, list[str]] = {}
     passed_over: dict[str, list[PassedOver]] = {}
     for name, bundle in named.items():
@@ -235,34 +236,35 @@ def _targets(
         for fit in found:
             if isinstance(fit.problem, IntegrityError):
                 raise fit.problem
-        usable = dict.fromkeys((fit.runtime, fit.precision) for fit in found if not fit.problem)
+        usable = dict.fromkeys(fit.target for fit in found if not fit.problem)
         for target in usable:
             targets.setdefault(target, []).append(name)
         passed_over[name] = [
-            PassedOver(fit.runtime, fit.precision, str(fit.problem), failed=False)
+            PassedOver(fit.target.runtime, fit.target.precision, str(fit.problem), failed=False)
             for fit in found
-            if (fit.runtime, fit.precision) not in usable
+            if fit.target not in usable
         ]
     # What was named and fits nowhere is opened all the same: that says best what is in the way.
     for runtime in request.runtimes:
-        if not any(runtime == target[0] for target in targets):
+        if not any(runtime == target.runtime for target in targets):
             for precision in request.precisions or ("fp32",):
-                targets[runtime, precision] = list(named)
+                targets[Target(runtime, precision)] = list(named)
     for precision in request.precisions:
-        if not any(precision == target[1] for target in targets):
+        if not any(precision == target.precision for target in targets):
             raise _nothing(passed_over, precision)
     return targets, passed_over
 
 
 def _wanted(fit: Candidate, request: BenchRequest) -> bool:
-    return (not request.runtimes or fit.runtime in request.runtimes) and (
-        not request.precisions or fit.precision in request.precisions
+    target = fit.target
+    return (not request.runtimes or target.runtime in request.runtimes) and (
+        not request.precisions or target.precision in request.precisions
     )
 
 
 def _images(bundle: Bundle, count: int) -> Array:
     """Return noise: what a network takes for an image does not change how long it takes."""
-    shape = (count, *bundle.manifest.input_shape)
+    shape = (count, *bundle.card.input_shape)
     return np.random.default_rng(0).random(shape, dtype=np.float32)
 
 

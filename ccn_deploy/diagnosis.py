@@ -15,17 +15,16 @@ from ccn_deploy.bundle import Bundle
 from ccn_deploy.errors import CcnDeployError, EngineUnfitError, ExitCode, MissingExtraError
 from ccn_deploy.machine import Machine, release, this_machine
 from ccn_deploy.runtimes.compatibility import (
-    PREFERENCE,
     Candidate,
     candidates_for,
     no_gpu,
     onnxruntime_problem,
 )
-from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
 from ccn_deploy.smoke_test import Trial, try_runtime
+from ccn_deploy.targets import RUNTIMES, Target
 
 SCHEMA = "ccn-deploy/doctor/1"
-TRIED = (*PREFERENCE, "torch-cuda", "torch")
+TRIED = tuple(RUNTIMES)
 """Every runtime, in the order of the table."""
 
 EXTRAS = ("", "cpu", "gpu", "rtx", "triton", "train")
@@ -114,8 +113,8 @@ class Diagnosis:
         if self.uses is not None:
             document["bundle"] = [
                 {
-                    "runtime": use.fit.runtime,
-                    "precision": use.fit.precision,
+                    "runtime": use.fit.target.runtime,
+                    "precision": use.fit.target.precision,
                     "path": use.fit.record.path,
                     "runs": not use.problem,
                     "problem": use.problem,
@@ -158,18 +157,15 @@ def _try(runtime: str, machine: Machine) -> Trial:
 
 def _absence(runtime: str, machine: Machine) -> CcnDeployError | None:
     """Return why there is nothing to try. A library of engines is tried without a GPU, too."""
-    if runtime.startswith("onnxruntime"):
-        return onnxruntime_problem(runtime, "fp32", machine)
-    if runtime in LIBRARIES:
-        distribution, extra = LIBRARIES[runtime].distribution, LIBRARIES[runtime].extra
-    else:
-        distribution, extra = "torch", "train"
-    if distribution not in machine.packages:
+    kind = RUNTIMES[runtime]
+    if kind.family == "onnxruntime":
+        return onnxruntime_problem(Target(runtime), machine)
+    if kind.distribution not in machine.packages:
         return MissingExtraError(
-            f"The package {distribution!r} is not installed.",
-            f"Install it with: pip install 'ccn-deploy[{extra}]'",
+            f"The package {kind.distribution!r} is not installed.",
+            f"Install it with: pip install 'ccn-deploy[{kind.extra}]'",
         )
-    if runtime != "torch-cuda":
+    if kind.runs_engines or not kind.on_gpu:
         return None
     version = machine.packages["torch"]
     if version.endswith("+cpu"):
@@ -177,7 +173,7 @@ def _absence(runtime: str, machine: Machine) -> CcnDeployError | None:
             f"The installed torch {version} is built without CUDA.",
             "Install another build of it, as https://pytorch.org/get-started/locally says.",
         )
-    return no_gpu(machine, 0, "torch-cuda cannot run", "gpu")
+    return no_gpu(machine, 0, f"{runtime} cannot run", "gpu")
 
 
 def read_requirements(machine: Machine) -> tuple[Requirement, ...]:
@@ -276,7 +272,7 @@ def _uses(bundle: Bundle, machine: Machine, trials: Iterable[Trial]) -> Iterable
     """Join what fits by the manifest with what works by trial."""
     of = {trial.runtime: trial for trial in trials}
     for fit in candidates_for(bundle, machine):
-        trial = of[fit.runtime]
+        trial = of[fit.target.runtime]
         if fit.problem is not None:
             yield Use(fit, fit.problem.what, fit.problem.hint)
         elif trial.state != "works":

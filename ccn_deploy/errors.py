@@ -19,6 +19,7 @@ code  meaning
         * ``InputError`` -- images or labels outside their contract
         * ``DatasetNotFoundError``
         * ``NotABundleError``, ``NotARunError``
+        * ``NoGradientError`` -- a network with an op that no gradient graph can be made of
         * ``GraphError`` -- an ONNX graph that this package does not take or cannot compute
     * ``EnvironmentUnfitError`` (3)
         * ``MissingExtraError`` -- an optional dependency is not installed
@@ -91,8 +92,13 @@ class NotARunError(UsageError):
     """A path that holds no training run, or an unfinished one."""
 
 
+class NoGradientError(UsageError):
+    """A network of which no gradient graph can be made; the message names the op and its node."""
+
+
 class GraphError(UsageError):
     """An ONNX graph that this package does not take; names the node where there is one."""
+
 
 
 class EnvironmentUnfitError(CcnDeployError):

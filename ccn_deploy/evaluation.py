@@ -2,51 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ccn_deploy.bundle import Bundle
-from ccn_deploy.data import Dataset, load_dataset
+from ccn_deploy.data import DATASETS, DataOptions, Dataset, ModelInput, load_dataset
+from ccn_deploy.data.matching import fitted
+from ccn_deploy.data.options import DEFAULT
 from ccn_deploy.errors import UsageError
 
 
 def evaluation_data(
-    bundle: Bundle, name: str | None = None, directory: Path | None = None
+    bundle: Bundle,
+    name: str | Path | None = None,
+    directory: Path | None = None,
+    options: DataOptions = DEFAULT,
 ) -> Dataset:
-    """Return the test split that a bundle is measured on.
+    """Return the test split that a bundle is measured on, labels numbered as its classes.
 
     Args:
         bundle: What is measured.
-        name: Of the data set; by default the one it was trained on.
-        directory: Where the files of the data set are.
+        name: Name of the data set, or path of a directory of class folders or an .npz file; by
+            default the data set that it was trained on.
+        directory: Where the files of a named data set are.
+        options: How images are made of a directory's or an .npz file's.
 
     Raises:
-        UsageError: No such data set, or the bundle does not say what it was trained on.
+        UsageError: No such data set, images or classes that do not fit the bundle, or it does not
+            say what it was trained on, or that was data of one's own.
         DatasetNotFoundError: Its files are not there.
+        InputError: Files that cannot be read.
     """
-    name = name or bundle.manifest.training.get("dataset")
+    name = name or trained_on(bundle.card.training)
+    return load_dataset(name, "test", directory, options=options, like=_like(bundle))
+
+
+def trained_on(training: Mapping[str, Any]) -> str:
+    """Return the name of the data set that a network was trained on.
+
+    Args:
+        training: What a run or a bundle says of its training.
+
+    Raises:
+        UsageError: It says nothing, or the data have no name by which they could be loaded.
+    """
+    name = str(training.get("dataset") or "")
     if not name:
         raise UsageError(
-            "The bundle does not say what data it was trained on.", "Name the data set."
+            "Nothing says what data the network was trained on.",
+            "Give data to use: --dataset NAME, DIR or FILE.npz",
         )
-    return load_dataset(str(name), "test", directory)
+    if name.lower() not in DATASETS:
+        raise UsageError(
+            f"The network was trained on {name!r}, which is no data set that has a name here.",
+            "Give the data: --dataset DIR or --dataset FILE.npz",
+        )
+    return name
 
 
 def check_fits(bundle: Bundle, dataset: Dataset) -> None:
-    """Refuse data that a bundle's network was not made for.
+    """Refuse data that a bundle's network was not made for, or whose labels mean other classes.
 
     Raises:
-        UsageError: Images of another shape, or another number of classes.
+        UsageError: Images of another shape, or classes that differ from the network's.
     """
-    manifest = bundle.manifest
-    if dataset.input_shape != manifest.input_shape:
+    names = bundle.card.class_names
+    matched = fitted(dataset, _like(bundle))
+    if not dataset.numbered and matched.class_names != dataset.class_names:
         raise UsageError(
-            f"Images of {dataset.name} have shape {list(dataset.input_shape)}; the network takes "
-            f"{list(manifest.input_shape)}.",
-            "Choose the data set that the network was trained on.",
+            f"The classes of {dataset.name} are {len(dataset.class_names)}, numbered otherwise "
+            f"than the network's {len(names)}.",
+            "Renumber them: ccn_deploy.data.match_classes(dataset, class_names)",
         )
-    if len(dataset.class_names) != len(manifest.class_names):
-        raise UsageError(
-            f"{dataset.name} has {len(dataset.class_names)} classes; the network tells "
-            f"{len(manifest.class_names)} apart.",
-            "Choose the data set that the network was trained on.",
-        )
+
+
+def _like(bundle: Bundle) -> ModelInput:
+    return ModelInput(bundle.card.input_shape, bundle.card.class_names)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
+
 from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.errors import CcnDeployError
 from ccn_deploy.machine import Machine
-from ccn_deploy.runtimes.compatibility import PREFERENCE, files_for, incompatibility
-from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
+from ccn_deploy.runtimes.compatibility import files_for, incompatibility
+from ccn_deploy.targets import DEPLOYED_RUNTIMES, Target
 
 SCHEMA = "ccn-deploy/inspect/1"
 
@@ -25,21 +27,25 @@ def inventory(bundle: Bundle, machine: Machine) -> dict[str, Any]:
         bundle: An open bundle.
         machine: For which to say what runs.
     """
-    manifest = bundle.manifest
+    manifest, card = bundle.manifest, msgspec.to_builtins(bundle.card)
     return {
         "schema": SCHEMA,
         "bundle": str(bundle.path),
         "digest": manifest.digest,
-        "architecture": manifest.architecture,
-        "defense": manifest.defense,
+        "name": card["name"],
+        "title": bundle.card.title,
+        "architecture": card["architecture"],
+        "defense": card["defense"],
         "input": {
-            "shape": list(manifest.input_shape),
+            "shape": list(card["input_shape"]),
             "dtype": "float32",
             "layout": "NCHW",
             "range": [0.0, 1.0],
         },
-        "class_names": list(manifest.class_names),
-        "training": manifest.training,
+        "class_names": list(card["class_names"]),
+        "training": card["training"],
+        "source": bundle.card.source.told(),
+        "preprocessing": card["source"]["preprocessing"],
         "files": [_file(bundle, record, machine) for record in manifest.files],
         "evidence": list(_evidence(bundle)),
     }
@@ -47,28 +53,27 @@ def inventory(bundle: Bundle, machine: Machine) -> dict[str, Any]:
 
 def _file(bundle: Bundle, record: FileRecord, machine: Machine) -> dict[str, Any]:
     return {
-        "path": record.path,
-        "role": record.role,
-        "precision": record.precision,
-        "bytes": record.bytes,
-        "sha256": record.sha256,
-        "made_by": record.made_by,
-        "details": record.details,
+        **msgspec.to_builtins(record),
         "here": [
-            {"runtime": runtime, **_told(incompatibility(bundle, record, runtime, machine))}
-            for runtime in _runtimes(bundle, record)
+            {"runtime": target.runtime, **_told(incompatibility(bundle, record, target, machine))}
+            for target in _targets(bundle, record)
         ],
     }
 
 
-def _runtimes(bundle: Bundle, record: FileRecord) -> list[str]:
-    """Return the runtimes that would execute a file."""
-    kind, _, runtime = record.role.partition(":")
-    if kind == "gradient-engine" and runtime in LIBRARIES:
-        return [runtime]
-    if record.role == "gradient":
-        return [name for name in PREFERENCE if name not in LIBRARIES]
-    return [name for name in PREFERENCE if record in files_for(bundle, name, record.precision)]
+def _targets(bundle: Bundle, record: FileRecord) -> list[Target]:
+    """Return the targets that would execute a file."""
+    if not record.precision:
+        return []
+    targets = [Target(name, record.precision) for name in DEPLOYED_RUNTIMES]
+    if record.role.has_gradients:
+        return [
+            target
+            for target in targets
+            if target.kind.runs_engines == record.role.is_engine
+            and record.runtime in ("", target.runtime)
+        ]
+    return [target for target in targets if record in files_for(bundle, target)]
 
 
 def _told(problem: CcnDeployError | None) -> dict[str, Any]:

@@ -7,15 +7,17 @@ is a digest of the content.
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 
 from ccn_deploy.errors import CcnDeployError, IntegrityError
-from ccn_deploy.storage import canonical_json
+from ccn_deploy.storage import canonical_json, sha256
 
 LARGEST = 16 << 20
 """Bytes of the largest document that is parsed."""
@@ -36,8 +38,24 @@ Text = Annotated[str, msgspec.Meta(max_length=4096)]
 """A name or a line for people."""
 
 
+if TYPE_CHECKING:
+    Extended: TypeAlias = float
+else:
+    Extended = float | None
+"""A float that need not be finite: JSON has null for it, which is read as infinity."""
+
+
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of every document and of its parts: immutable, without unknown fields."""
+
+
+class Measured(Record, frozen=True):
+    """Base of records whose every null is an :data:`Extended` number that was not finite."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if getattr(self, name) is None:
+                msgspec.structs.force_setattr(self, name, math.inf)
 
 
 R = TypeVar("R", bound=Record)
@@ -47,9 +65,10 @@ def encode(record: Record) -> bytes:
     """Return the canonical JSON of a record, see :func:`ccn_deploy.storage.canonical_json`.
 
     Raises:
-        TypeError, ValueError: A value that its type does not allow, or NaN or infinity.
+        TypeError, ValueError: A value that its type does not allow, NaN or infinity, text that is
+            no Unicode, or more or deeper than :func:`decode` reads.
     """
-    return canonical_json(document(record))
+    return _readable(canonical_json(document(record)))
 
 
 def encode_line(record: Record) -> bytes:
@@ -58,7 +77,7 @@ def encode_line(record: Record) -> bytes:
     Raises:
         TypeError, ValueError: As :func:`encode`.
     """
-    return _line(document(record))
+    return _readable(json_line(document(record)))
 
 
 def document(record: Record) -> dict[str, Any]:
@@ -67,9 +86,7 @@ def document(record: Record) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: A value that its type does not allow.
     """
-    plain = msgspec.to_builtins(record)
-    checked: dict[str, Any] = msgspec.to_builtins(msgspec.convert(plain, type(record)))
-    return checked
+    return _plain(msgspec.convert(_plain(record), type(record)))
 
 
 def decode(data: bytes, record: type[R], what: str, hint: str, *, limit: int = LARGEST) -> R:
@@ -95,27 +112,67 @@ def decode_line(data: bytes, record: type[R], what: str, hint: str, *, limit: in
     Raises:
         IntegrityError: As :func:`decode`.
     """
-    return _decode(data, record, what, hint, limit=limit, form=_line)
+    return _decode(data, record, what, hint, limit=limit, form=json_line)
 
 
-def schema_of(data: bytes, what: str, hint: str, *, limit: int = LARGEST) -> str:
-    """Return the field ``schema`` of a document, whatever else is in it.
+def encode_sealed(record: Record) -> bytes:
+    """Return :func:`encode` of a record with one more field: the digest of all others.
 
     Raises:
-        IntegrityError: Too large or too deep, no JSON, or no such field.
+        TypeError, ValueError: As :func:`encode`.
+    """
+    plain = document(record)
+    return _readable(canonical_json({**plain, "digest": sha256(canonical_json(plain))}))
+
+
+def decode_sealed(data: bytes, record: type[R], what: str, hint: str) -> R:
+    """Read a record from the bytes that :func:`encode_sealed` wrote.
+
+    Raises:
+        IntegrityError: As :func:`decode`, or the digest is not that of the content.
+    """
+    plain = unseal(data, what, hint)
+    try:
+        found = msgspec.convert(plain, record)
+    except (msgspec.MsgspecError, ValueError, CcnDeployError) as error:
+        raise _damaged(what, error, hint) from error
+    if canonical_json(_plain(found)) != canonical_json(plain):
+        raise IntegrityError(f"{what} has numbers of another type than its schema.", hint)
+    return found
+
+
+def unseal(data: bytes, what: str, hint: str) -> dict[str, Any]:
+    """Return the content of a sealed document as plain objects, whatever its schema.
+
+    Raises:
+        IntegrityError: As :func:`plain_object`, not in canonical form, or the digest is not that
+            of the content.
+    """
+    plain = plain_object(data, what, hint)
+    try:
+        canonical = canonical_json(plain) == data
+    except ValueError as error:
+        raise _damaged(what, error, hint) from error
+    if not canonical or plain.pop("digest", None) != sha256(canonical_json(plain)):
+        raise IntegrityError(f"{what} does not match its own digest: it was changed.", hint)
+    return plain
+
+
+def plain_object(data: bytes, what: str, hint: str, *, limit: int = LARGEST) -> dict[str, Any]:
+    """Return a JSON object as it is, whatever is in it.
+
+    Raises:
+        IntegrityError: Too large, too deep, or no JSON object.
     """
     _check_bounds(data, what, hint, limit)
     try:
-        return msgspec.json.decode(data, type=_Any).schema
+        return msgspec.json.decode(data, type=dict[str, Any])
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise _damaged(what, error, hint) from error
 
 
-class _Any(msgspec.Struct):
-    schema: Text
-
-
-def _line(document: Any) -> bytes:
+def json_line(document: Any) -> bytes:
+    """Return plain objects as one line of JSON lines, keys sorted, with its newline."""
     return (json.dumps(document, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
 
 
@@ -131,12 +188,42 @@ def _decode(
     _check_bounds(data, what, hint, limit)
     try:
         found = msgspec.json.decode(data, type=record)
-        canonical = form(msgspec.to_builtins(found)) == data
+        canonical = form(_plain(found)) == data
     except (msgspec.MsgspecError, ValueError, RecursionError, CcnDeployError) as error:
         raise _damaged(what, error, hint) from error
     if not canonical:
         raise IntegrityError(f"{what} is not in the form that it was written in.", hint)
     return found
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.to_builtins(_with_nulls(record))
+    return plain
+
+
+def _with_nulls(value: Any) -> Any:
+    """Return a copy in which the :data:`Extended` numbers that are not finite are None."""
+    if isinstance(value, tuple):
+        return tuple(map(_with_nulls, value))
+    if not isinstance(value, Record):
+        return value
+    copied = copy.copy(value)  # does not call __post_init__
+    for name in value.__struct_fields__:
+        field = _with_nulls(getattr(value, name))
+        if isinstance(value, Measured) and isinstance(field, float) and not math.isfinite(field):
+            field = None
+        msgspec.structs.force_setattr(copied, name, field)
+    return copied
+
+
+def _readable(data: bytes) -> bytes:
+    """Return bytes that were written, unless nobody could read them."""
+    try:
+        _check_bounds(data, "The document", "", LARGEST)
+    except IntegrityError as error:
+        raise ValueError(error.what) from error
+    msgspec.json.decode(data)
+    return data
 
 
 def _check_bounds(data: bytes, what: str, hint: str, limit: int) -> None:

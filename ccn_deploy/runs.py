@@ -11,21 +11,86 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ccn_deploy.errors import IntegrityError, NotARunError
+from ccn_deploy.architectures import architecture_named
+from ccn_deploy.bundle.card import ModelCard, Source
+from ccn_deploy.errors import CcnDeployError, IntegrityError, NotARunError
+from ccn_deploy.records import Count, Digest, Record, Text, decode
 from ccn_deploy.storage import sha256
 
-SCHEMA = "ccn-deploy/run/1"
 RUN = "run.json"
 METRICS = "metrics.csv"
 WEIGHTS = "weights.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
+
+
+class Finished(Record, frozen=True):
+    """How a training ended.
+
+    Attributes:
+        weights_sha256: Of the file of weights.
+        epochs: That were trained.
+        steps: In all of them.
+        train_accuracy: Of the last epoch, in [0, 1].
+        test_accuracy: After it, in [0, 1].
+    """
+
+    weights_sha256: Digest
+    epochs: Count
+    steps: Count
+    train_accuracy: float
+    test_accuracy: float
+
+
+class RunRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """What ``run.json`` says.
+
+    Attributes:
+        architecture: A name in :data:`ccn_deploy.architectures.ARCHITECTURES`; empty if it is
+            none of ours.
+        defense: A name in :data:`ccn_deploy.defenses.DEFENSES`; likewise.
+        network: The factory of a network of the user's own, as it was named.
+        compact: Names of its layers that were made compact.
+        input_shape: (channels, height, width) of a network of the user's own.
+        class_names: One per logit.
+        training: Data set, recipe, seed, epochs, threads.
+        finished: None as long as it is not.
+    """
+
+    schema: Literal["ccn-deploy/run/1"]
+    architecture: Text = ""
+    defense: Text = ""
+    network: Text = ""
+    compact: tuple[Text, ...] = ()
+    input_shape: tuple[int, int, int] | None = None
+    class_names: tuple[Text, ...]
+    training: dict[str, Any]
+    finished: Finished | None
+
+    def card(self) -> ModelCard:
+        """Return what the finished run says of its network.
+
+        Raises:
+            UsageError: An unknown architecture, or sizes or classes that no network has.
+        """
+        assert self.finished is not None
+        return ModelCard(
+            name=f"{self.architecture}-{self.defense}" if self.architecture else self.network,
+            input_shape=self.input_shape or architecture_named(self.architecture).input_shape,
+            class_names=self.class_names,
+            architecture=self.architecture,
+            defense=self.defense,
+            training={
+                **self.training,
+                "train_accuracy": self.finished.train_accuracy,
+                "test_accuracy": self.finished.test_accuracy,
+            },
+            source=Source(kind="run", name=self.network, sha256=self.finished.weights_sha256),
+        )
 
 
 @dataclass(frozen=True)
@@ -34,19 +99,31 @@ class TrainedRun:
 
     Attributes:
         path: The directory.
-        architecture: A name in :data:`ccn_deploy.architectures.ARCHITECTURES`.
-        defense: A name in :data:`ccn_deploy.defenses.DEFENSES`.
-        class_names: One per logit.
-        training: Data set, recipe, seed, epochs, threads, final accuracy: for the manifest.
+        card: What is known of the network; its training has the final accuracy.
         weights: The verified bytes of the safetensors file.
+        network: The factory of a network of the user's own; empty for those of the package.
+        compact: Names of its layers that were made compact.
     """
 
     path: Path
-    architecture: str
-    defense: str
-    class_names: tuple[str, ...]
-    training: Mapping[str, Any]
+    card: ModelCard
     weights: bytes
+    network: str = ""
+    compact: tuple[str, ...] = ()
+
+
+def read_record(path: Path, hint: str) -> RunRecord | None:
+    """Return what ``run.json`` in a directory says; None if there is none.
+
+    Args:
+        path: The directory.
+        hint: What to do about a damaged one.
+
+    Raises:
+        IntegrityError: It is damaged.
+    """
+    file = path / RUN
+    return decode(file.read_bytes(), RunRecord, str(file), hint) if file.is_file() else None
 
 
 def open_run(path: str | os.PathLike[str]) -> TrainedRun:
@@ -57,40 +134,30 @@ def open_run(path: str | os.PathLike[str]) -> TrainedRun:
         IntegrityError: The weights are not those that training wrote.
     """
     root = Path(path)
-    record = root / RUN
-    if not record.is_file():
+    record = read_record(root, "Train the run again.")
+    if record is None:
         raise NotARunError(
             f"{root} holds no training run: there is no {RUN} in it.",
             "Make one with: ccn-deploy train --defense ccn --output RUN",
         )
-    try:
-        document = json.loads(record.read_bytes())
-        finished = document["finished"]
-        opened = TrainedRun(
-            path=root,
-            architecture=document["architecture"],
-            defense=document["defense"],
-            class_names=tuple(document["class_names"]),
-            training={
-                **document["training"],
-                **{k: v for k, v in (finished or {}).items() if k.endswith("_accuracy")},
-            },
-            weights=b"",
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{record} is damaged: {error}.", "Train the run again.") from error
-    if finished is None:
+    if record.finished is None:
         raise NotARunError(
             f"The training run in {root} has not finished.",
             f"Give the same `ccn-deploy train ... --output {root}` again; it resumes.",
         )
+    try:
+        card = record.card()
+    except CcnDeployError as error:
+        raise IntegrityError(
+            f"{root / RUN} is damaged: {error.what}", "Train the run again."
+        ) from error
     file = root / WEIGHTS
     if not file.is_file():
         raise IntegrityError(f"{file} is missing.", "Train the run again.")
     data = file.read_bytes()
-    if sha256(data) != finished["weights_sha256"]:
+    if sha256(data) != record.finished.weights_sha256:
         raise IntegrityError(
             f"{file} is not the file that training wrote (SHA-256 differs from {RUN}).",
             "Train the run again, or restore the file.",
         )
-    return TrainedRun(**{**opened.__dict__, "weights": data})
+    return TrainedRun(root, card, data, record.network, record.compact)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ccn_deploy.bundle import Bundle, open_bundle
+from ccn_deploy.bundle.preprocessing import to_images
 from ccn_deploy.errors import (
     EnvironmentUnfitError,
     GateError,
@@ -23,8 +24,8 @@ from ccn_deploy.errors import (
 from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import Runtime, RuntimeOptions, RuntimeSpec, open_runtime
 from ccn_deploy.runtimes.base import Array, Closing
-from ccn_deploy.runtimes.compatibility import ENGINE, Candidate, candidates_for
-from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
+from ccn_deploy.runtimes.compatibility import Candidate, candidates_for
+from ccn_deploy.targets import Role, precision_named, runtime_named
 
 AUTO = "auto"
 """The runtime to ask for to get the best one that works on this machine."""
@@ -82,7 +83,8 @@ class Model(Closing):
         self._spec = runtime.spec
         self._choice = choice
         self._digest = bundle.manifest.digest
-        self._class_names = bundle.manifest.class_names
+        self._class_names = bundle.card.class_names
+        self._preprocessing = bundle.card.source.preprocessing
 
     @property
     def spec(self) -> RuntimeSpec:
@@ -120,6 +122,21 @@ class Model(Closing):
             RuntimeUnavailableError: The runtime failed, for want of memory most likely.
         """
         return self._runtime.logits(images)
+
+    def predict_source(self, source: Array) -> Array:
+        """Return logits, float32 [N, classes], of input in the format of the source network.
+
+        That is what the network was fed before it was exported: its own layout, channel order,
+        range, mean and deviation, as ``ccn-deploy inspect`` shows them.
+
+        Args:
+            source: [N, C, H, W] or [N, H, W, C], integers or floats.
+
+        Raises:
+            InputError: Not of that format, or values outside its range.
+            CcnDeployError: As :meth:`predict` does.
+        """
+        return self.predict(to_images(source, self._preprocessing))
 
     def classify(self, images: Array) -> Array:
         """Return the label of each image, int64 [N]: the index of its largest logit.
@@ -198,18 +215,21 @@ def load(
 
     Args:
         bundle: An open bundle, or the path of one.
-        runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`, or ``"auto"``.
+        runtime: A name in :data:`ccn_deploy.targets.RUNTIMES`, or ``"auto"``.
         precision: ``"fp32"``, ``"fp16"`` and so on; if not given, fp32 where the bundle has it for
             the runtime, or else the only one that it has.
         options: Threads, memory, device and batch limit; defaults if not given.
 
     Raises:
-        UsageError: An unknown runtime, or several precisions to choose from and none named.
+        UsageError: An unknown runtime or precision, or several precisions to choose from and none
+            named.
         NotABundleError: No bundle at the path.
         IntegrityError: A file of the bundle is not what its manifest says.
         RuntimeUnavailableError: The runtime or the precision cannot be had here.
         MissingExtraError: The runtime's library is not installed.
     """
+    if precision is not None:
+        precision_named(precision)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if runtime == AUTO:
         device = 0 if options is None else options.device
@@ -240,8 +260,8 @@ def first_usable(
     """
     passed: list[PassedOver] = []
     for fit in candidates:
-        target = (fit.runtime, fit.precision)
-        if precision not in (None, fit.precision) or any(
+        target = (fit.target.runtime, fit.target.precision)
+        if precision not in (None, fit.target.precision) or any(
             p.failed for p in passed if (p.runtime, p.precision) == target
         ):
             continue
@@ -274,8 +294,11 @@ def _open(bundle: Bundle, choice: Choice, options: RuntimeOptions | None) -> Mod
 
 def _only_precision(bundle: Bundle, runtime: str) -> str:
     """Return the precision to use where none is named; what is not there fails when opened."""
-    roles = {f"{ENGINE}:{runtime}"} if runtime in LIBRARIES else {"forward", f"forward:{runtime}"}
-    have = sorted({r.precision for r in bundle.manifest.files if r.role in roles})
+    kind = runtime_named(runtime)
+    role = Role.ENGINE if kind.runs_engines else Role.FORWARD
+    runtimes = (runtime,) if kind.runs_engines else (runtime, "")
+    files = bundle.manifest.files
+    have = sorted({r.precision for r in files if r.role == role and r.runtime in runtimes})
     if len(have) > 1 and "fp32" not in have:
         raise UsageError(
             f"The bundle has {', '.join(have)} for {runtime}, and no fp32.",

@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from ccn_deploy.bundle import Bundle, NewFile, write_bundle
+from ccn_deploy.bundle import Bundle, ModelCard, NewFile, Source, write_bundle
 from ccn_deploy.errors import CcnDeployError, EngineBuildError, GateError
 from ccn_deploy.machine import Machine, this_machine
 from ccn_deploy.runtimes.base import Array
 from ccn_deploy.runtimes.compatibility import no_gpu
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, capture, load_library, logger
+from ccn_deploy.storage import sha256
+from ccn_deploy.targets import RUNTIMES, Family, Role
 
 PATIENCE = 300
 """Seconds that a trial may take; reading a library of gigabytes from a slow disk takes minutes."""
@@ -75,7 +77,7 @@ def try_runtime(runtime: str, *, patience: float = PATIENCE) -> Trial:
     """Try an installed runtime in a process of its own, which has this one's import path.
 
     Args:
-        runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
+        runtime: A name in :data:`ccn_deploy.targets.RUNTIMES`.
         patience: Seconds after which it counts as broken.
     """
     program = (
@@ -125,11 +127,10 @@ def _reinstall(runtime: str) -> str:
 
 
 def _distribution(runtime: str, machine: Machine) -> str:
-    if runtime in LIBRARIES:
-        return LIBRARIES[runtime].distribution
-    if runtime.startswith("torch"):
-        return "torch"
-    return "onnxruntime-gpu" if "onnxruntime-gpu" in machine.packages else "onnxruntime"
+    kind = RUNTIMES[runtime]
+    if kind.family == "onnxruntime":
+        return "onnxruntime-gpu" if "onnxruntime-gpu" in machine.packages else "onnxruntime"
+    return kind.distribution
 
 
 def main() -> None:
@@ -168,22 +169,26 @@ def _attempt(runtime: str) -> Iterator[str]:
     Raises:
         CcnDeployError: A step failed.
     """
-    attempts: dict[str, Callable[[str], Iterator[str]]] = {"torch": _torch, "torch-cuda": _torch}
-    yield from attempts.get(runtime, _engine if runtime in LIBRARIES else _onnxruntime)(runtime)
+    attempts: dict[Family, Callable[[str], Iterator[str]]] = {
+        "torch": _torch,
+        "onnxruntime": _onnxruntime,
+        "tensorrt": _engine,
+    }
+    yield from attempts[RUNTIMES[runtime].family](runtime)
 
 
 def _onnxruntime(runtime: str) -> Iterator[str]:
     from ccn_deploy.runtimes.onnx_runtime import load_library as load
 
     yield f"imported onnxruntime {load(runtime).__version__}"
-    yield _run(runtime, NewFile("graph.onnx", GRAPH, "forward", "fp32"))
+    yield _run(runtime, NewFile("graph.onnx", GRAPH, Role.FORWARD, "fp32"))
 
 
 def _torch(runtime: str) -> Iterator[str]:
     import torch
 
     yield f"imported torch {torch.__version__}"
-    device = "cuda" if runtime == "torch-cuda" else "cpu"
+    device = "cuda" if RUNTIMES[runtime].on_gpu else "cpu"
     images, weight = (torch.from_numpy(array).to(device) for array in (IMAGES, WEIGHT))
     _compare(torch.nn.functional.conv2d(images, weight).flatten(1).cpu().numpy())
     yield "ran a network"
@@ -216,7 +221,7 @@ def engine_file(runtime: str, version: str, plan: bytes, machine: Machine) -> Ne
         "compute_capabilities": [machine.gpus[0].compute_capability],
         "profiles": [{"images": {"min": [1, *SHAPE], "opt": [2, *SHAPE], "max": [2, *SHAPE]}}],
     }
-    return NewFile("plan.engine", plan, f"engine:{runtime}", "fp32", {}, details)
+    return NewFile("plan.engine", plan, Role.ENGINE, "fp32", runtime, details=details)
 
 
 def build(trt: Any, *, for_this_gpu: bool) -> bytes:
@@ -262,15 +267,11 @@ def _run(runtime: str, file: NewFile) -> str:
 
 
 def _bundle(path: Path, file: NewFile) -> Bundle:
-    return write_bundle(
-        path,
-        architecture="trial",
-        defense="none",
-        input_shape=SHAPE,
-        class_names=("rising", "falling"),
-        training={},
-        files=[file],
+    source = Source(kind="onnx", sha256=sha256(GRAPH))
+    card = ModelCard(
+        name="trial", input_shape=SHAPE, class_names=("rising", "falling"), source=source
     )
+    return write_bundle(path, card=card, files=[file])
 
 
 def _compare(logits: Array) -> None:

@@ -61,7 +61,7 @@ def _print(diagnosis: Diagnosis, version: str) -> None:
         line("\n[bold]Bundle[/]")
         for use in diagnosis.uses:
             state = "[green]runs    [/]" if not use.problem else "[yellow]not here[/]"
-            name = f"{use.fit.runtime}-{use.fit.precision}"
+            name = str(use.fit.target)
             path = plain(use.fit.record.path)
             line(f"{state} {name:<24}{plain(use.problem) or path}")
             _print_fix(use.fix, 33)

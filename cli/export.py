@@ -9,21 +9,38 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ccn_deploy.cli.options import DataDirOption, JsonOption, SeedOption
+from ccn_deploy.cli.options import (
+    CropOption,
+    DataDirOption,
+    DatasetOption,
+    InterpolationOption,
+    JsonOption,
+    LayoutOption,
+    NpzImagesOption,
+    NpzLabelsOption,
+    ResizeOption,
+    SeedOption,
+    data_options,
+)
 
 if TYPE_CHECKING:
     from ccn_deploy.bundle import Bundle
-    from ccn_deploy.runs import TrainedRun
+    from ccn_deploy.exporters.sources.opening import SourceOptions
 
 SCHEMA = "ccn-deploy/export/1"
 
 
+_SOURCE = "What the source expects"
+"""Heading of the options below in --help."""
+
+
 def export(
-    run: Annotated[
-        Path,
+    source: Annotated[
+        str,
         typer.Argument(
             metavar="SOURCE",
-            help="Directory written by `ccn-deploy train`, or a bundle to add to.",
+            help="A run of `ccn-deploy train`, a bundle to add to, FILE.onnx, or a factory of a "
+            "torch module: package.module:factory or path/to/file.py:factory.",
         ),
     ],
     *,
@@ -31,6 +48,113 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a bundle that is there.")
     ] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            metavar="FILE",
+            help="Weights of a module, .safetensors or .pth; nothing is unpickled.",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            "--classes",
+            metavar="FILE",
+            help="Names of the classes: one a line, or JSON.",
+            show_default="numbers",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = None,
+    name: Annotated[
+        str,
+        typer.Option(
+            "--name", help="Of the network.", show_default="the file's", rich_help_panel=_SOURCE
+        ),
+    ] = "",
+    preprocessing: Annotated[
+        Path | None,
+        typer.Option(
+            "--preprocessing",
+            metavar="FILE",
+            help="Hugging Face's preprocessor_config.json or timm's config.json; the options below "
+            "beat it.",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = None,
+    input_layout: Annotated[
+        str | None,
+        typer.Option(
+            "--input-layout",
+            help="nchw or nhwc.",
+            show_default="told from the file",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = None,
+    input_range: Annotated[
+        str | None,
+        typer.Option(
+            "--input-range",
+            metavar="LOW,HIGH",
+            help="Values of a black and of a white pixel, such as 0,255.",
+            show_default="0,1",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            "--mean",
+            metavar="M,...",
+            help="Subtracted: one number, or one a channel in the source's order and range.",
+            show_default="0",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = None,
+    std: Annotated[
+        str | None,
+        typer.Option(
+            "--std",
+            metavar="S,...",
+            help="What is then divided by, likewise.",
+            show_default="1",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = None,
+    channel_order: Annotated[
+        str | None,
+        typer.Option(
+            "--channel-order", help="rgb or bgr.", show_default="rgb", rich_help_panel=_SOURCE
+        ),
+    ] = None,
+    input_size: Annotated[
+        str | None,
+        typer.Option(
+            "--input-size",
+            metavar="HxW",
+            help="Of the images, where the source leaves it open.",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = None,
+    input_name: Annotated[
+        str,
+        typer.Option(
+            "--input-name",
+            "--input",
+            help="Input with the images, where a file has several.",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = "",
+    output_name: Annotated[
+        str,
+        typer.Option(
+            "--output-name",
+            help="Output with the logits or probabilities.",
+            show_default="the first",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = "",
     formats: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,6 +171,15 @@ def export(
             help="Of graphs and engines: fp32, of which the graphs are always written; fp16, "
             "bf16, int8, fp8. Repeatable.",
             show_default="fp32",
+        ),
+    ] = None,
+    keep_fp32: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep-fp32",
+            metavar="NODE",
+            help="Nodes, or what their names begin with, that stay float32 beside those that do by "
+            "structure. Repeatable.",
         ),
     ] = None,
     batch: Annotated[
@@ -84,15 +217,14 @@ def export(
             "--calibration-samples", min=1, help="Images of the training split to find them on."
         ),
     ] = 512,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            "--dataset",
-            help="Data set of those images.",
-            show_default="the one it was trained on",
-        ),
-    ] = None,
+    dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
+    resize: ResizeOption = None,
+    crop: CropOption = None,
+    interpolation: InterpolationOption = None,
+    layout: LayoutOption = None,
+    npz_images: NpzImagesOption = None,
+    npz_labels: NpzLabelsOption = None,
     seed: SeedOption = 0,
     no_gradient: Annotated[
         bool,
@@ -113,21 +245,53 @@ def export(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Lower a trained network to ONNX, convert it, build engines, and write a bundle."""
+    """Make a bundle of a network: graphs, gradients, other precisions, engines."""
     from ccn_deploy.cli import console
     from ccn_deploy.extras import require
 
-    source = _open(run)
     for module in ("torch", "safetensors", "onnx"):
-        require(module, "train", "to export a run")
-    from ccn_deploy.exporters import CalibrationRequest, export_run
+        require(module, "train", "to export a network")
+    from ccn_deploy.exporters import CalibrationRequest, export_bundle
+    from ccn_deploy.exporters.sources.opening import NetworkSource, open_source
     from ccn_deploy.exporters.tensorrt.build import Batches
 
-    request = CalibrationRequest(calibration, calibration_samples, seed, dataset, data_dir)
     notes: list[str] = []
-    with console.err.status("Lowering and checking") as status:
-        bundle = export_run(
-            source,
+    request = CalibrationRequest(
+        calibration,
+        calibration_samples,
+        seed,
+        dataset,
+        data_dir,
+        data_options(
+            resize=resize,
+            crop=crop,
+            interpolation=interpolation,
+            layout=layout,
+            npz_images=npz_images,
+            npz_labels=npz_labels,
+        ),
+        notes.append,
+    )
+    given = _source_options(
+        preprocessing,
+        weights=weights,
+        classes=classes,
+        name=name,
+        input_layout=input_layout,
+        input_range=input_range,
+        mean=mean,
+        std=std,
+        channel_order=channel_order,
+        input_size=input_size,
+        input=input_name,
+        output=output_name,
+    )
+    with console.err.status("Opening the source") as status:
+        opened = open_source(source, given)
+        if isinstance(opened, NetworkSource):
+            notes += opened.notes
+        bundle = export_bundle(
+            opened,
             output,
             overwrite=overwrite,
             gradient=not no_gradient,
@@ -138,6 +302,7 @@ def export(
             calibration=None if request == CalibrationRequest() else request,
             compute_capabilities=compute_capabilities or (),
             tf32=tf32,
+            keep_fp32=keep_fp32 or (),
             progress=status.update,
             note=notes.append,
         )
@@ -146,24 +311,47 @@ def export(
         console.print_json(document)
     else:
         _print(document)
-    for note in [*_notes(document, optimize), *notes]:
+    for note in dict.fromkeys([*_notes(document, optimize), *notes]):
         console.err.print(note, soft_wrap=True, markup=False)
 
 
-def _open(path: Path) -> TrainedRun | Bundle:
-    """Open a run, or a bundle if the directory has a manifest."""
-    from ccn_deploy.bundle import MANIFEST, open_bundle
-    from ccn_deploy.runs import RUN, open_run
+def _source_options(
+    preprocessing: Path | None,
+    *,
+    weights: Path | None,
+    classes: Path | None,
+    name: str,
+    **intake: str | None,
+) -> SourceOptions:
+    """Return what the options say of the source; they beat a file of preprocessing.
 
-    if (path / MANIFEST).is_file() and not (path / RUN).is_file():
-        return open_bundle(path)
-    return open_run(path)
+    Raises:
+        UsageError: One of them means nothing, or the file cannot be read.
+    """
+    from ccn_deploy.exporters.sources.intake import Intake, parse_numbers, parse_size
+    from ccn_deploy.exporters.sources.opening import SourceOptions
+    from ccn_deploy.exporters.sources.preprocessing_config import read_preprocessing
+
+    given: dict[str, Any] = {key: value for key, value in intake.items() if value}
+    for key, count in (("mean", None), ("std", None), ("input_range", 2)):
+        if key in given:
+            given[key] = parse_numbers(given[key], f"--{key.replace('_', '-')}", count)
+    if "input_size" in given:
+        given["input_size"] = parse_size(given["input_size"])
+    told = None if preprocessing is None else read_preprocessing(preprocessing)
+    return SourceOptions(
+        intake=(Intake() if told is None else told.intake).replaced(**given),
+        weights=weights,
+        classes=classes,
+        evaluation={} if told is None else told.facts(),
+        name=name,
+    )
 
 
 def _notes(document: dict[str, Any], optimize: str | None) -> Iterator[str]:
     """Yield what a user should know of the files, a sentence each."""
     files = document["files"]
-    if optimize and not any(file["role"] == f"forward:{optimize}" for file in files):
+    if optimize and not any(file["runtime"] == optimize for file in files):
         yield "No compact layer: the default graph is the one for every runtime."
     warnings: dict[str, None] = {}
     for file in files:
@@ -184,18 +372,23 @@ def _notes(document: dict[str, Any], optimize: str | None) -> Iterator[str]:
 
 
 def _document(bundle: Bundle) -> dict[str, Any]:
-    manifest = bundle.manifest
+    manifest, card = bundle.manifest, bundle.card
     return {
         "schema": SCHEMA,
         "bundle": str(bundle.path),
         "digest": manifest.digest,
-        "architecture": manifest.architecture,
-        "defense": manifest.defense,
+        "name": card.name,
+        "title": card.title,
+        "architecture": card.architecture,
+        "defense": card.defense,
+        "class_names": list(card.class_names),
+        "source": card.source.told(),
         "files": [
             {
                 "path": record.path,
                 "role": record.role,
                 "precision": record.precision,
+                "runtime": record.runtime,
                 "bytes": record.bytes,
                 "sha256": record.sha256,
                 "details": dict(record.details),
@@ -212,9 +405,9 @@ def _print(document: dict[str, Any]) -> None:
     from ccn_deploy.cli import console
 
     path = escape(document["bundle"])
-    console.out.print(
-        f"[bold]{path}[/]: {document['defense']} on {document['architecture']}", soft_wrap=True
-    )
+    console.out.print(f"[bold]{path}[/]: {escape(document['title'])}", soft_wrap=True)
+    for topic, text in document["source"].items():
+        console.out.print(f"{topic}: {escape(text)}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     table.add_column("file", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)

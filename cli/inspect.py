@@ -30,16 +30,15 @@ def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
 
 
 def _print(document: dict[str, Any]) -> None:
-    line(
-        f"[bold]{plain(document['bundle'])}[/]: {plain(document['defense'])} on "
-        f"{plain(document['architecture'])}"
-    )
+    line(f"[bold]{plain(document['bundle'])}[/]: {plain(document['title'])}")
     names = document["class_names"]
     shape = ", ".join(map(str, document["input"]["shape"]))
     _field("input", f"float32 [N, {shape}] in [0, 1]", 0)
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     _field("classes", f"{len(names)}: {shown}", 0)
     _field("training", _training(document["training"]), 0)
+    for topic, text in document["source"].items():
+        _field(topic, text, 0)
     _field("digest", document["digest"], 0)
     line("")
     _print_files(document["files"])
@@ -56,8 +55,9 @@ def _print_files(files: list[dict[str, Any]]) -> None:
     """Print a table whose columns are as wide as what is in them, whatever the terminal."""
     rows = [("file", "role", "precision", "bytes", "sha256")]
     for file in files:
-        path, role, precision = (plain(file[key]) for key in ("path", "role", "precision"))
-        rows.append((path, role, precision, f"{file['bytes']:,}", file["sha256"][:16]))
+        role = file["role"] + (f":{file['runtime']}" if file["runtime"] else "")
+        path, size = plain(file["path"]), f"{file['bytes']:,}"
+        rows.append((path, role, file["precision"], size, file["sha256"][:16]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [f"{cell:{'>' if at == 3 else '<'}{widths[at]}}" for at, cell in enumerate(row)]
@@ -69,6 +69,9 @@ def _print_file(file: dict[str, Any], told: set[str]) -> None:
     line(f"\n[bold]{plain(file['path'])}[/]")
     if file["made_by"]:
         _field("made by", _pairs(file["made_by"]))
+    if file["lineage"] is not None:
+        lineage = file["lineage"]
+        _field("step", f"{lineage['step']}, from {', '.join(lineage['sources'])}")
     for key, value in sorted(file["details"].items()):
         for text in _told(key, value):
             _field(key.removeprefix("compute_").replace("_", " "), text)

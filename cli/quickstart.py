@@ -108,7 +108,7 @@ class Outcome:
         """The paper's name of the defense."""
         from ccn_deploy.defenses import defense_named
 
-        return defense_named(self.run.defense).title
+        return defense_named(self.run.card.defense).title
 
 
 @dataclass(frozen=True)
@@ -196,14 +196,15 @@ class Pipeline:
     def _export(self, run: TrainedRun, tell: Tell) -> Bundle:
         """Export a run, or open what an earlier quickstart made of the very same weights."""
         from ccn_deploy.bundle import open_bundle
-        from ccn_deploy.exporters import export_run
+        from ccn_deploy.exporters import export_bundle
         from ccn_deploy.storage import sha256
+        from ccn_deploy.targets import Role
 
         if self.bundle.exists():
             bundle = open_bundle(self.bundle)
-            if bundle.file("weights").sha256 == sha256(run.weights):
+            if bundle.file(Role.WEIGHTS).sha256 == sha256(run.weights):
                 return bundle
-        bundle = export_run(run, self.bundle, overwrite=True)
+        bundle = export_bundle(run, self.bundle, overwrite=True)
         digest = bundle.manifest.digest[:16]
         tell(Note(self.defense, f"exported: {len(bundle.manifest.files)} files, digest {digest}"))
         return bundle
@@ -390,10 +391,10 @@ def _document(outcomes: list[Outcome]) -> dict[str, Any]:
         "schema": SCHEMA,
         "networks": [
             {
-                "defense": outcome.run.defense,
+                "defense": outcome.run.card.defense,
                 "bundle": str(outcome.bundle.path),
                 "report": str(outcome.report),
-                "test_accuracy": outcome.run.training["test_accuracy"],
+                "test_accuracy": outcome.run.card.training["test_accuracy"],
                 "parity": outcome.parity.document(),
                 "robustness": outcome.robustness.document(),
             }

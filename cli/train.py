@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ccn_deploy.cli.options import DataDirOption, JsonOption, SeedOption
+from ccn_deploy.cli.options import (
+    CropOption,
+    DataDirOption,
+    InterpolationOption,
+    JsonOption,
+    LayoutOption,
+    NpzImagesOption,
+    NpzLabelsOption,
+    ResizeOption,
+    SeedOption,
+    data_options,
+    tell_notes,
+)
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -39,7 +51,12 @@ def train(
     ] = "ccn",
     dataset: Annotated[
         str,
-        typer.Option("--dataset", help="mnist5k, mnist, fashion-mnist, cifar10 or imagenet."),
+        typer.Option(
+            "--dataset",
+            metavar="NAME|DIR|FILE.npz",
+            help="mnist5k, mnist, fashion-mnist, cifar10, imagenet, a directory of class folders "
+            "or an .npz file.",
+        ),
     ] = "mnist5k",
     recipe: Annotated[
         str,
@@ -86,6 +103,12 @@ def train(
         int, typer.Option("--devices", min=1, help="GPUs, or processes on the CPU.")
     ] = 1,
     data_dir: DataDirOption = None,
+    resize: ResizeOption = None,
+    crop: CropOption = None,
+    interpolation: InterpolationOption = None,
+    layout: LayoutOption = None,
+    npz_images: NpzImagesOption = None,
+    npz_labels: NpzLabelsOption = None,
     download: Annotated[
         bool, typer.Option("--download", help="Download the data set if it is not there.")
     ] = False,
@@ -101,14 +124,32 @@ def train(
     defense_named(defense)  # before the seconds that importing torch takes
     for module in ("torch", "lightning_fabric", "safetensors"):
         require(module, "train", "to train a network")
+    from ccn_deploy.architectures import architecture_named
     from ccn_deploy.cli.console import err, print_json
-    from ccn_deploy.data import load_dataset
+    from ccn_deploy.data import ModelInput, load_dataset
     from ccn_deploy.trainers import TrainConfig
     from ccn_deploy.trainers import train as train_run
 
+    options = data_options(
+        resize=resize,
+        crop=crop,
+        interpolation=interpolation,
+        layout=layout,
+        npz_images=npz_images,
+        npz_labels=npz_labels,
+    )
+    takes = ModelInput(architecture_named(architecture).input_shape) if architecture else None
+    train_data = load_dataset(
+        dataset, "train", data_dir, download=download, options=options, like=takes
+    )
+    takes = ModelInput(train_data.input_shape, train_data.class_names)
+    test_data = load_dataset(
+        dataset, "test", data_dir, download=download, options=options, like=takes
+    )
+    tell_notes(train_data, test_data)
     config = TrainConfig(
         defense=defense,
-        dataset=dataset.lower(),
+        dataset=train_data.name,
         recipe=recipe,
         architecture=architecture,
         epochs=epochs,
@@ -119,8 +160,6 @@ def train(
         device=device.value,
         devices=devices,
     )
-    train_data = load_dataset(dataset, "train", data_dir, download=download)
-    test_data = load_dataset(dataset, "test", data_dir, download=download)
     display = Display(defense)
     try:
         with display:
@@ -186,10 +225,10 @@ def _print(run: TrainedRun, *, already_finished: bool) -> None:
 
     if already_finished:
         out.print("This run is finished already; --overwrite trains it anew.", soft_wrap=True)
-    training = run.training
+    training = run.card.training
     out.print(
         f"Clean accuracy {training['test_accuracy']:.2%} on {training['test_images']:,} test "
-        f"images of {training['dataset']}; {run.defense}, {run.architecture}, "
+        f"images of {training['dataset']}; {run.card.defense}, {run.card.architecture}, "
         f"seed {training['seed']}, {training['device']}.",
         soft_wrap=True,
     )
@@ -208,9 +247,9 @@ def _document(run: TrainedRun, *, already_finished: bool) -> dict[str, Any]:
     return {
         "schema": "ccn-deploy/train/1",
         "run": str(run.path),
-        "architecture": run.architecture,
-        "defense": run.defense,
+        "architecture": run.card.architecture,
+        "defense": run.card.defense,
         "already_finished": already_finished,
         "weights_sha256": sha256(run.weights),
-        **run.training,
+        **run.card.training,
     }

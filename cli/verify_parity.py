@@ -8,13 +8,21 @@ import typer
 
 from ccn_deploy.cli.options import (
     BundleArgument,
+    CropOption,
     DataDirOption,
     DatasetOption,
+    InterpolationOption,
     JsonOption,
+    LayoutOption,
+    NpzImagesOption,
+    NpzLabelsOption,
     PrecisionOption,
+    ResizeOption,
     RuntimeOption,
     SeedOption,
     ThreadsOption,
+    data_options,
+    tell_notes,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +57,12 @@ def verify_parity(
     ] = False,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
+    resize: ResizeOption = None,
+    crop: CropOption = None,
+    interpolation: InterpolationOption = None,
+    layout: LayoutOption = None,
+    npz_images: NpzImagesOption = None,
+    npz_labels: NpzLabelsOption = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     fresh: Annotated[
@@ -63,9 +77,19 @@ def verify_parity(
     from ccn_deploy.parity import judge
 
     opened = open_bundle(bundle)
+    options = data_options(
+        resize=resize,
+        crop=crop,
+        interpolation=interpolation,
+        layout=layout,
+        npz_images=npz_images,
+        npz_labels=npz_labels,
+    )
+    images = evaluation_data(opened, dataset, data_dir, options)
+    tell_notes(images)
     evidence = measure(
         opened,
-        dataset=evaluation_data(opened, dataset, data_dir),
+        dataset=images,
         runtime=runtime,
         precision=precision,
         samples=samples,
@@ -291,4 +315,6 @@ def _errors(finding: Finding) -> tuple[str, str, str, str]:
 
 
 def _mark(finding: AnyFinding) -> str:
-    return "[bold red]fail[/]" if finding.reasons else "[green]pass[/]"
+    return {"pass": "[green]pass[/]", "fail": "[bold red]fail[/]"}.get(
+        finding.verdict.value, "[bold yellow]none[/]"
+    )

@@ -10,12 +10,20 @@ import typer
 
 from ccn_deploy.cli.options import (
     BundleArgument,
+    CropOption,
     DataDirOption,
     DatasetOption,
+    InterpolationOption,
     JsonOption,
+    LayoutOption,
+    NpzImagesOption,
+    NpzLabelsOption,
+    ResizeOption,
     RuntimeOption,
     SeedOption,
     ThreadsOption,
+    data_options,
+    tell_notes,
 )
 
 if TYPE_CHECKING:
@@ -78,6 +86,12 @@ def verify_robustness(
     ] = 0.01,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
+    resize: ResizeOption = None,
+    crop: CropOption = None,
+    interpolation: InterpolationOption = None,
+    layout: LayoutOption = None,
+    npz_images: NpzImagesOption = None,
+    npz_labels: NpzLabelsOption = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     write_report: Annotated[
@@ -98,7 +112,16 @@ def verify_robustness(
 
     attacks = suite(attack or DEFAULT_ATTACKS, parse_epsilons(epsilons))
     opened = open_bundle(bundle)
-    images = evaluation_data(opened, dataset, data_dir)
+    options = data_options(
+        resize=resize,
+        crop=crop,
+        interpolation=interpolation,
+        layout=layout,
+        npz_images=npz_images,
+        npz_labels=npz_labels,
+    )
+    images = evaluation_data(opened, dataset, data_dir, options)
+    tell_notes(images)
     requests = [
         RobustnessRequest(
             dataset=images,

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ccn_deploy.exporters.calibration import CalibrationRequest
-from ccn_deploy.exporters.export import export_run
+from ccn_deploy.exporters.export import export_bundle
 
-__all__ = ["CalibrationRequest", "export_run"]
+__all__ = ["CalibrationRequest", "export_bundle"]

@@ -1,85 +1,48 @@
-"""What is to be in a bundle: made of a run, or taken over from a bundle that gets more."""
+"""What is to be in a bundle: a new network's files, or those of a bundle that gets more."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-import ccn_deploy
 from ccn_deploy.bundle import Bundle, NewFile
-from ccn_deploy.runs import WEIGHTS, TrainedRun
-
-OURS = {"ccn-deploy": ccn_deploy.__version__}
-
-
-@dataclass(frozen=True)
-class Network:
-    """What a run and a bundle both say of their network.
-
-    Attributes:
-        architecture: A name in :data:`ccn_deploy.architectures.ARCHITECTURES`.
-        defense: A name in :data:`ccn_deploy.defenses.DEFENSES`.
-        class_names: One per logit.
-        training: How the weights came about.
-        weights: The bytes of the safetensors file.
-    """
-
-    architecture: str
-    defense: str
-    class_names: tuple[str, ...]
-    training: Mapping[str, Any]
-    weights: bytes
+from ccn_deploy.errors import UsageError
+from ccn_deploy.exporters.bundle_graphs import OURS, forward_file
+from ccn_deploy.exporters.sources.opening import NetworkSource
+from ccn_deploy.runs import WEIGHTS
+from ccn_deploy.targets import Role
 
 
 class BundleDraft:
     """The files of a bundle that is being made.
 
     Attributes:
-        network: What they are of.
+        card: What is known of the network.
         files: In the order of the manifest.
         added: Paths of those that were not there from the start.
     """
 
-    def __init__(self, source: TrainedRun | Bundle) -> None:
+    def __init__(self, source: NetworkSource | Bundle) -> None:
         self.added: list[str] = []
+        self.card = source.card
         if isinstance(source, Bundle):
-            manifest = source.manifest
-            self.files = [
-                NewFile(
-                    record.path,
-                    source.read(record),
-                    record.role,
-                    record.precision,
-                    record.made_by,
-                    record.details,
+            self.files = [NewFile.copy(source, record) for record in source.manifest.files]
+            if self.find(Role.FORWARD, "fp32") is None:
+                raise UsageError(
+                    f"{source.path} has no float32 forward graph, of which all others are made.",
+                    "Export the network again.",
                 )
-                for record in manifest.files
-            ]
-            self.network = Network(
-                manifest.architecture,
-                manifest.defense,
-                manifest.class_names,
-                manifest.training,
-                source.read(source.file("weights")),
-            )
         else:
-            self.files = [NewFile(WEIGHTS, source.weights, "weights", made_by=OURS)]
-            self.network = Network(
-                source.architecture,
-                source.defense,
-                source.class_names,
-                source.training,
-                source.weights,
-            )
+            self.files = []
+            if source.weights:
+                self.add(NewFile(WEIGHTS, source.weights, Role.WEIGHTS, made_by=OURS))
+            self.add(forward_file(source.forward, tuple(file.path for file in self.files)))
 
-    def find(self, role: str, precision: str) -> NewFile | None:
-        """Return the first file of a role and precision, or None."""
-        return next(iter(self.every(role, precision)), None)
+    def find(self, role: Role, precision: str = "", runtime: str = "") -> NewFile | None:
+        """Return the first of :meth:`every`, or None."""
+        return next(iter(self.every(role, precision, runtime)), None)
 
-    def every(self, role: str, precision: str) -> list[NewFile]:
-        """Return the files of a role and precision; of engines there may be several."""
-        return [file for file in self.files if (file.role, file.precision) == (role, precision)]
+    def every(self, role: Role, precision: str = "", runtime: str = "") -> list[NewFile]:
+        """Return the files of a role, precision and runtime; of engines there may be several."""
+        wanted = (role, precision, runtime)
+        return [file for file in self.files if (file.role, file.precision, file.runtime) == wanted]
 
     def add(self, file: NewFile) -> NewFile:
         """Add a file and return it."""

@@ -1,126 +1,142 @@
-"""The graphs of a bundle: lowered from the network, checked, and converted to other precisions."""
+"""The graphs of a bundle: the forward graph of a source, and what is derived from it, checked."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
 import torch
 
-from ccn_deploy.bundle import NewFile
-from ccn_deploy.exporters.bundle_draft import OURS
-from ccn_deploy.exporters.checks import (
-    check_gradient_graph,
-    check_graph,
-    check_optimized_graph,
-    check_size,
-)
-from ccn_deploy.exporters.gradient import lower_gradient
-from ccn_deploy.exporters.lowering import lower
-from ccn_deploy.exporters.optimized import lower_optimized
-from ccn_deploy.exporters.precision import (
-    Calibration,
-    NumericReport,
-    check_precision,
-    convert,
-)
-from ccn_deploy.exporters.reference_check import check_gradient_probe, check_probe
-from ccn_deploy.graph.builder import IR_VERSION, OPSET, to_bytes
-from ccn_deploy.models import Classifier
+import ccn_deploy
+from ccn_deploy.bundle import Lineage, NewFile
+from ccn_deploy.exporters.canonical import canonical
+from ccn_deploy.exporters.checks import check_forward, check_gradient, check_size
+from ccn_deploy.exporters.optimized import check_optimized, differs, optimize
+from ccn_deploy.exporters.precision import Calibration, NumericReport, check_precision, convert
+from ccn_deploy.exporters.vjp import gradient_graph
+from ccn_deploy.graph.builder import to_bytes
+from ccn_deploy.graph.graph import Graph
+from ccn_deploy.graph.signature import COTANGENTS
+from ccn_deploy.targets import PRECISIONS, Role
+
+OURS = {"ccn-deploy": ccn_deploy.__version__}
 
 
-def path_of(role: str, precision: str) -> str:
+def path_of(role: Role, precision: str, runtime: str = "") -> str:
     """Return where a bundle keeps a graph: ``graphs/forward-fp32.onnx``."""
-    kind, _, runtime = role.partition(":")
-    return f"graphs/{kind}-{precision}{f'-{runtime}' if runtime else ''}.onnx"
+    return f"graphs/{role}-{precision}{f'-{runtime}' if runtime else ''}.onnx"
 
 
-def forward_graph(model: Classifier) -> NewFile:
-    """Lower a network and check the graph.
+def forward_file(forward: Graph, sources: tuple[str, ...]) -> NewFile:
+    """Check a forward graph and make a file of it, its nodes as they are.
 
-    Raises:
-        LoweringError: It is not what it must be.
-    """
-    check_size(model)
-    graph = lower(model)
-    check_graph(graph, model)
-    check_probe(graph, model)
-    return _file("forward", graph)
-
-
-def optimized_graph(model: Classifier, runtime: str) -> NewFile:
-    """Lower a network for one runtime and check the graph.
+    Args:
+        forward: From a source.
+        sources: Paths in the bundle of what it was lowered from; empty if it came from outside.
 
     Raises:
         LoweringError: It is not what it must be.
     """
-    graph = lower_optimized(model)
-    check_optimized_graph(graph, model)
-    check_probe(graph, model)
-    return _file(f"forward:{runtime}", graph)
+    check_size(forward.model, "The network", "Choose a smaller network.")
+    check_forward(forward)
+    step = "lower" if sources else "take-in"
+    return _file(Role.FORWARD, forward.model, Lineage(sources=sources, step=step))
 
 
-def gradient_graph(model: Classifier, forward: NewFile) -> NewFile:
-    """Lower the input gradients of a network and check the graph.
+def optimized_file(forward: NewFile, runtime: str) -> NewFile | None:
+    """Rewrite a forward graph for one runtime and check it; None where nothing is to be rewritten.
 
     Raises:
         LoweringError: It is not what it must be.
     """
-    check_size(model, gradient=True)
-    graph = lower_gradient(model)
-    check_gradient_graph(graph, onnx.load_model_from_string(forward.data), model)
-    check_gradient_probe(graph, model)
-    return _file("gradient", graph)
+    source = canonical(graph_of(forward))
+    if not differs(source):
+        return None
+    graph = optimize(source)
+    check_optimized(graph, source)
+    lineage = Lineage(sources=(forward.path,), step="optimize", settings={"runtime": runtime})
+    return _file(Role.FORWARD, graph, lineage, runtime=runtime)
 
 
-def converted_graph(
+def gradient_file(forward: NewFile) -> NewFile:
+    """Derive the graph of the input gradients and check it.
+
+    Raises:
+        NoGradientError: An operator has no rule; names it with its node.
+        LoweringError: It is not what it must be.
+    """
+    source = graph_of(forward)
+    graph = gradient_graph(source)
+    check_size(graph, "The gradient graph", "Export without it: --no-gradient")
+    check_gradient(graph, source)
+    return _file(Role.GRADIENT, graph, Lineage(sources=(forward.path,), step="vjp"))
+
+
+def converted_file(
     source: NewFile,
     precision: str,
-    model: Classifier,
     calibration: Calibration | None,
     report: NumericReport | None,
+    keep_fp32: Sequence[str] = (),
 ) -> NewFile:
     """Convert a float32 graph and check the structural rule of its precision.
 
     Args:
         source: The float32 graph, forward or gradient.
         precision: One of :data:`ccn_deploy.exporters.precision.PRECISIONS`.
-        model: The network.
         calibration: Images, for precisions that need them.
-        report: What the norm branches met, for the manifest.
+        report: What norms and layers met, for the manifest.
+        keep_fp32: Nodes, or what their names begin with, that stay float32.
 
     Raises:
-        UsageError: The precision needs a calibration and there is none.
+        UsageError: The precision needs a calibration and there is none, or a name that no node
+            has.
         LoweringError: The converted graph breaks the rule.
     """
-    converted = convert(onnx.load_model_from_string(source.data), precision, calibration)
-    check_precision(converted.graph, precision, model)
+    graph = graph_of(source)
+    if COTANGENTS not in graph.inputs:
+        graph = canonical(graph)
+    converted = convert(graph, precision, calibration, keep_fp32)
+    check_precision(converted.graph, precision, keep_fp32)
     details: dict[str, Any] = {"layers": converted.layers}
     if converted.calibration is not None:
         details["calibration"] = converted.calibration
     if report is not None:
         details["numeric"] = report.document()
-    return _file(source.role, converted.graph, precision, details)
+    step = "cast" if PRECISIONS[precision].kind == "half" else "qdq"
+    settings = {"precision": precision, "keep_fp32": list(keep_fp32)}
+    lineage = Lineage(sources=(source.path,), step=step, settings=settings)
+    return _file(source.role, converted.graph, lineage, precision, details=details)
+
+
+def graph_of(source: NewFile) -> Graph:
+    """Return the graph of a file that was written, or let in, here."""
+    return Graph(onnx.load_model_from_string(source.data))
 
 
 def _file(
-    role: str,
+    role: Role,
     graph: onnx.ModelProto,
+    lineage: Lineage,
     precision: str = "fp32",
+    *,
+    runtime: str = "",
     details: Mapping[str, Any] | None = None,
 ) -> NewFile:
     ops = Counter(node.op_type for node in graph.graph.node)
     return NewFile(
-        path_of(role, precision),
+        path_of(role, precision, runtime),
         to_bytes(graph),
         role,
         precision,
-        made_by={**OURS, "onnx": onnx.__version__, "torch": torch.__version__},
+        runtime,
+        lineage,
+        made_by={**OURS, "onnx": onnx.__version__, "torch": str(torch.__version__)},
         details={
-            "opset": OPSET,
-            "ir_version": IR_VERSION,
+            "opset": Graph(graph).opset,
+            "ir_version": graph.ir_version,
             "ops": dict(sorted(ops.items())),
             **(details or {}),
         },

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ccn_deploy.data import load_dataset
+from ccn_deploy.bundle.card import ModelCard
+from ccn_deploy.data import DataOptions, ModelInput, load_dataset
+from ccn_deploy.data.options import DEFAULT
 from ccn_deploy.errors import UsageError
+from ccn_deploy.evaluation import trained_on
 from ccn_deploy.exporters.precision import Calibration
-from ccn_deploy.models import Classifier
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,11 @@ class CalibrationRequest:
         method: One of :data:`ccn_deploy.exporters.precision.METHODS`.
         samples: How many images of the training split; all of it if it has fewer.
         seed: Of their choice.
-        dataset: Name of the data set; by default the one the network was trained on.
-        directory: Where its files are.
+        dataset: Name of the data set, or path of a directory of class folders or an .npz file; by
+            default the data set that the network was trained on.
+        directory: Where the files of a named data set are.
+        options: How images are made of a directory's or an .npz file's.
+        note: Told what a user should know of the data.
 
     Raises:
         UsageError: Less than one sample.
@@ -33,6 +37,8 @@ class CalibrationRequest:
     seed: int = 0
     dataset: str | None = None
     directory: Path | None = None
+    options: DataOptions = DEFAULT
+    note: Callable[[str], None] = field(default=lambda sentence: None, compare=False)
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -41,37 +47,32 @@ class CalibrationRequest:
             )
 
 
-def load_calibration(
-    request: CalibrationRequest, training: Mapping[str, Any], model: Classifier
-) -> Calibration:
+def load_calibration(request: CalibrationRequest, card: ModelCard) -> Calibration:
     """Load images of the training split.
 
     Args:
         request: Which and how many.
-        training: Of a run or a manifest; names the data set.
-        model: What they are run through.
+        card: Of the network that they are run through; its training names the data set.
 
     Raises:
         UsageError: No such data set or method, no data set named, or images of another shape.
         DatasetNotFoundError: Its files are not there.
     """
-    name = request.dataset or training.get("dataset")
-    if not name:
-        raise UsageError(
-            "Nothing says what data the network was trained on.", "Name it with --dataset."
-        )
-    data = load_dataset(str(name), "train", request.directory)
-    if data.input_shape != model.architecture.input_shape:
-        raise UsageError(
-            f"Images of {data.name} have shape {list(data.input_shape)}; the network takes "
-            f"{list(model.architecture.input_shape)}.",
-            "Choose the data set that the network was trained on.",
-        )
+    data = load_dataset(
+        request.dataset or trained_on(card.training),
+        "train",
+        request.directory,
+        options=request.options,
+        like=ModelInput(card.input_shape),
+    )
+    for sentence in data.notes:
+        request.note(sentence)
     chosen = data.order(request.seed)[: request.samples]
     return Calibration(
         data.images(chosen),
         request.method,
         {
+            **data.described,
             "dataset": data.name,
             "split": data.split,
             "digest": data.digest,

@@ -1,35 +1,33 @@
-"""From a finished training run, or from a bundle, to a bundle with all that was asked for."""
+"""From a network, wherever it comes from, to a bundle with all that was asked for."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import onnx
-import torch
-
-from ccn_deploy.bundle import MANIFEST, Bundle, NewFile, write_bundle
+from ccn_deploy.bundle import MANIFEST, Bundle, Lineage, NewFile, write_bundle
 from ccn_deploy.errors import DatasetNotFoundError, UsageError, unknown
 from ccn_deploy.exporters import bundle_graphs
-from ccn_deploy.exporters.bundle_draft import OURS, BundleDraft
+from ccn_deploy.exporters.bundle_draft import BundleDraft
 from ccn_deploy.exporters.calibration import CalibrationRequest, load_calibration
-from ccn_deploy.exporters.optimized import TARGETS, differs
+from ccn_deploy.exporters.canonical import canonical
+from ccn_deploy.exporters.optimized import TARGETS
 from ccn_deploy.exporters.precision import (
-    GRADIENTS,
-    PRECISIONS,
     Calibration,
     NumericReport,
     numeric_report,
 )
+from ccn_deploy.exporters.sources.opening import NetworkSource, of_run
 from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, find_targets
 from ccn_deploy.extras import require
-from ccn_deploy.models import Classifier
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
-from ccn_deploy.runtimes.torch_runtime import network_from
+from ccn_deploy.targets import DEPLOYED_PRECISIONS, PRECISIONS, Role, precision_named
 
 TRITON = "triton"
 """The format that is a model repository, and the directory of the bundle that it is written to."""
@@ -46,7 +44,7 @@ LARGEST_TENSOR = 2**31
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a bundle shall hold; see :func:`export_run`."""
+    """What a bundle shall hold; see :func:`export_bundle`."""
 
     gradient: bool
     optimize: str | None
@@ -56,14 +54,15 @@ class Wanted:
     calibration: CalibrationRequest | None
     compute_capabilities: tuple[str, ...]
     tf32: bool
+    keep_fp32: tuple[str, ...]
 
     def asked_of(self, library: str) -> tuple[str, ...]:
         """Return the GPUs asked for, if the library builds for others than the one here."""
         return self.compute_capabilities if LIBRARIES[library].portable else ()
 
 
-def export_run(
-    source: TrainedRun | Bundle,
+def export_bundle(
+    source: TrainedRun | NetworkSource | Bundle,
     output: str | os.PathLike[str],
     *,
     overwrite: bool = False,
@@ -75,14 +74,16 @@ def export_run(
     calibration: CalibrationRequest | None = None,
     compute_capabilities: Sequence[str] = (),
     tf32: bool = False,
+    keep_fp32: Sequence[str] = (),
     progress: Callable[[str], None] = lambda step: None,
     note: Callable[[str], None] = lambda sentence: None,
 ) -> Bundle:
-    """Lower a network, check the graphs, convert them, build engines, and write the bundle.
+    """Derive graphs from a network's forward graph, check them, build engines, write the bundle.
 
     Args:
-        source: From :func:`ccn_deploy.runs.open_run`, or a bundle: then every file of it is kept
-            as it is, and what is missing is added.
+        source: From :func:`ccn_deploy.exporters.sources.opening.open_source` or
+            :func:`ccn_deploy.runs.open_run`; or a bundle: then every file of it is kept as it is,
+            and what is missing is added.
         output: Directory to make.
         overwrite: Whether to replace a bundle that is there.
         gradient: Whether to add the graph of the input gradients, with which the deployed runtime
@@ -94,19 +95,22 @@ def export_run(
         formats: Of :data:`FORMATS`. For each library an engine of every graph in every precision;
             for ``"triton"`` a model repository in the bundle's directory.
         precisions: Of graphs and engines: ``"fp32"``, in which a bundle has its graphs in any
-            case, and those of :data:`~ccn_deploy.exporters.precision.PRECISIONS`.
+            case, and others of :data:`~ccn_deploy.targets.DEPLOYED_PRECISIONS`.
         batch: Smallest, usual and largest batch that engines take.
         calibration: On which images to find the ranges of activations; 512 of the training split
             by default.
         compute_capabilities: GPUs to build TensorRT-RTX engines for, such as ``"8.6"``.
         tf32: Whether engines may round factors of float32 products to ten bits.
+        keep_fp32: Nodes of the forward graph, or what their names begin with, that stay float32 in
+            every precision, beside those that do by structure.
         progress: Told each step before it begins.
         note: Told what a user should know of the Triton repository.
 
     Raises:
         UsageError: ``output`` exists and may not be replaced; an unknown name; a source that has
             everything already.
-        IntegrityError: The weights do not belong to the architecture.
+        IntegrityError: The weights do not belong to the network.
+        NoGradientError: An operator has no gradient rule, and a gradient graph is asked for.
         MissingExtraError: A format needs a package that is not installed.
         DatasetNotFoundError: Images for the calibration are not there.
         LoweringError: A graph is not what it must be; nothing is written.
@@ -117,36 +121,29 @@ def export_run(
         gradient=gradient,
         optimize=optimize,
         libraries=tuple(name for name in LIBRARIES if name in formats),
-        precisions=tuple(name for name in ("fp32", *PRECISIONS) if name in precisions),
+        precisions=tuple(name for name in DEPLOYED_PRECISIONS if name in precisions),
         batch=batch if isinstance(batch, Batches) else Batches(*batch),
         calibration=calibration,
         compute_capabilities=tuple(compute_capabilities),
         tf32=tf32,
+        keep_fp32=tuple(keep_fp32),
     )
     _check_names(wanted, formats, precisions)
     target = Path(output)
     _check_target(target, overwrite)
-    contents = BundleDraft(source)
-    maker = _Maker(contents, wanted, progress)
+    if isinstance(source, TrainedRun):
+        source = of_run(source)
+    draft = BundleDraft(source)
+    maker = _Maker(draft, wanted, progress)
     maker.make_graphs(keep_without_gradient=isinstance(source, Bundle))
     maker.make_engines()
-    if not contents.added and TRITON not in formats:
+    if not draft.added and TRITON not in formats:
         raise UsageError(
             f"{source.path} has all of this already: nothing to add.",
             "Ask for another --format, --precision, --batch or --compute-capability.",
         )
     progress("Writing the bundle")
-    network = contents.network
-    bundle = write_bundle(
-        target,
-        architecture=network.architecture,
-        defense=network.defense,
-        input_shape=maker.model.architecture.input_shape,
-        class_names=network.class_names,
-        training=network.training,
-        files=contents.files,
-        overwrite=overwrite,
-    )
+    bundle = write_bundle(target, card=draft.card, files=draft.files, overwrite=overwrite)
     if TRITON in formats:
         from ccn_deploy.exporters.triton import write_repository
 
@@ -157,96 +154,87 @@ def export_run(
 
 
 class _Maker:
-    """Adds to the contents of a bundle what is wanted and not there."""
+    """Adds to the draft of a bundle what is wanted and not there."""
 
-    def __init__(
-        self, contents: BundleDraft, wanted: Wanted, progress: Callable[[str], None]
-    ) -> None:
-        network = contents.network
-        self.model: Classifier = network_from(
-            network.architecture, network.defense, len(network.class_names), network.weights
-        )
-        self._contents = contents
+    def __init__(self, draft: BundleDraft, wanted: Wanted, progress: Callable[[str], None]) -> None:
+        forward = draft.find(Role.FORWARD, "fp32")
+        assert forward is not None  # a source has one, and a bundle was let in with one
+        self._forward = forward
+        self._draft = draft
         self._wanted = wanted
         self._progress = progress
 
     def make_graphs(self, *, keep_without_gradient: bool) -> None:
-        """Add graphs, float32 first: the others are made of those.
+        """Add graphs derived from the forward graph, float32 first.
 
         Args:
-            keep_without_gradient: Whether contents without a gradient graph get none.
+            keep_without_gradient: Whether a draft without a gradient graph gets none.
         """
-        optimize = self._wanted.optimize
-        forward = self._graph("forward", lambda: bundle_graphs.forward_graph(self.model))
-        if optimize is not None and differs(self.model):
-            self._graph(
-                f"forward:{optimize}", lambda: bundle_graphs.optimized_graph(self.model, optimize)
-            )
-        gradient = self._contents.find("gradient", "fp32")
+        optimize, draft = self._wanted.optimize, self._draft
+        if optimize is not None and draft.find(Role.FORWARD, "fp32", optimize) is None:
+            self._progress(f"Rewriting {self._forward.path} for {optimize}")
+            rewritten = bundle_graphs.optimized_file(self._forward, optimize)
+            if rewritten is not None:
+                draft.add(rewritten)
+        gradient = draft.find(Role.GRADIENT, "fp32")
         if gradient is None and self._wanted.gradient and not keep_without_gradient:
-            gradient = self._graph(
-                "gradient", lambda: bundle_graphs.gradient_graph(self.model, forward)
-            )
+            self._progress("Deriving and checking the gradient graph")
+            gradient = draft.add(bundle_graphs.gradient_file(self._forward))
         for precision in self._wanted.precisions:
             if precision == "fp32":
                 continue
-            self._convert(forward, precision)
-            if gradient is not None and self._wanted.gradient and precision in GRADIENTS:
+            self._convert(self._forward, precision)
+            differentiable = self._wanted.gradient and PRECISIONS[precision].has_gradients
+            if gradient is not None and differentiable:
                 self._convert(gradient, precision)
 
     def make_engines(self) -> None:
         """Add an engine of every graph that is wanted."""
-        roles = ("forward", "gradient") if self._wanted.gradient else ("forward",)
+        roles = (Role.FORWARD, Role.GRADIENT) if self._wanted.gradient else (Role.FORWARD,)
         for library in self._wanted.libraries:
             for precision in self._wanted.precisions:
                 for role in roles:
-                    graph = self._contents.find(role, precision)
+                    graph = self._draft.find(role, precision)
                     if graph is not None:
                         self._engine(library, graph)
 
-    def _graph(self, role: str, make: Callable[[], NewFile]) -> NewFile:
-        """Return the float32 graph of a role, made if it is not there."""
-        found = self._contents.find(role, "fp32")
-        if found is None:
-            self._progress(f"Lowering and checking {bundle_graphs.path_of(role, 'fp32')}")
-            found = self._contents.add(make())
-        return found
-
     def _convert(self, graph: NewFile, precision: str) -> None:
-        if self._contents.find(graph.role, precision) is not None:
+        if self._draft.find(graph.role, precision) is not None:
             return
         self._progress(f"Converting to {bundle_graphs.path_of(graph.role, precision)}")
-        calibration = self._images if precision not in GRADIENTS else None
-        report = self._report if graph.role == "forward" else None
-        self._contents.add(
-            bundle_graphs.converted_graph(graph, precision, self.model, calibration, report)
+        calibration = self._images if PRECISIONS[precision].kind == "grid" else None
+        report = self._report if graph.role == Role.FORWARD else None
+        self._draft.add(
+            bundle_graphs.converted_file(
+                graph, precision, calibration, report, self._wanted.keep_fp32
+            )
         )
 
     @cached_property
     def _images(self) -> Calibration:
         request = self._wanted.calibration or CalibrationRequest()
-        return load_calibration(request, self._contents.network.training, self.model)
+        return load_calibration(request, self._draft.card)
 
     @cached_property
     def _report(self) -> NumericReport | None:
         """What the norm branches met; None where there are no images and nobody named any."""
-        forward = self._contents.find("forward", "fp32")
-        assert forward is not None
         try:
             images = self._images.images
         except (DatasetNotFoundError, UsageError):
             if self._wanted.calibration is not None:
                 raise
             return None
-        return numeric_report(onnx.load_model_from_string(forward.data), images)
+        return numeric_report(canonical(bundle_graphs.graph_of(self._forward)), images)
 
     def _engine(self, library: str, graph: NewFile) -> None:
         batch, candidates, prefix = self._wanted.batch, None, ""
-        if graph.role == "gradient":
-            most = min(CANDIDATES, self.model.classes)
+        if graph.role.has_gradients:
+            most = min(CANDIDATES, self._draft.card.classes)
             prefix, candidates = "gradient-", Batches(1, most, most)
-            batch = batch.at_most(LARGEST_TENSOR // (most * _largest_activation(self.model)))
-        role = f"{prefix}engine:{library}"
+            batch = batch.at_most(
+                LARGEST_TENSOR
+                // (most * _largest_activation(bundle_graphs.graph_of(self._forward)))
+            )
         asked = self._wanted.asked_of(library)
         named = asked or not LIBRARIES[library].portable
         gpus = [f"-sm{target.replace('.', '')}" for target in find_targets(library, asked) if named]
@@ -263,33 +251,32 @@ class _Maker:
         details = {
             **built.details,
             "layers": graph.details.get("layers", {}),
-            "source": {"path": graph.path, "sha256": graph.record().sha256},
         }
         same = {**details, "log": None, "reproducible": None}
-        for other in self._contents.every(role, graph.precision):
+        for other in self._draft.every(graph.role.engine, graph.precision, library):
             if {**other.details, "log": None, "reproducible": None} == same:
                 return
-        self._contents.add(
+        self._draft.add(
             NewFile(
-                self._contents.free_path(stem, ".engine"),
+                self._draft.free_path(stem, ".engine"),
                 built.plan,
-                role,
+                graph.role.engine,
                 graph.precision,
-                made_by={**OURS, LIBRARIES[library].distribution: built.details["version"]},
+                library,
+                Lineage(sources=(graph.path,), step="build"),
+                made_by={
+                    **bundle_graphs.OURS,
+                    LIBRARIES[library].distribution: built.details["version"],
+                },
                 details=details,
             )
         )
 
 
-def _largest_activation(model: Classifier) -> int:
-    """Return the bytes of the largest float32 tensor between two layers, for one image."""
-    sizes = [0]
-    x = torch.zeros(1, *model.architecture.input_shape)
-    with torch.inference_mode():
-        for _, layer in model.named_layers():
-            x = layer(x)
-            sizes.append(4 * x.numel())
-    return max(sizes)
+def _largest_activation(graph: Graph) -> int:
+    """Return the bytes of the largest float32 tensor that one image makes."""
+    shapes = (graph.shapes[name] for name in graph.floats)
+    return 4 * max(math.prod(n for n in shape if isinstance(n, int)) for shape in shapes)
 
 
 def _check_names(wanted: Wanted, formats: Sequence[str], precisions: Sequence[str]) -> None:
@@ -298,8 +285,10 @@ def _check_names(wanted: Wanted, formats: Sequence[str], precisions: Sequence[st
         if name not in FORMATS:
             raise unknown("format", name, FORMATS)
     for name in precisions:
-        if name != "fp32" and name not in PRECISIONS:
-            raise unknown("precision", name, ("fp32", *PRECISIONS))
+        if not precision_named(name).deployed:
+            raise UsageError(
+                f"No graph is exported in {name}.", "It is for the reference; leave it out."
+            )
     if wanted.optimize is not None and wanted.optimize not in TARGETS:
         raise unknown("lowering for a runtime", wanted.optimize, TARGETS)
     if wanted.compute_capabilities and not any(map(wanted.asked_of, wanted.libraries)):

@@ -1,8 +1,8 @@
-"""Another forward graph of the same network, written for the kernels of one runtime.
+"""The same forward graph, written for the kernels of one runtime.
 
 ONNX Runtime's CPU provider keeps tensors between convolutions in blocks of 8 or 16 channels, and
-there fuses a convolution with an addition and a ReLU. The division, the bias and the ReLU of the
-default lowering of a compact convolution run outside. With the divisor d = norm + delta > 0,
+there fuses a convolution with an addition and a ReLU. The division, the bias and the ReLU of a
+compact convolution run outside. With the divisor d = norm + delta > 0,
 
     relu(conv(x, alpha W) / d + b)  =  relu(conv(x, alpha W) + b d) * (1 / d)
 
@@ -12,165 +12,193 @@ convolutions with one input channel. Squares are added up by Mul and ReduceSum, 
 vectorised where ReduceSumSquare's is not; and over a window by two small matrix products, because a
 convolution with one output channel computes a whole block of them. Standard ops only: every runtime
 can run this graph, but others are slower on it than on the default one.
+
+Compact layers are found by their structure, in any graph (:mod:`ccn_deploy.exporters.compact`);
+every other node stays as it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from onnx import helper, numpy_helper
 
-from ccn_deploy.exporters.compact_nodes import as_array
-from ccn_deploy.exporters.lowering import add_layer, deployed_layers, sliding_window
-from ccn_deploy.graph.builder import GraphBuilder
-from ccn_deploy.graph.signature import BATCH, INPUT, OUTPUT
-from ccn_deploy.layers import CompactConv2d, CompactLinear
-from ccn_deploy.models import Classifier
+from ccn_deploy.errors import LoweringError
+from ccn_deploy.exporters.checks import check_plain, check_valid
+from ccn_deploy.exporters.compact import CompactLayer, Window, compact_layers
+from ccn_deploy.graph.evaluate import GraphModule
+from ccn_deploy.graph.graph import Graph
 
 TARGETS = ("onnxruntime-cpu",)
 """Runtimes that a graph can be written for."""
 
-
 POINTWISE: dict[str, Any] = {"kernel_shape": (1, 1), "strides": (1, 1), "pads": (0, 0, 0, 0)}
 """Attributes of a convolution that spreads one channel over many."""
 
-
-@dataclass(frozen=True)
-class Stage:
-    """A layer, or a compact convolution and the ReLU after it, which are lowered as one.
-
-    Attributes:
-        name: The first layer's: constants and steps are called after it.
-        last: The last layer's: the stage's result is called after it.
-        layer: The first layer.
-        rectified: Whether a ReLU is part of it.
-        x: Name of the tensor it reads.
-        y: Name of the tensor it returns: that of its last layer.
-    """
-
-    name: str
-    last: str
-    layer: nn.Module
-    rectified: bool
-    x: str
-    y: str
+CLOSE = 1e-9
+"""Largest difference of logits in float64, of their scale, that the order of sums explains."""
 
 
-def lower_optimized(model: Classifier) -> onnx.ModelProto:
-    """Return the forward graph of a network for ONNX Runtime's CPU provider.
+def optimize(forward: Graph) -> onnx.ModelProto:
+    """Return a forward graph rewritten for ONNX Runtime's CPU provider.
 
     A compact convolution that a ReLU follows has no tensor of its own: the ReLU's has its name.
+    A graph without compact layers keeps all its nodes.
+
+    Args:
+        forward: Canonical, float32.
+    """
+    rewriting = _Rewriting(forward)
+    layers = compact_layers(forward)
+    replaced = {name: layer for layer in layers for name in layer.nodes}
+    for node in forward.nodes:
+        layer = replaced.get(node.name)
+        if layer is None:
+            rewriting.nodes.append(node.proto)
+        elif node.outputs[0] == layer.y:
+            rewriting.add(layer)
+    return rewriting.model()
+
+
+def differs(forward: Graph) -> bool:
+    """Whether there is anything in a graph that is written otherwise: a compact layer."""
+    return bool(compact_layers(forward))
+
+
+def check_optimized(model: onnx.ModelProto, forward: Graph) -> None:
+    """Assert that a rewritten graph is valid, plain, and the same function as the forward graph.
+
+    The functions are compared in float64, on images of noise, zeros, ones and one grey.
 
     Raises:
-        LoweringError: As :func:`ccn_deploy.exporters.lowering.lower` does.
+        LoweringError: It is not.
     """
-    g = GraphBuilder()
-    shapes = _input_shapes(model)
-    for stage in stages(model):
-        if isinstance(stage.layer, CompactConv2d):
-            _compact_conv(g, stage, stage.layer, shapes[stage.name])
-        elif isinstance(stage.layer, CompactLinear):
-            _compact_linear(g, stage, stage.layer)
-        else:
-            add_layer(g, stage.layer, stage.name, stage.x, stage.y)
-    return g.model(
-        model.architecture.name,
-        {INPUT: [BATCH, *model.architecture.input_shape]},
-        {OUTPUT: [BATCH, model.classes]},
-    )
-
-
-def differs(model: Classifier) -> bool:
-    """Whether there is anything in a network that is lowered otherwise: a compact layer."""
-    return any(isinstance(layer, CompactConv2d | CompactLinear) for layer in model.modules())
-
-
-def stages(model: Classifier) -> list[Stage]:
-    """Return the layers in order of execution, compact convolutions joined with their ReLU."""
-    layers = deployed_layers(model)
-    found: list[Stage] = []
-    x = INPUT
-    at = 0
-    while at < len(layers):
-        name, layer = layers[at]
-        rectified = isinstance(layer, CompactConv2d) and (
-            at + 1 < len(layers) and type(layers[at + 1][1]) is nn.ReLU
-        )
-        at += 2 if rectified else 1
-        last = layers[at - 1][0]
-        y = OUTPUT if at == len(layers) else last
-        found.append(Stage(name, last, layer, rectified, x, y))
-        x = y
-    return found
-
-
-def _compact_conv(
-    g: GraphBuilder, stage: Stage, layer: CompactConv2d, shape: tuple[int, ...]
-) -> None:
-    name, x = stage.name, stage.x
-    channels = layer.out_channels
-    window = sliding_window(layer, name)
-    (top, left, _, _), (down, across) = window["pads"], window["strides"]
-    high, wide = window["kernel_shape"]
-
-    axes = g.constant(f"{name}.axes", np.array([1], dtype=np.int64))
-    columns = g.constant(f"{name}.columns", window_sums(shape[3], wide, across, left).T)
-    rows = g.constant(f"{name}.rows", window_sums(shape[2], high, down, top))
-    delta = g.constant(f"{name}.delta", np.float32(layer.delta))
-    weight = g.constant(f"{name}.weight", as_array(layer.weight) * as_array(layer.alpha))
-    bias = g.constant(f"{name}.bias", as_array(layer.bias).reshape(-1, 1, 1, 1))
-    ones = g.constant(f"{name}.ones", np.ones((channels, 1, 1, 1), dtype=np.float32))
-
-    squares = g.node("Mul", [x, x], f"{name}.squares")
-    summed = g.node("ReduceSum", [squares, axes], f"{name}.sum", keepdims=1)
-    strips = g.node("MatMul", [summed, columns], f"{name}.strips")
-    patches = g.node("MatMul", [rows, strips], f"{name}.patches")
-    norm = g.node("Sqrt", [patches], f"{name}.norm")
-    divisor = g.node("Add", [norm, delta], f"{name}.divisor")
-    shift = g.node("Conv", [divisor, bias], f"{name}.shift", **POINTWISE)
-    product = g.node("Conv", [x, weight], f"{name}.product", **window)
-    scaled = g.node("Add", [product, shift], f"{name}.shifted")
-    if stage.rectified:
-        scaled = g.node("Relu", [scaled], f"{name}.rectified")
-    reciprocal = g.node("Reciprocal", [divisor], f"{name}.reciprocal")
-    factor = g.node("Conv", [reciprocal, ones], f"{name}.factor", **POINTWISE)
-    g.node("Mul", [scaled, factor], stage.last, output=stage.y)
-
-
-def _compact_linear(g: GraphBuilder, stage: Stage, layer: CompactLinear) -> None:
-    # Divided before the product, not after it: then Gemm adds the bias, and a ReLU can be fused.
-    name, x = stage.name, stage.x
-    axes = g.constant(f"{name}.axes", np.array([1], dtype=np.int64))
-    delta = g.constant(f"{name}.delta", np.float32(layer.delta))
-    weight = g.constant(f"{name}.weight", as_array(layer.weight) * as_array(layer.alpha))
-    bias = g.constant(f"{name}.bias", as_array(layer.bias))
-
-    squares = g.node("Mul", [x, x], f"{name}.squares")
-    summed = g.node("ReduceSum", [squares, axes], f"{name}.sum", keepdims=1)
-    norm = g.node("Sqrt", [summed], f"{name}.norm")
-    divisor = g.node("Add", [norm, delta], f"{name}.divisor")
-    unit = g.node("Div", [x, divisor], f"{name}.unit")
-    g.node("Gemm", [unit, weight, bias], name, output=stage.y, transB=1)
-
-
-def window_sums(size: int, kernel: int, stride: int, padding: int) -> NDArray[np.float32]:
-    """Return the matrix [windows, size] of zeros and ones that adds up each window of an axis."""
-    starts = np.arange((size + 2 * padding - kernel) // stride + 1) * stride - padding
-    offsets = np.arange(size) - starts[:, None]
-    return ((offsets >= 0) & (offsets < kernel)).astype(np.float32)
-
-
-def _input_shapes(model: Classifier) -> dict[str, tuple[int, ...]]:
-    """Return the shape of what each layer reads, for a batch of one image."""
-    found = {}
-    x = torch.zeros(1, *model.architecture.input_shape)
+    check_valid(model)
+    check_plain(model)
+    noise = np.random.default_rng(0).random((2, *forward.input_shape))
+    flat = np.stack([np.full(forward.input_shape, value) for value in (0.0, 0.5, 1.0)])
+    images = torch.from_numpy(np.concatenate([noise, flat]))
     with torch.inference_mode():
-        for name, layer in model.named_layers():
-            found[name] = tuple(x.shape)
-            x = layer(x)
-    return found
+        wanted = GraphModule(forward, torch.float64)(images)
+        found = GraphModule(Graph(model), torch.float64)(images)
+    scale = float(wanted.abs().max())
+    error = float((found - wanted).abs().max()) if found.shape == wanted.shape else np.inf
+    if not error <= CLOSE * scale:
+        raise LoweringError(
+            f"The optimised graph is another function: logits of {scale:.1e} differ by {error:.1e}.",
+            "Nothing was written; this is a bug in the exporter, please report it.",
+        )
+
+
+class _Rewriting:
+    """Nodes and constants of a rewritten graph while it is made."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._made: dict[str, onnx.TensorProto] = {}
+        self.nodes: list[onnx.NodeProto] = []
+
+    def add(self, layer: CompactLayer) -> None:
+        """Add the nodes of a compact layer, and of the ReLU that is a part of it."""
+        layer = replace(layer, name=self._free_name(layer))
+        if layer.window is None:
+            self._linear(layer)
+        else:
+            self._conv(layer, layer.window)
+
+    def _free_name(self, layer: CompactLayer) -> str:
+        """Return a layer's name, changed where tensors of other nodes are called after it."""
+        outside = {
+            tensor
+            for node in self._graph.nodes
+            if node.name not in layer.nodes
+            for tensor in (*node.inputs, *node.outputs)
+        }
+        name = layer.name
+        while any(tensor.startswith(f"{name}.") for tensor in outside):
+            name += "_"
+        return name
+
+    def model(self) -> onnx.ModelProto:
+        """Return the graph, with the constants that are still read."""
+        read = {tensor for node in self.nodes for tensor in node.input}
+        kept = [
+            numpy_helper.from_array(np.asarray(value, order="C"), name)
+            for name, value in self._graph.constants.items()
+            if name in read and name not in self._made
+        ]
+        model = self._graph.model
+        body = model.graph
+        return helper.make_model(
+            helper.make_graph(
+                self.nodes, body.name, body.input, body.output, [*kept, *self._made.values()]
+            ),
+            opset_imports=[helper.make_opsetid("", self._graph.opset)],
+            ir_version=model.ir_version,
+            producer_name=model.producer_name,
+        )
+
+    def _conv(self, layer: CompactLayer, window: Window) -> None:
+        name, x = layer.name, layer.x
+        delta = self._constant(f"{name}.delta", layer.delta)
+        weight = self._constant(f"{name}.weight", layer.weight)
+        ones = np.ones((len(layer.weight), 1, 1, 1), dtype=np.float32)
+
+        summed = self._squares(layer)
+        if window.is_single():
+            patches = summed
+        else:
+            columns = self._constant(f"{name}.columns", window.sums(1).T)
+            rows = self._constant(f"{name}.rows", window.sums(0))
+            strips = self._node("MatMul", [summed, columns], f"{name}.strips")
+            patches = self._node("MatMul", [rows, strips], f"{name}.patches")
+        norm = self._node("Sqrt", [patches], f"{name}.norm")
+        divisor = self._node("Add", [norm, delta], f"{name}.divisor")
+        shift = ""
+        if layer.bias is not None:
+            bias = self._constant(f"{name}.bias", layer.bias.reshape(-1, 1, 1, 1))
+            shift = self._node("Conv", [divisor, bias], f"{name}.shift", **POINTWISE)
+        scaled = self._node("Conv", [x, weight], f"{name}.product", **layer.attributes)
+        if shift:
+            scaled = self._node("Add", [scaled, shift], f"{name}.shifted")
+        if layer.rectified:
+            scaled = self._node("Relu", [scaled], f"{name}.rectified")
+        reciprocal = self._node("Reciprocal", [divisor], f"{name}.reciprocal")
+        spread = self._constant(f"{name}.ones", ones)
+        factor = self._node("Conv", [reciprocal, spread], f"{name}.factor", **POINTWISE)
+        self._node("Mul", [scaled, factor], layer.last, layer.y)
+
+    def _linear(self, layer: CompactLayer) -> None:
+        # Divided before the product, not after it: then Gemm adds the bias, and a ReLU is fused.
+        name, x = layer.name, layer.x
+        delta = self._constant(f"{name}.delta", layer.delta)
+        reads = [self._constant(f"{name}.weight", layer.weight)]
+        if layer.bias is not None:
+            reads.append(self._constant(f"{name}.bias", layer.bias.reshape(-1)))
+        summed = self._squares(layer)
+        norm = self._node("Sqrt", [summed], f"{name}.norm")
+        divisor = self._node("Add", [norm, delta], f"{name}.divisor")
+        unit = self._node("Div", [x, divisor], f"{name}.unit")
+        self._node("Gemm", [unit, *reads], layer.last, layer.y, **layer.attributes)
+
+    def _squares(self, layer: CompactLayer) -> str:
+        axes = self._constant(f"{layer.name}.axes", np.array([1], dtype=np.int64))
+        squares = self._node("Mul", [layer.x, layer.x], f"{layer.name}.squares")
+        return self._node("ReduceSum", [squares, axes], f"{layer.name}.sum", keepdims=1)
+
+    def _constant(self, name: str, value: NDArray[Any]) -> str:
+        """Add a constant; one of the same name and another value is only read by the old nodes."""
+        self._made[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
+        return name
+
+    def _node(
+        self, op: str, inputs: list[str], name: str, output: str = "", **attributes: Any
+    ) -> str:
+        output = output or name
+        self.nodes.append(helper.make_node(op, inputs, [output], name=name, **attributes))
+        return output

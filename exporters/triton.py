@@ -7,10 +7,13 @@ through the protobuf that the server itself reads it by. ``docs/triton.md`` is f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.errors import IntegrityError, LoweringError, UsageError
@@ -18,16 +21,18 @@ from ccn_deploy.extras import require
 from ccn_deploy.graph.signature import INPUT, OUTPUT
 from ccn_deploy.runtimes.base import LARGEST_BATCH
 from ccn_deploy.storage import atomic_directory
+from ccn_deploy.targets import Role
 
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
 VERSION = "1"
 
+NonEmpty = Annotated[list[int], msgspec.Meta(min_length=1)]
+
 MANIFEST_PARAMETER = "ccn-deploy.manifest"
 """Parameter of a model with the digest of the manifest of the bundle it came from."""
 
 BACKENDS = ("onnx", "tensorrt")
-RTX = "engine:tensorrt-rtx"
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def write_repository(
             "Export the run again with --format tensorrt on the GPU that will serve it.",
         )
     _check_ours(output)
-    labels = _labels(bundle.manifest.class_names)
+    labels = _labels(bundle.card.class_names)
     with atomic_directory(output, overwrite=True) as directory:
         for model in models:
             root = directory / model.name
@@ -155,11 +160,15 @@ def _models(bundle: Bundle, backends: Sequence[str], serving: Serving) -> list[_
     models = []
     files = bundle.manifest.files
     if "onnx" in backends:
-        models += [_of_graph(bundle, r, serving) for r in files if r.role == "forward"]
+        models += [
+            _of_graph(bundle, r, serving)
+            for r in files
+            if (r.role, r.runtime) == (Role.FORWARD, "")
+        ]
     if "tensorrt" in backends:
         engines: dict[str, list[FileRecord]] = {}
         for record in files:
-            if record.role == "engine:tensorrt":
+            if (record.role, record.runtime) == (Role.ENGINE, "tensorrt"):
                 engines.setdefault(record.precision, []).append(record)
         models += [_of_engines(bundle, p, records, serving) for p, records in engines.items()]
     return models
@@ -220,25 +229,33 @@ def _of_engines(
     )
 
 
+class _Sizes(msgspec.Struct):
+    """Shapes of one input that a profile takes; the batch comes first."""
+
+    min: NonEmpty
+    opt: NonEmpty
+    max: NonEmpty
+
+
+class _Batches(msgspec.Struct):
+    """What the server must know of an engine, among the details of its line in the manifest."""
+
+    compute_capabilities: Annotated[list[str], msgspec.Meta(min_length=1)]
+    profiles: Annotated[list[dict[str, _Sizes]], msgspec.Meta(min_length=1)]
+
+
 def _described(record: FileRecord) -> tuple[str, list[str], list[tuple[int, int, int]]]:
     """Return an engine's file name, compute capabilities, and (min, opt, max) of its profiles."""
     try:
-        capabilities = [str(capability) for capability in record.details["compute_capabilities"]]
-        profiles = [
-            tuple(int(profile[INPUT][side][0]) for side in ("min", "opt", "max"))
-            for profile in record.details["profiles"]
-        ]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        said = msgspec.convert(record.details, _Batches)
+        sizes = [(p[INPUT].min[0], p[INPUT].opt[0], p[INPUT].max[0]) for p in said.profiles]
+    except (msgspec.ValidationError, KeyError) as error:
         raise IntegrityError(
             f"The manifest does not say which GPUs and batches {record.path} is for.",
             "Export the run again.",
         ) from error
-    if not capabilities or not profiles:
-        raise IntegrityError(
-            f"The manifest names no GPU or no batches for {record.path}.", "Export the run again."
-        )
-    names = "-".join(f"sm{capability.replace('.', '')}" for capability in capabilities)
-    return f"{names}.plan", capabilities, [(low, best, high) for low, best, high in profiles]
+    names = "-".join(f"sm{capability.replace('.', '')}" for capability in said.compute_capabilities)
+    return f"{names}.plan", said.compute_capabilities, sizes
 
 
 def _within(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
@@ -255,9 +272,8 @@ def _within(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
 def _config(bundle: Bundle, model: _Model) -> Any:
     """Return the ``ModelConfig`` message."""
     schema = _schema()
-    manifest = bundle.manifest
-    image, classes = list(manifest.input_shape), [len(manifest.class_names)]
-    digest = {"string_value": manifest.digest}
+    image, classes = list(bundle.card.input_shape), [bundle.card.classes]
+    digest = {"string_value": bundle.manifest.digest}
     kind = schema.ModelInstanceGroup.KIND_GPU if model.profiles else None
     profiles = [str(at) for at in range(model.profiles)] if model.profiles > 1 else []
     return schema.ModelConfig(
@@ -317,9 +333,8 @@ def _schema() -> Any:
 
 
 def _name(bundle: Bundle, backend: str, precision: str) -> str:
-    """Return the name of a model; it is part of addresses, so it has no plus sign."""
-    manifest = bundle.manifest
-    return f"{manifest.architecture}-{manifest.defense}-{backend}-{precision}".replace("+", "-")
+    """Return the name of a model, which is part of addresses and of paths."""
+    return re.sub("[^A-Za-z0-9_.-]", "-", f"{bundle.card.name}-{backend}-{precision}").lstrip(".")
 
 
 def _labels(names: Sequence[str]) -> bytes:
@@ -338,7 +353,7 @@ def _labels(names: Sequence[str]) -> bytes:
 
 
 def _notes(bundle: Bundle) -> tuple[str, ...]:
-    if not any(record.role == RTX for record in bundle.manifest.files):
+    if not any(r.role is Role.ENGINE and r.runtime != "tensorrt" for r in bundle.manifest.files):
         return ()
     return ("Triton has no backend for TensorRT-RTX engines: they are left out.",)
 

@@ -66,12 +66,12 @@ def exported(
     root = tmp_path_factory.mktemp("bundles")
 
     def bundle(defense: str) -> Path:
-        from ccn_deploy.exporters import export_run
+        from ccn_deploy.exporters import export_bundle
         from ccn_deploy.runs import open_run
 
         output = root / defense
         if not output.exists():
-            export_run(open_run(trained_run(defense)), output)
+            export_bundle(open_run(trained_run(defense)), output)
         return output
 
     return bundle

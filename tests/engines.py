@@ -7,13 +7,14 @@ from typing import Any
 
 from ccn_deploy.bundle import Bundle, FileRecord, NewFile, write_bundle
 from ccn_deploy.exporters.tensorrt.build import Batches, BuiltEngine, build_engine
+from ccn_deploy.targets import Role
 
 RTX = "tensorrt-rtx"
 
 
 def build_rtx(bundle: Bundle, batch: Batches) -> BuiltEngine:
     """Build an engine of a bundle's float32 graph, for the GPUs that the library takes itself."""
-    return build_engine(bundle.read(bundle.file("forward", "fp32")), library=RTX, batch=batch)
+    return build_engine(bundle.read(bundle.file(Role.FORWARD, "fp32")), library=RTX, batch=batch)
 
 
 def engine_file(
@@ -29,7 +30,7 @@ def engine_file(
     library = details["library"]
     path = f"engines/{role}-{library}-{precision}.engine"
     data = built.plan if plan is None else plan
-    return NewFile(path, data, f"{role}:{library}", precision, {}, details)
+    return NewFile(path, data, Role(role), precision, library, details=details)
 
 
 def with_files(bundle: Bundle, path: Path, *files: NewFile) -> Bundle:
@@ -37,21 +38,10 @@ def with_files(bundle: Bundle, path: Path, *files: NewFile) -> Bundle:
     manifest = bundle.manifest
 
     def kept(record: FileRecord) -> NewFile:
-        return NewFile(
-            record.path,
-            bundle.read(record),
-            record.role,
-            record.precision,
-            record.made_by,
-            record.details,
-        )
+        return NewFile.copy(bundle, record)
 
     return write_bundle(
         path,
-        architecture=manifest.architecture,
-        defense=manifest.defense,
-        input_shape=manifest.input_shape,
-        class_names=manifest.class_names,
-        training=manifest.training,
+        card=bundle.card,
         files=[*map(kept, manifest.files), *files],
     )

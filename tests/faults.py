@@ -14,6 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from ccn_deploy.bundle import Bundle, NewFile, write_bundle
+from ccn_deploy.targets import Role
 
 Fault = Callable[[Bundle, Path], Bundle]
 
@@ -70,7 +71,7 @@ def lose_alpha(bundle: Bundle, output: Path, layer: str = "conv3") -> Bundle:
     """Leave out the scale of one compact layer, which the exporter folds into its weights."""
     import safetensors.numpy
 
-    weights = safetensors.numpy.load(bundle.read(bundle.file("weights")))
+    weights = safetensors.numpy.load(bundle.read(bundle.file(Role.WEIGHTS)))
 
     def edit(graph: onnx.GraphProto) -> None:
         _set(_constant(graph, f"{layer}.weight"), weights[f"{layer}.weight"])
@@ -152,14 +153,9 @@ def edited(
                 record.path, data, record.role, record.precision, record.made_by, record.details
             )
         )
-    manifest = bundle.manifest
     return write_bundle(
         output,
-        architecture=manifest.architecture,
-        defense=manifest.defense,
-        input_shape=manifest.input_shape,
-        class_names=manifest.class_names,
-        training=manifest.training,
+        card=bundle.card,
         files=files,
     )
 

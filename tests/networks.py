@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,16 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 
+from ccn_deploy.bundle import Source
+from ccn_deploy.exporters.lowering import lower
+from ccn_deploy.graph.evaluate import GraphModule
+from ccn_deploy.graph.graph import Graph
+from ccn_deploy.layers import CompactConv2d, CompactLinear
 from ccn_deploy.models import Classifier, build_model
-from ccn_deploy.runs import RUN, WEIGHTS, TrainedRun
+from ccn_deploy.records import encode
+from ccn_deploy.runs import RUN, WEIGHTS, Finished, RunRecord, TrainedRun
 from ccn_deploy.storage import sha256
+from tests.cards import a_card
 
 DEFENSES = ("sm", "ls", "brelu", "l2sm", "ccn", "ccn+ls")
 
@@ -29,28 +35,51 @@ def random_network(architecture: str, defense: str, *, classes: int = 10) -> Cla
     return model.eval().requires_grad_(False)
 
 
+def random_graph(
+    architecture: str, defense: str, dtype: torch.dtype = torch.float64
+) -> GraphModule:
+    """Return the forward graph of :func:`random_network`."""
+    return GraphModule(Graph(lower(random_network(architecture, defense))), dtype)
+
+
+def as_lowered(model: Classifier) -> Classifier:
+    """Return the network with the constants of its graph: alpha folded, all rounded to float32.
+
+    It is float64, changed in place.
+    """
+    with torch.no_grad():
+        for layer in model.children():
+            if isinstance(layer, CompactConv2d | CompactLinear):
+                layer.weight.mul_(layer.alpha)
+                layer.alpha.fill_(1.0)
+                layer.delta = float(np.float32(layer.delta))
+    return model.double()
+
+
 def as_run(model: Classifier, path: Path = Path("nowhere")) -> TrainedRun:
-    return TrainedRun(
-        path=path,
+    weights = save(model.state_dict())
+    card = a_card(
+        input_shape=model.architecture.input_shape,
+        class_names=tuple(str(label) for label in range(model.classes)),
         architecture=model.architecture.name,
         defense=model.defense.name,
-        class_names=tuple(str(label) for label in range(model.classes)),
         training={"dataset": "none", "seed": 3},
-        weights=save(model.state_dict()),
+        source=Source(kind="run", sha256=sha256(weights)),
     )
+    return TrainedRun(path, card, weights)
 
 
 def write_run(run: TrainedRun, *, finished: bool = True) -> Path:
-    document = {
-        "schema": "ccn-deploy/run/1",
-        "architecture": run.architecture,
-        "defense": run.defense,
-        "class_names": list(run.class_names),
-        "training": dict(run.training),
-        "finished": {"weights_sha256": sha256(run.weights)} if finished else None,
-    }
+    record = RunRecord(
+        schema="ccn-deploy/run/1",
+        architecture=run.card.architecture,
+        defense=run.card.defense,
+        class_names=run.card.class_names,
+        training=run.card.training,
+        finished=Finished(sha256(run.weights), 1, 1, 0.5, 0.5) if finished else None,
+    )
     run.path.mkdir(parents=True)
-    (run.path / RUN).write_text(json.dumps(document))
+    (run.path / RUN).write_bytes(encode(record))
     (run.path / WEIGHTS).write_bytes(run.weights)
     return run.path
 

@@ -10,6 +10,8 @@ from ccn_deploy.bundle import Bundle, NewFile, write_bundle
 from ccn_deploy.data import load_dataset
 from ccn_deploy.exporters.precision import Calibration, convert
 from ccn_deploy.graph.builder import to_bytes
+from ccn_deploy.graph.graph import Graph
+from ccn_deploy.targets import Role
 
 SAMPLES = 128
 
@@ -22,7 +24,7 @@ def digits(method: str = "min-max") -> Calibration:
 
 
 def forward_graph(bundle: Bundle, precision: str = "fp32") -> onnx.ModelProto:
-    return onnx.load_model_from_string(bundle.read(bundle.file("forward", precision)))
+    return onnx.load_model_from_string(bundle.read(bundle.file(Role.FORWARD, precision)))
 
 
 def with_precision(
@@ -34,26 +36,22 @@ def with_precision(
     gradient: bool = False,
 ) -> Bundle:
     """Write a copy of a bundle with one more forward graph, and one more gradient graph."""
-    converted = convert(forward_graph(bundle), precision, calibration)
+    converted = convert(Graph(forward_graph(bundle)), precision, calibration)
     details = {"layers": converted.layers}
     if converted.calibration is not None:
         details["calibration"] = converted.calibration
     path = f"graphs/forward-{precision}.onnx"
-    graph = NewFile(path, to_bytes(converted.graph), "forward", precision, {}, details)
+    graph = NewFile(path, to_bytes(converted.graph), Role.FORWARD, precision, details=details)
     graphs = [graph]
     if gradient:
-        slopes = onnx.load_model_from_string(bundle.read(bundle.file("gradient", "fp32")))
+        slopes = onnx.load_model_from_string(bundle.read(bundle.file(Role.GRADIENT, "fp32")))
         path = f"graphs/gradient-{precision}.onnx"
-        data = to_bytes(convert(slopes, precision).graph)
-        graphs.append(NewFile(path, data, "gradient", precision))
+        data = to_bytes(convert(Graph(slopes), precision).graph)
+        graphs.append(NewFile(path, data, Role.GRADIENT, precision))
     manifest = bundle.manifest
     return write_bundle(
         output,
-        architecture=manifest.architecture,
-        defense=manifest.defense,
-        input_shape=manifest.input_shape,
-        class_names=manifest.class_names,
-        training=manifest.training,
+        card=bundle.card,
         files=[*(_copied(bundle, record.path) for record in manifest.files), *graphs],
     )
 

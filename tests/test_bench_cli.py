@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from ccn_deploy.bench import BenchRequest, bench
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.errors import ExitCode, RuntimeUnavailableError
-from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters import export_bundle
 from ccn_deploy.latency import FEWEST_CALLS, Latency, Ratio, take_turns
 from tests.networks import as_run, random_network
 from tests.test_cli import assert_clear_error, ccn_deploy
@@ -125,7 +125,7 @@ class TestTakeTurns:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
     root = tmp_path_factory.mktemp("bundles")
     ccn, sm = (
-        export_run(as_run(random_network("mnist-cnn", defense)), root / defense, gradient=False)
+        export_bundle(as_run(random_network("mnist-cnn", defense)), root / defense, gradient=False)
         for defense in ("ccn", "sm")
     )
     return ccn, sm
@@ -142,7 +142,7 @@ class TestCommand:
         assert document["schema"] == "ccn-deploy/bench/1"
         assert document["setting"] == {"threads": 1, "seconds": None, "calls": 4, "warm_up": 1}
         assert {name: n["digest"] for name, n in document["networks"].items()} == {
-            bundle.manifest.defense: bundle.manifest.digest for bundle in pair
+            bundle.card.defense: bundle.manifest.digest for bundle in pair
         }
         rows = [row for row in document["rows"] if row["runtime"] == "onnxruntime-cpu"]
         assert [(r["latency"]["batch"], r["network"], r["precision"]) for r in rows] == [
@@ -229,7 +229,7 @@ class TestCommand:
         self, pair: tuple[Bundle, Bundle], tmp_path: Path
     ) -> None:
         run = as_run(random_network("vgg11-cifar10", "sm"))
-        other = export_run(run, tmp_path / "vgg", gradient=False)
+        other = export_bundle(run, tmp_path / "vgg", gradient=False)
         assert_clear_error(
             ccn_deploy("bench", pair[0].path, other.path), ExitCode.USAGE, "vgg11-cifar10"
         )
@@ -253,7 +253,7 @@ class TestBench:
         self, pair: tuple[Bundle, Bundle], tmp_path: Path
     ) -> None:
         run = as_run(random_network("mnist-cnn", "ccn"))
-        other = export_run(run, tmp_path / "other", gradient=False)
+        other = export_bundle(run, tmp_path / "other", gradient=False)
         request = BenchRequest(("onnxruntime-cpu",), batches=(1,), threads=1, calls=1, warm_up=0)
         result = bench([pair[0], other], request)
         assert [row.network for row in result.rows] == ["ccn", "other"]

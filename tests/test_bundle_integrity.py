@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ccn_deploy.bundle import MANIFEST, Bundle, Manifest, NewFile, open_bundle, write_bundle
+from ccn_deploy.bundle import (
+    MANIFEST,
+    Bundle,
+    Lineage,
+    Manifest,
+    NewFile,
+    Source,
+    open_bundle,
+    write_bundle,
+)
 from ccn_deploy.errors import (
     CcnDeployError,
     EnvironmentUnfitError,
@@ -22,24 +31,30 @@ from ccn_deploy.errors import (
     UsageError,
 )
 from ccn_deploy.storage import canonical_json, sha256
+from ccn_deploy.targets import Role, Target
+from tests.cards import a_card
 
+CARD = a_card(training={"dataset": "mnist5k", "accuracy": 0.97, "seed": 0})
 FILES = (
-    NewFile("weights.safetensors", bytes(range(256)), "weights"),
+    NewFile("weights.safetensors", bytes(range(256)), Role.WEIGHTS),
     NewFile(
-        "graphs/fp32.onnx", b"not parsed" * 40, "forward", "fp32", {"onnx": "1"}, {"opset": 18}
+        "graphs/fp32.onnx",
+        b"not parsed" * 40,
+        Role.FORWARD,
+        "fp32",
+        lineage=Lineage(sources=("weights.safetensors",), step="lower"),
+        made_by={"onnx": "1"},
+        details={"opset": 18},
     ),
-    NewFile("graphs/empty", b"", "engine", "fp16"),
+    NewFile("graphs/cpu.onnx", b"optimised", Role.FORWARD, "fp32", "onnxruntime-cpu"),
+    NewFile("graphs/empty", b"", Role.ENGINE, "fp16", "tensorrt"),
 )
 
 
 def make(path: Path, *, overwrite: bool = False, files: tuple[NewFile, ...] = FILES) -> Bundle:
     return write_bundle(
         path,
-        architecture="mnist-cnn",
-        defense="ccn",
-        input_shape=(1, 28, 28),
-        class_names=[str(digit) for digit in range(10)],
-        training={"dataset": "mnist5k", "accuracy": 0.97, "seed": 0},
+        card=CARD,
         files=files,
         overwrite=overwrite,
     )
@@ -77,12 +92,12 @@ def refused(bundle: Path, kind: type[CcnDeployError], code: ExitCode) -> CcnDepl
 def test_what_was_written_is_what_is_read(pristine: Path) -> None:
     opened = open_bundle(pristine)
     for file in FILES:
-        record = opened.file(file.role, file.precision)
+        record = opened.file(file.role, file.precision, file.runtime)
         assert record.path == file.path
         assert opened.read(record) == file.data
         assert (record.bytes, record.sha256) == (len(file.data), sha256(file.data))
-    assert opened.manifest.class_names == tuple("0123456789")
-    assert opened.manifest.input_shape == (1, 28, 28)
+        assert NewFile.copy(opened, record) == file
+    assert opened.card == CARD
 
 
 def test_the_same_content_gives_the_same_bytes(pristine: Path, tmp_path: Path) -> None:
@@ -156,7 +171,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(bundle: Path) -> None:
 
 def test_a_file_that_changes_after_opening_is_not_handed_to_a_parser(bundle: Path) -> None:
     opened = open_bundle(bundle)
-    record = opened.file("weights")
+    record = opened.file(Role.WEIGHTS)
     (bundle / record.path).write_bytes(bytes(len(FILES[0].data)))
     with pytest.raises(IntegrityError):
         opened.read(record)
@@ -184,7 +199,7 @@ def test_a_path_that_leaves_the_bundle_or_is_none(bundle: Path, path: object) ->
 @pytest.mark.parametrize("path", ["../out", "/tmp/out", "a\\b", ""])
 def test_no_file_is_written_outside_the_bundle(tmp_path: Path, path: str) -> None:
     with pytest.raises(IntegrityError):
-        make(tmp_path / "bundle", files=(NewFile(path, b"x", "weights"),))
+        make(tmp_path / "bundle", files=(NewFile(path, b"x", Role.WEIGHTS),))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -213,7 +228,7 @@ def test_evidence_does_not_change_the_bundle(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "schema", ["ccn-deploy/bundle/2", "ccn-deploy/bundle/10", "other", 1, None]
+    "schema", ["ccn-deploy/bundle/3", "ccn-deploy/bundle/10", "other", 1, None]
 )
 def test_a_newer_schema_asks_for_an_upgrade(bundle: Path, schema: object) -> None:
     forge(bundle, lambda document: document.update(schema=schema))
@@ -222,34 +237,67 @@ def test_a_newer_schema_asks_for_an_upgrade(bundle: Path, schema: object) -> Non
 
 
 def test_a_newer_schema_that_was_damaged_is_damaged(bundle: Path) -> None:
-    forge(bundle, lambda document: document.update(schema="ccn-deploy/bundle/2"))
+    forge(bundle, lambda document: document.update(schema="ccn-deploy/bundle/3"))
     text = (bundle / MANIFEST).read_bytes()
     (bundle / MANIFEST).write_bytes(text.replace(b'"ccn"', b'"ls0"'))
     refused(bundle, IntegrityError, ExitCode.INTEGRITY)
 
 
-FIELDS = ["architecture", "defense", "input_shape", "class_names", "training", "files"]
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
 
 
-@pytest.mark.parametrize("name", [*FIELDS, "input", "output"])
-def test_a_field_left_out(bundle: Path, name: str) -> None:
-    forge(bundle, lambda document: document.pop(name))
-    refused(bundle, IntegrityError, ExitCode.INTEGRITY)
+def put(document: Any, name: str, value: object) -> None:
+    *path, last = [int(key) if key.isdigit() else key for key in name.split(".")]
+    for key in path:
+        document = document[key]
+    document[last] = value
+
+
+@pytest.mark.parametrize("part", [[], ["card"], ["card", "source"], ["files", 1]])
+def test_a_field_left_out(bundle: Path, part: list[Any]) -> None:
+    def inside(document: Any) -> Any:
+        for key in part:
+            document = document[key]
+        return document
+
+    names = list(inside(json.loads((bundle / MANIFEST).read_bytes())))
+    whole = (bundle / MANIFEST).read_bytes()
+    for name in names:
+        if name not in ("digest", "schema"):
+            (bundle / MANIFEST).write_bytes(whole)
+            forge(bundle, lambda document, name=name: inside(document).pop(name))
+            refused(bundle, IntegrityError, ExitCode.INTEGRITY)
 
 
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("architecture", [7, {"a": 1}, ["ccn"], None]),
-        ("defense", [7, {"a": 1}, ["ccn"], None]),
-        ("input_shape", ["text", 7, {"a": 1}, None]),
-        ("class_names", ["text", 7, {"a": 1}, [1], [[]], None]),
+        ("card.name", [7, {"a": 1}, ["ccn"], None, "x" * 5000]),
+        ("card.architecture", [7, {"a": 1}, ["ccn"], None]),
+        ("card.defense", [7, {"a": 1}, ["ccn"], None]),
+        ("card.input_shape", ["text", 7, {"a": 1}, None, [1, 28], [1, 28, 28.0], [True, 1, 1]]),
+        ("card.class_names", ["text", 7, {"a": 1}, [1], [[]], None, [], ["a", "a"]]),
+        ("card.training", ["text", [], None, nested(500)]),
+        ("card.source", [None, {}, "run"]),
+        ("card.source.sha256", [None, "", "0" * 63, "G" * 64]),
+        ("card.source.preprocessing", [None, {"mean": [1.0]}]),
         ("files", ["text", 7, {"a": 1}, [1], [[]], [{}], None]),
+        ("files.1.details", ["text", [], 7, None, nested(500)]),
+        ("files.1.made_by", [[], "onnx", {"onnx": 1}]),
+        ("files.1.bytes", [-1, 400.0, "400", True]),
+        ("files.1.precision", [32, "fp31", "fp64", "", None]),
+        ("files.1.role", [[], "other", "weights", "engine", None]),
+        ("files.1.runtime", ["tensorrt", "cpu", None, 1]),
+        ("files.1.lineage", [[], {}, {"step": 1, "sources": [], "settings": {}}]),
     ],
 )
-def test_a_field_of_another_type(bundle: Path, name: str, values: list[object]) -> None:
+def test_a_field_of_another_type_or_value(bundle: Path, name: str, values: list[object]) -> None:
     for value in values:
-        forge(bundle, lambda document, value=value: document.update({name: value}))
+        forge(bundle, lambda document, value=value: put(document, name, value))
         refused(bundle, IntegrityError, ExitCode.INTEGRITY)
 
 
@@ -291,8 +339,90 @@ def test_a_path_that_holds_no_bundle(tmp_path: Path, what: str) -> None:
 
 def test_a_role_or_precision_that_is_not_inside_names_what_is(pristine: Path) -> None:
     with pytest.raises(RuntimeUnavailableError, match="fp32") as caught:
-        open_bundle(pristine).file("forward", "int8")
+        open_bundle(pristine).file(Role.FORWARD, "int8")
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
+
+
+def test_a_target_executes_the_graph_that_was_optimised_for_it_or_the_one_for_all(
+    pristine: Path,
+) -> None:
+    bundle = open_bundle(pristine)
+    assert bundle.program(Target("onnxruntime-cpu")).path == "graphs/cpu.onnx"
+    for other in (Target("onnxruntime-cuda"), Target("torch", "fp64"), Target("torch")):
+        assert bundle.program(other).path == "graphs/fp32.onnx"
+    with pytest.raises(RuntimeUnavailableError, match="gradient"):
+        bundle.program(Target("onnxruntime-cpu"), Role.GRADIENT)
+
+
+FIRST = {
+    "schema": "ccn-deploy/bundle/1",
+    "architecture": "mnist-cnn",
+    "defense": "ccn",
+    "input_shape": [1, 28, 28],
+    "class_names": list("0123456789"),
+    "training": {"dataset": "mnist5k", "recipe": {"epochs": 3}},
+    "files": [
+        {"path": "weights.safetensors", "role": "weights", "precision": "", "bytes": 256,
+         "sha256": sha256(bytes(range(256))), "made_by": {}, "details": {}},
+        {"path": "graphs/fp32.onnx", "role": "forward", "precision": "fp32", "bytes": 400,
+         "sha256": sha256(b"not parsed" * 40), "made_by": {"onnx": "1"}, "details": {"opset": 18}},
+        {"path": "graphs/cpu.onnx", "role": "forward:onnxruntime-cpu", "precision": "fp32",
+         "bytes": 9, "sha256": sha256(b"optimised"), "made_by": {}, "details": {}},
+        {"path": "graphs/empty", "role": "engine:tensorrt", "precision": "fp16", "bytes": 0,
+         "sha256": sha256(b""), "made_by": {}, "details": {"library": "tensorrt"}},
+    ],
+    "input": {"dtype": "float32", "layout": "NCHW", "range": [0.0, 1.0]},
+    "output": {"dtype": "float32", "meaning": "logits"},
+}  # fmt: skip
+
+
+def write_first(bundle: Path, document: dict[str, Any]) -> None:
+    """Put a manifest of schema 1 into a bundle."""
+    digest = sha256(canonical_json(document))
+    (bundle / MANIFEST).write_bytes(canonical_json({**document, "digest": digest}))
+
+
+def test_a_bundle_of_schema_1_opens_as_what_it_says_in_schema_2(bundle: Path) -> None:
+    write_first(bundle, FIRST)
+    opened = open_bundle(bundle)
+    assert opened.card == a_card(
+        training=FIRST["training"],
+        source=Source(kind="run", sha256=sha256(bytes(range(256)))),
+    )
+    graph, optimised, engine = opened.manifest.files[1:]
+    assert (graph.role, graph.precision, graph.runtime) == (Role.FORWARD, "fp32", "")
+    assert (graph.details, graph.made_by) == ({"opset": 18}, {"onnx": "1"})
+    assert opened.program(Target("onnxruntime-cpu")) == optimised
+    assert opened.files(Role.ENGINE, "fp16", "tensorrt") == (engine,)
+    assert Manifest.from_bytes(opened.manifest.to_bytes()) == opened.manifest
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("architecture", 7),
+        ("input_shape", [1, 28]),
+        ("class_names", "text"),
+        ("training", []),
+        ("files", {}),
+        ("files", []),
+        ("files.1.role", ["forward"]),
+        ("files.1.role", "forward:other"),
+        ("files.1.role", "other"),
+        ("files.1.details", "text"),
+        ("files.1.made_by", []),
+        ("files.1.precision", 32),
+        ("files.1.path", "../outside"),
+        ("files.1.extra", 1),
+        ("card", {}),
+        ("surprise", 1),
+    ],
+)
+def test_a_damaged_manifest_of_schema_1(bundle: Path, name: str, value: object) -> None:
+    document = json.loads(json.dumps(FIRST))
+    put(document, name, value)
+    write_first(bundle, document)
+    refused(bundle, IntegrityError, ExitCode.INTEGRITY)
 
 
 def test_overwrite_replaces_a_bundle(bundle: Path) -> None:

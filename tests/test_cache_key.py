@@ -18,6 +18,8 @@ from ccn_deploy.machine import NO_DRIVER, Gpu, Machine
 from ccn_deploy.robustness import RobustnessRequest, collect
 from ccn_deploy.robustness.cache_key import cache_key, differentiable
 from ccn_deploy.storage import sha256
+from ccn_deploy.targets import Role, Target
+from tests.cards import a_card
 
 ADA = Gpu(0, "NVIDIA L4", "8.9", 24 << 30)
 HOPPER = Gpu(1, "NVIDIA H100 80GB HBM3", "9.0", 80 << 30)
@@ -42,7 +44,7 @@ PLANS = {
 }
 
 
-def engine(name: str, role: str, library: str, *capabilities: str) -> NewFile:
+def engine(name: str, role: Role, library: str, *capabilities: str) -> NewFile:
     details: Mapping[str, Any] = {
         "library": library,
         "version": MACHINE.packages[library],
@@ -51,28 +53,24 @@ def engine(name: str, role: str, library: str, *capabilities: str) -> NewFile:
         "machine": "x86_64",
         "compute_capabilities": list(capabilities),
     }
-    return NewFile(f"engines/{name}.engine", PLANS[name], role, "fp32", {}, details)
+    return NewFile(f"engines/{name}.engine", PLANS[name], role, "fp32", library, details=details)
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     return write_bundle(
         tmp_path / "bundle",
-        architecture="mnist-cnn",
-        defense="sm",
-        input_shape=(1, 28, 28),
-        class_names=[str(k) for k in range(10)],
-        training={},
+        card=a_card(defense="sm"),
         files=[
-            NewFile("weights.safetensors", b"weights", "weights"),
-            NewFile("graphs/forward.onnx", b"plain", "forward", "fp32"),
-            NewFile("graphs/cpu.onnx", b"rewritten", "forward:onnxruntime-cpu", "fp32"),
-            NewFile("graphs/gradient.onnx", b"slope", "gradient", "fp32"),
-            NewFile("graphs/forward-int8.onnx", b"eight bits", "forward", "int8"),
-            engine("ada", "engine:tensorrt", "tensorrt", "8.9"),
-            engine("hopper", "engine:tensorrt", "tensorrt", "9.0"),
-            engine("hopper-slope", "gradient-engine:tensorrt", "tensorrt", "9.0"),
-            engine("rtx", "engine:tensorrt-rtx", "tensorrt-rtx", "8.9", "9.0"),
+            NewFile("weights.safetensors", b"weights", Role.WEIGHTS),
+            NewFile("graphs/forward.onnx", b"plain", Role.FORWARD, "fp32"),
+            NewFile("graphs/cpu.onnx", b"rewritten", Role.FORWARD, "fp32", "onnxruntime-cpu"),
+            NewFile("graphs/gradient.onnx", b"slope", Role.GRADIENT, "fp32"),
+            NewFile("graphs/forward-int8.onnx", b"eight bits", Role.FORWARD, "int8"),
+            engine("ada", Role.ENGINE, "tensorrt", "8.9"),
+            engine("hopper", Role.ENGINE, "tensorrt", "9.0"),
+            engine("hopper-slope", Role.GRADIENT_ENGINE, "tensorrt", "9.0"),
+            engine("rtx", Role.ENGINE, "tensorrt-rtx", "8.9", "9.0"),
         ],
     )
 
@@ -80,7 +78,7 @@ def bundle(tmp_path: Path) -> Bundle:
 def of(bundle: Bundle, runtime: str, precision: str = "fp32", **more: Any) -> dict[str, Any]:
     settings = {"gradient": "reference", "seed": 0, "machine": MACHINE, **more}
     gradient = settings.pop("gradient")
-    return cache_key(bundle, (runtime, precision), gradient, DATA, **settings)
+    return cache_key(bundle, Target(runtime, precision), gradient, DATA, **settings)
 
 
 def test_the_program_is_the_file_that_the_runtime_executes(bundle: Bundle) -> None:
@@ -93,9 +91,9 @@ def test_the_program_is_the_file_that_the_runtime_executes(bundle: Bundle) -> No
     ):
         found = of(bundle, runtime, precision)["bundle"]
         assert found == {
-            "weights": sha256(b"weights"), "program": sha256(program), "gradient": None
+            "reference": sha256(b"plain"), "program": sha256(program), "gradient": None
         }  # fmt: skip
-    assert of(bundle, "torch")["bundle"]["program"] is None
+    assert of(bundle, "torch")["bundle"]["program"] == sha256(b"plain")
 
 
 def test_native_gradients_are_a_program_too(bundle: Bundle) -> None:
@@ -136,16 +134,16 @@ def test_without_a_gpu_nothing_is_told_to_be_of_one(bundle: Bundle) -> None:
 
 def test_a_runtime_has_gradients_if_the_bundle_has_their_program(bundle: Bundle) -> None:
     for target, expected in (
-        (("onnxruntime-cpu", "fp32"), True),
-        (("onnxruntime-cpu", "int8"), False),
-        (("tensorrt", "fp32"), True),
-        (("tensorrt-rtx", "fp32"), False),  # the ONNX gradient graph is none of its programs
-        (("torch", "fp32"), True),
+        (Target("onnxruntime-cpu", "fp32"), True),
+        (Target("onnxruntime-cpu", "int8"), False),
+        (Target("tensorrt", "fp32"), True),
+        (Target("tensorrt-rtx"), False),  # the ONNX gradient graph is none of its programs
+        (Target("torch", "fp32"), True),
     ):
         assert differentiable(bundle, target, machine=MACHINE, device=1) is expected
     # An engine for another GPU is no engine here, and without a GPU there is none.
-    assert not differentiable(bundle, ("tensorrt", "fp32"), machine=MACHINE, device=0)
-    assert not differentiable(bundle, ("tensorrt", "fp32"), machine=BARE)
+    assert not differentiable(bundle, Target("tensorrt"), machine=MACHINE, device=0)
+    assert not differentiable(bundle, Target("tensorrt"), machine=BARE)
 
 
 def test_a_precision_that_is_not_there_is_refused_before_anything_is_measured(

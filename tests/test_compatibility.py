@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,14 @@ from ccn_deploy.errors import (
     RuntimeUnavailableError,
 )
 from ccn_deploy.machine import NO_CUDA_PYTHON, NO_DRIVER, Gpu, Machine
-from ccn_deploy.runtimes.compatibility import candidates_for, check_engine, choose_engine, engines
+from ccn_deploy.runtimes.compatibility import (
+    candidates_for,
+    check_engine,
+    choose_engine,
+    files_for,
+)
+from ccn_deploy.targets import Role, Target
+from tests.cards import a_card
 
 RTX = {
     "library": "tensorrt-rtx",
@@ -52,6 +60,7 @@ WITH_L4 = Machine(
     no_gpu_reason="",
     gpus=(L4,),
 )
+FP32 = Target("tensorrt-rtx", "fp32")
 NO_GPU = replace(WITH_L4, driver=None, no_gpu_reason=NO_DRIVER, gpus=())
 
 
@@ -61,11 +70,11 @@ def engine(
     library = details["library"]
     data = data or str(details["magic"]).encode() + b" and the plan " + name.encode()
     path = f"engines/{library}-{precision}-{name}.engine"
-    return NewFile(path, data, f"engine:{library}", precision, {}, details)
+    return NewFile(path, data, Role.ENGINE, precision, library, details=details)
 
 
-def graph(precision: str, role: str = "forward") -> NewFile:
-    return NewFile(f"graphs/{role.replace(':', '-')}-{precision}.onnx", b"?", role, precision)
+def graph(precision: str, role: Role = Role.FORWARD, runtime: str = "") -> NewFile:
+    return NewFile(f"graphs/{role}-{precision}{runtime}.onnx", b"?", role, precision, runtime)
 
 
 @pytest.fixture
@@ -73,11 +82,7 @@ def bundle_of(tmp_path: Path) -> Callable[..., Bundle]:
     def write(*files: NewFile) -> Bundle:
         return write_bundle(
             tmp_path / "bundle",
-            architecture="mnist",
-            defense="ccn",
-            input_shape=(1, 28, 28),
-            class_names=[str(k) for k in range(10)],
-            training={},
+            card=a_card(),
             files=files,
             overwrite=True,
         )
@@ -207,13 +212,13 @@ def test_bytes_of_another_kind_are_an_integrity_error(head: bytes) -> None:
        {"compute_capabilities": "8.9"}, {"compute_capabilities": [8.9]}],
 )  # fmt: skip
 def test_a_manifest_that_does_not_say_is_an_integrity_error(change: dict[str, Any]) -> None:
-    record = replace(engine(RTX).record(), details={**RTX, **change})
+    record = msgspec.structs.replace(engine(RTX).record(), details={**RTX, **change})
     with pytest.raises(IntegrityError):
         check_engine(record, b"vtrt", WITH_L4)
     for key in change:
         without = {name: value for name, value in RTX.items() if name != key}
         with pytest.raises(IntegrityError):
-            check_engine(replace(record, details=without), b"vtrt", WITH_L4)
+            check_engine(msgspec.structs.replace(record, details=without), b"vtrt", WITH_L4)
 
 
 JSON = st.recursive(
@@ -227,18 +232,18 @@ JSON = st.recursive(
 @given(
     changes=st.dictionaries(st.sampled_from([*RTX, "else"]), JSON, max_size=3),
     head=st.just(b"vtrt") | st.binary(max_size=6),
-    role=st.sampled_from(["engine:tensorrt-rtx", "engine:tensorrt", "engine:other", "engine", ""]),
+    runtime=st.sampled_from(["tensorrt-rtx", "tensorrt"]),
 )
-def test_no_manifest_passes_by_accident(changes: dict[str, Any], head: bytes, role: str) -> None:
+def test_no_manifest_passes_by_accident(changes: dict[str, Any], head: bytes, runtime: str) -> None:
     """Whatever it says, an engine is refused with an error of ours or it is the one that fits."""
     details = {**RTX, **changes}
-    record = FileRecord("e", "0" * 64, 4, role, "fp32", {}, details)
+    record = FileRecord("e", "0" * 64, 4, Role.ENGINE, "fp32", runtime, details=details)
     try:
         check_engine(record, head, WITH_L4)
     except (IntegrityError, EngineUnfitError, MissingExtraError):
-        assert changes or head != b"vtrt" or role != "engine:tensorrt-rtx"
+        assert changes or head != b"vtrt" or runtime != "tensorrt-rtx"
     else:
-        assert role == "engine:tensorrt-rtx"
+        assert runtime == "tensorrt-rtx"
         assert head[:4] == b"vtrt"
         same = ("library", "system", "machine", "magic")
         assert [details[key] for key in same] == [RTX[key] for key in same]
@@ -315,10 +320,12 @@ class TestChoosing:
             engine(RTX, name="c", precision="fp16"),
             engine(RTX, name="d"),
         )
-        assert [r.path[-8:] for r in engines(bundle, "tensorrt-rtx", "fp16")] == ["c.engine"]
-        chosen = choose_engine(bundle, "tensorrt-rtx", "fp32", WITH_L4)
+        assert [r.path[-8:] for r in files_for(bundle, Target("tensorrt-rtx", "fp16"))] == [
+            "c.engine"
+        ]
+        chosen = choose_engine(bundle, FP32, WITH_L4)
         assert chosen.path.endswith("old.engine")
-        on_h100 = choose_engine(bundle, "tensorrt-rtx", "fp32", replace(WITH_L4, gpus=(H100,)))
+        on_h100 = choose_engine(bundle, FP32, replace(WITH_L4, gpus=(H100,)))
         assert on_h100.path.endswith("b.engine")
 
     def test_otherwise_the_one_that_came_nearest(self, bundle_of: Callable[..., Bundle]) -> None:
@@ -326,9 +333,9 @@ class TestChoosing:
         other_gpu = engine({**RTX, "compute_capabilities": ["7.5"]}, name="b")
         older = engine({**RTX, "version": "1.6.0.1"}, name="c")
         with pytest.raises(EngineUnfitError, match=r"capability 7\.5"):
-            choose_engine(bundle_of(older, foreign, other_gpu), "tensorrt-rtx", "fp32", WITH_L4)
+            choose_engine(bundle_of(older, foreign, other_gpu), FP32, WITH_L4)
         with pytest.raises(EngineUnfitError, match="windows"):
-            choose_engine(bundle_of(older, foreign), "tensorrt-rtx", "fp32", WITH_L4)
+            choose_engine(bundle_of(older, foreign), FP32, WITH_L4)
 
     def test_a_mistyped_one_is_told_above_all(self, bundle_of: Callable[..., Bundle]) -> None:
         other_gpu = engine({**RTX, "compute_capabilities": ["7.5"]}, name="b")
@@ -336,23 +343,22 @@ class TestChoosing:
             with pytest.raises(IntegrityError):
                 choose_engine(
                     bundle_of(engine(RTX, data=b"no engine"), *files),
-                    "tensorrt-rtx",
-                    "fp32",
+                    FP32,
                     WITH_L4,
                 )
 
     def test_none_at_all(self, bundle_of: Callable[..., Bundle]) -> None:
         bundle = bundle_of(engine(RTX, precision="fp16"))
         with pytest.raises(RuntimeUnavailableError, match=r"in int8; it has fp16"):
-            choose_engine(bundle, "tensorrt-rtx", "int8", WITH_L4)
+            choose_engine(bundle, Target("tensorrt-rtx", "int8"), WITH_L4)
         with pytest.raises(RuntimeUnavailableError, match="--format tensorrt --precision fp16"):
-            choose_engine(bundle, "tensorrt", "fp16", WITH_L4)
+            choose_engine(bundle, Target("tensorrt", "fp16"), WITH_L4)
 
     def test_gradient_engines_are_others(self, bundle_of: Callable[..., Bundle]) -> None:
-        gradient = replace(engine(RTX, name="g"), role="gradient-engine:tensorrt-rtx")
+        gradient = replace(engine(RTX, name="g"), role=Role.GRADIENT_ENGINE)
         bundle = bundle_of(engine(RTX), gradient)
-        for role, path in (("engine", "-e.engine"), ("gradient-engine", "-g.engine")):
-            chosen = choose_engine(bundle, "tensorrt-rtx", "fp32", WITH_L4, role=role)
+        for role, path in ((Role.ENGINE, "-e.engine"), (Role.GRADIENT_ENGINE, "-g.engine")):
+            chosen = choose_engine(bundle, FP32, WITH_L4, role=role)
             assert chosen.path.endswith(path)
 
 
@@ -361,15 +367,15 @@ class TestFits:
         bundle = bundle_of(
             graph("int8"),
             graph("fp32"),
-            graph("fp32", "forward:onnxruntime-cpu"),
-            graph("fp32", "gradient"),
+            graph("fp32", runtime="onnxruntime-cpu"),
+            graph("fp32", Role.GRADIENT),
             engine(RTX, precision="fp16"),
             engine(RTX),
             engine(TRT),
-            NewFile("weights.safetensors", b"", "weights"),
+            NewFile("weights.safetensors", b"", Role.WEIGHTS),
         )
         found = candidates_for(bundle, WITH_L4)
-        assert [(fit.runtime, fit.precision, fit.problem is None) for fit in found] == [
+        assert [(f.target.runtime, f.target.precision, f.problem is None) for f in found] == [
             ("tensorrt", "fp32", False),
             ("tensorrt-rtx", "fp32", True),
             ("tensorrt-rtx", "fp16", True),
@@ -379,16 +385,14 @@ class TestFits:
             ("onnxruntime-cpu", "int8", True),
         ]
         for fit in found:  # the graph is the one that the runtime opens
-            if fit.runtime.startswith("onnxruntime"):
-                assert fit.record == bundle.forward(fit.runtime, fit.precision)
+            if fit.target.family == "onnxruntime":
+                assert fit.record == bundle.program(fit.target)
 
     def test_without_a_gpu_only_the_cpu_is_left(self, bundle_of: Callable[..., Bundle]) -> None:
         bundle = bundle_of(graph("fp32"), graph("bf16"), engine(RTX))
         found = candidates_for(bundle, NO_GPU)
-        assert [(f.runtime, f.precision) for f in found if f.problem is None] == [
-            ("onnxruntime-cpu", "fp32")
-        ]
-        assert all(NO_DRIVER in str(f.problem) for f in found if f.runtime != "onnxruntime-cpu")
+        assert [f.target for f in found if f.problem is None] == [Target("onnxruntime-cpu")]
+        assert all(NO_DRIVER in str(f.problem) for f in found if f.target.on_gpu)
 
     @pytest.mark.parametrize(
         ("packages", "cpu", "cuda"),

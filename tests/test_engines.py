@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,17 +26,19 @@ from ccn_deploy.errors import (
     MissingExtraError,
     UsageError,
 )
-from ccn_deploy.exporters import CalibrationRequest, engines, export_run
+from ccn_deploy.exporters import CalibrationRequest, engines, export_bundle
 from ccn_deploy.exporters.calibration import load_calibration
-from ccn_deploy.exporters.gradient import lower_gradient
+from benchmarks.handwritten_gradient import lower_gradient
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import PRECISIONS, Calibration, convert
 from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, known_targets
 from ccn_deploy.exporters.tensorrt.log import read_log, worth_keeping
 from ccn_deploy.graph.builder import to_bytes
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, capture, load_library, logger
 from ccn_deploy.storage import sha256
+from ccn_deploy.targets import Role
 from tests.networks import DEFENSES, as_run, random_network, write_run
 from tests.test_cli import assert_clear_error, ccn_deploy
 
@@ -61,7 +64,8 @@ def graph(architecture: str = "mnist-cnn", defense: str = "ccn", classes: int = 
 
 def run_of(defense: str, path: Path = Path("nowhere"), **training: Any) -> TrainedRun:
     run = as_run(random_network("mnist-cnn", defense), path)
-    return replace(run, training={"dataset": "mnist5k", "seed": 3, **training})
+    card = msgspec.structs.replace(run.card, training={"dataset": "mnist5k", "seed": 3, **training})
+    return replace(run, card=card)
 
 
 def targets_in(plan: bytes) -> set[str]:
@@ -110,7 +114,7 @@ EVERY_LOW = [
 def test_every_low_precision(architecture: str, defense: str, precision: str) -> None:
     model = random_network(architecture, defense)
     images = np.random.default_rng(0).random((4, *model.architecture.input_shape), np.float32)
-    low = convert(lower(model), precision, Calibration(images)).graph
+    low = convert(Graph(lower(model)), precision, Calibration(images)).graph
 
     built = build_engine(to_bytes(low), library=RTX, batch=SMALL)
 
@@ -344,7 +348,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle with everything, of a network with random weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "ATTEMPTS", 1)
-        return export_run(
+        return export_bundle(
             run_of("ccn"),
             tmp_path_factory.mktemp("whole") / "bundle",
             formats=("onnx", RTX),
@@ -358,23 +362,26 @@ def test_bundle_has_an_engine_of_every_graph(whole: Bundle) -> None:
     files = {(r.role, r.precision): r for r in whole.manifest.files}
     for precision in ("fp32", *PRECISIONS):
         assert files["forward", precision].path == f"graphs/forward-{precision}.onnx"
-        engine = files[f"engine:{RTX}", precision]
+        engine = files["engine", precision]
+        assert engine.runtime == RTX
         assert engine.path == f"engines/tensorrt-rtx-{precision}.engine"
         has_gradient = precision in ("fp32", "fp16", "bf16")
         assert (("gradient", precision) in files) is has_gradient
-        assert ((f"gradient-engine:{RTX}", precision) in files) is has_gradient
+        assert (("gradient-engine", precision) in files) is has_gradient
 
 
 def test_manifest_of_engines_is_true(whole: Bundle) -> None:
     by_path = {record.path: record for record in whole.manifest.files}
-    found = [r for r in whole.manifest.files if "engine:" in r.role]
+    found = [r for r in whole.manifest.files if r.role.is_engine]
     assert len(found) == 8
     for record in found:
         details = record.details
         plan = (whole.path / record.path).read_bytes()
-        source = by_path[details["source"]["path"]]
+        assert record.lineage is not None and record.lineage.step == "build"
+        (path,) = record.lineage.sources
+        source = by_path[path]
+        assert record.role is source.role.engine
         assert plan[:4] == details["magic"].encode() == LIBRARIES[RTX].magic
-        assert details["source"]["sha256"] == source.sha256
         assert (source.precision, record.precision) == (record.precision, source.precision)
         assert details["layers"] == source.details.get("layers", {})
         assert details["tf32"] is False
@@ -384,14 +391,14 @@ def test_manifest_of_engines_is_true(whole: Bundle) -> None:
 
 def test_engine_keeps_what_the_graph_computes_in(whole: Bundle) -> None:
     """Weights are the bulk of a plan: half of them in half precision, a quarter in int8."""
-    size = {r.precision: r.bytes for r in whole.manifest.files if r.role == f"engine:{RTX}"}
+    size = {r.precision: r.bytes for r in whole.manifest.files if r.role is Role.ENGINE}
     assert size["fp16"] < size["fp32"] and size["bf16"] < size["fp32"]
     assert size["int8"] < size["fp16"]
 
 
 def test_gpus_that_lack_a_precision_are_not_named(whole: Bundle) -> None:
     for record in whole.manifest.files:
-        if "engine:" in record.role:
+        if record.role.is_engine:
             oldest = "8.9" if record.precision == "fp8" else "8.0"
             assert record.details["compute_capabilities"][0] == oldest, record.path
     onnx_file = (whole.path / "graphs/forward-fp8.onnx").read_bytes()
@@ -401,11 +408,11 @@ def test_gpus_that_lack_a_precision_are_not_named(whole: Bundle) -> None:
 
 @pytest.mark.usefixtures("once")
 def test_turing_runs_half_precision_and_no_other(tmp_path: Path) -> None:
-    bundle = export_run(
+    bundle = export_bundle(
         run_of("ccn"), tmp_path / "b", formats=(RTX,), precisions=("fp16",), gradient=False,
         batch=(1, 4, 8), compute_capabilities=("7.5",),
     )  # fmt: skip
-    assert [r.path for r in bundle.manifest.files if "engine" in r.role] == [
+    assert [r.path for r in bundle.manifest.files if r.role.is_engine] == [
         "engines/tensorrt-rtx-fp16-sm75.engine"
     ]
     assert targets_in((bundle.path / "engines/tensorrt-rtx-fp16-sm75.engine").read_bytes()) == {
@@ -415,7 +422,7 @@ def test_turing_runs_half_precision_and_no_other(tmp_path: Path) -> None:
 
 def test_calibration_uses_the_training_split_and_says_so(whole: Bundle) -> None:
     train, test = load_dataset("mnist5k", "train"), load_dataset("mnist5k", "test")
-    said = whole.file("forward", "int8").details["calibration"]
+    said = whole.file(Role.FORWARD, "int8").details["calibration"]
     assert said["dataset"] == "mnist5k" and said["samples"] == 16 and said["seed"] == 0
     assert said["digest"] == train.digest != test.digest
 
@@ -426,7 +433,7 @@ def test_calibration_uses_the_training_split_and_says_so(whole: Bundle) -> None:
 
 @pytest.mark.usefixtures("once")
 def test_engines_are_added_to_a_bundle(whole: Bundle, tmp_path: Path) -> None:
-    more = export_run(
+    more = export_bundle(
         whole, tmp_path / "more", formats=(RTX,), batch=(1, 4, 8), compute_capabilities=("8.9",)
     )
     before = {record.path: record for record in whole.manifest.files}
@@ -440,7 +447,7 @@ def test_engines_are_added_to_a_bundle(whole: Bundle, tmp_path: Path) -> None:
         assert (more.path / path).read_bytes() == (whole.path / path).read_bytes()
 
     with pytest.raises(UsageError, match="nothing to add"):
-        export_run(
+        export_bundle(
             more, tmp_path / "again", formats=(RTX,), batch=(1, 4, 8), compute_capabilities=("8.9",)
         )
     assert not (tmp_path / "again").exists()
@@ -448,21 +455,21 @@ def test_engines_are_added_to_a_bundle(whole: Bundle, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("once")
 def test_other_batches_get_an_engine_of_their_own(tmp_path: Path) -> None:
-    first = export_run(
+    first = export_bundle(
         run_of("sm"), tmp_path / "a", formats=(RTX,), gradient=False, batch=(1, 4, 8)
     )
-    second = export_run(first, tmp_path / "b", formats=(RTX,), batch=(1, 1, 1))
-    assert [r.path for r in second.manifest.files if "engine" in r.role] == [
+    second = export_bundle(first, tmp_path / "b", formats=(RTX,), batch=(1, 1, 1))
+    assert [r.path for r in second.manifest.files if r.role.is_engine] == [
         "engines/tensorrt-rtx-fp32.engine",
         "engines/tensorrt-rtx-fp32-2.engine",
     ]
-    assert not [r for r in second.manifest.files if "gradient" in r.role]
+    assert not [r for r in second.manifest.files if r.role.has_gradients]
 
 
 def test_triton_repository_stands_beside_the_bundle(whole: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tritonclient", reason="pip install 'ccn-deploy[triton]'")
     notes: list[str] = []
-    bundle = export_run(whole, tmp_path / "b", formats=("triton",), note=notes.append)
+    bundle = export_bundle(whole, tmp_path / "b", formats=("triton",), note=notes.append)
 
     assert bundle.manifest == whole.manifest
     assert list((bundle.path / "triton").glob("*/config.pbtxt"))
@@ -472,11 +479,11 @@ def test_triton_repository_stands_beside_the_bundle(whole: Bundle, tmp_path: Pat
 def test_export_without_images_says_nothing_of_numbers_or_refuses(tmp_path: Path) -> None:
     run = replace(run_of("ccn"), training={"dataset": "mnist"})
     nowhere = CalibrationRequest(directory=tmp_path)
-    half = export_run(run, tmp_path / "half", precisions=("fp16",), gradient=False)
-    assert "numeric" not in half.file("forward", "fp16").details
+    half = export_bundle(run, tmp_path / "half", precisions=("fp16",), gradient=False)
+    assert "numeric" not in half.file(Role.FORWARD, "fp16").details
     for precision in ("int8", "fp16"):  # of which one needs images and the other was given some
         with pytest.raises(DatasetNotFoundError):
-            export_run(run, tmp_path / "none", precisions=(precision,), calibration=nowhere)
+            export_bundle(run, tmp_path / "none", precisions=(precision,), calibration=nowhere)
     assert not (tmp_path / "none").exists()
 
 
@@ -491,7 +498,7 @@ def test_names_are_checked_before_any_work(tmp_path: Path) -> None:
         ({"optimize": "onnxruntime"}, "onnxruntime-cpu"),
     ):
         with pytest.raises(UsageError) as caught:
-            export_run(run, tmp_path / "bundle", **wrong)  # type: ignore[arg-type]
+            export_bundle(run, tmp_path / "bundle", **wrong)  # type: ignore[arg-type]
         assert word in str(caught.value)
 
 
@@ -504,7 +511,7 @@ def test_command_line_builds_adds_and_refuses(tmp_path: Path) -> None:
     made = ccn_deploy("export", run, "--output", tmp_path / "a", "--precision", "fp16", *options)
     assert made.returncode == 0, made.stderr
     document = json.loads(made.stdout)
-    assert [f["path"] for f in document["files"] if f["role"] == f"engine:{RTX}"] == [
+    assert [f["path"] for f in document["files"] if f["role"] == "engine"] == [
         "engines/tensorrt-rtx-fp16.engine",
     ]
     options = (*options, "--precision", "fp16")

@@ -22,7 +22,7 @@ import pytest
 
 import ccn_deploy
 from ccn_deploy.bundle import Bundle
-from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters import export_bundle
 from tests.networks import as_run, random_network
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -33,7 +33,7 @@ MAX_BYTES = 1 << 20
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     run = as_run(random_network("mnist-cnn", "ccn"))
-    return export_run(run, tmp_path_factory.mktemp("b") / "ccn", gradient=False)
+    return export_bundle(run, tmp_path_factory.mktemp("b") / "ccn", gradient=False)
 
 
 @dataclass(frozen=True)

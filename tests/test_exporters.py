@@ -23,13 +23,14 @@ from ccn_deploy.architectures import Architecture
 from ccn_deploy.bundle import MANIFEST, open_bundle
 from ccn_deploy.defenses import DEFENSES as BY_NAME
 from ccn_deploy.errors import LoweringError, UsageError
-from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters import export_bundle
 from ccn_deploy.exporters.checks import check_graph, check_size
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.reference_check import check_probe
 from ccn_deploy.layers import CompactConv2d, CompactLinear
 from ccn_deploy.models import Classifier
 from ccn_deploy.runtimes import open_runtime
+from ccn_deploy.targets import Role
 from tests.networks import DEFENSES, as_run, difficult_images, random_network, write_run
 
 COMPACT_CONV = ["ReduceSumSquare", "Conv", "Sqrt", "Add", "Conv", "Div", "Add"]
@@ -47,11 +48,11 @@ def ops(graph: onnx.ModelProto) -> list[str]:
 @pytest.mark.parametrize("architecture", ["mnist-cnn", "vgg11-cifar10"])
 def test_graph_computes_the_network(architecture: str, defense: str, tmp_path: Path) -> None:
     model = random_network(architecture, defense)
-    bundle = export_run(as_run(model), tmp_path / "bundle", gradient=False)
+    bundle = export_bundle(as_run(model), tmp_path / "bundle", gradient=False)
     images = difficult_images(model.architecture.input_shape)
     truth = model.double()(torch.from_numpy(images).double()).numpy()
 
-    graph = onnx.load(bundle.path / bundle.file("forward", "fp32").path)
+    graph = onnx.load(bundle.path / bundle.file(Role.FORWARD, "fp32").path)
     (by_definition,) = ReferenceEvaluator(graph).run(None, {"images": images})
     with open_runtime(bundle) as runtime:
         deployed = runtime.logits(images)
@@ -351,8 +352,8 @@ def test_a_network_too_large_for_one_file_is_refused() -> None:
 
 def test_equal_runs_give_equal_bundles_whatever_their_paths(tmp_path: Path) -> None:
     model = random_network("mnist-cnn", "ccn+ls")
-    one = export_run(as_run(model, Path("/here/run")), tmp_path / "one")
-    two = export_run(as_run(model, Path("/there/run")), tmp_path / "elsewhere" / "two")
+    one = export_bundle(as_run(model, Path("/here/run")), tmp_path / "one")
+    two = export_bundle(as_run(model, Path("/there/run")), tmp_path / "elsewhere" / "two")
 
     files = sorted(p.relative_to(one.path) for p in one.path.rglob("*") if p.is_file())
     assert [str(f) for f in files] == [
@@ -367,30 +368,30 @@ def test_equal_runs_give_equal_bundles_whatever_their_paths(tmp_path: Path) -> N
 
 def test_bundle_holds_the_very_weights_of_the_run_and_says_what_made_it(tmp_path: Path) -> None:
     run = as_run(random_network("mnist-cnn", "ccn"))
-    bundle = export_run(run, tmp_path / "bundle")
-    graph = bundle.file("forward", "fp32")
+    bundle = export_bundle(run, tmp_path / "bundle")
+    graph = bundle.file(Role.FORWARD, "fp32")
 
-    assert bundle.read(bundle.file("weights")) == run.weights
+    assert bundle.read(bundle.file(Role.WEIGHTS)) == run.weights
     assert set(graph.made_by) == {"ccn-deploy", "onnx", "torch"}
     assert graph.details["opset"] == 20
     assert graph.details["ops"]["ReduceSumSquare"] == 7
-    assert bundle.manifest.class_names == run.class_names
+    assert bundle.card == run.card
 
 
 def test_overwriting_is_asked_for_and_only_replaces_bundles(tmp_path: Path) -> None:
     run, other = (as_run(random_network("mnist-cnn", d)) for d in ("sm", "ccn"))
     target = tmp_path / "bundle"
-    first = export_run(run, target)
+    first = export_bundle(run, target)
     with pytest.raises(UsageError, match="exists already"):
-        export_run(other, target)
+        export_bundle(other, target)
     assert open_bundle(target).manifest == first.manifest
-    assert export_run(other, target, overwrite=True).manifest.defense == "ccn"
+    assert export_bundle(other, target, overwrite=True).card.defense == "ccn"
 
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("years of work")
     with pytest.raises(UsageError, match="no bundle"):
-        export_run(run, precious, overwrite=True)
+        export_bundle(run, precious, overwrite=True)
     assert (precious / "thesis.tex").read_text() == "years of work"
 
 
@@ -398,7 +399,7 @@ def test_a_network_of_nan_is_not_exported(tmp_path: Path) -> None:
     model = random_network("mnist-cnn", "sm")
     model.get_submodule("fc1").weight[0, 0] = torch.nan
     with pytest.raises(LoweringError, match="not finite"):
-        export_run(as_run(model), tmp_path / "bundle")
+        export_bundle(as_run(model), tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
 
 

@@ -27,6 +27,7 @@ from ccn_deploy.runtimes.compatibility import choose_engine
 from ccn_deploy.runtimes.tensorrt.cuda import CudaError, Device
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, load_library
 from ccn_deploy.runtimes.tensorrt.runtime import kernels_file
+from ccn_deploy.targets import Role, Target
 from tests.engines import engine_file, with_files
 
 pytestmark = pytest.mark.gpu
@@ -100,8 +101,7 @@ def on_the_cpu(bundle: Bundle, images: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_agrees_with_the_cpu(bundle: Bundle, library: str, precision: str) -> None:
-    if not any(f.role == f"engine:{library}" and f.precision == precision
-               for f in bundle.manifest.files):  # fmt: skip
+    if not bundle.files(Role.ENGINE, precision, library):
         pytest.skip(f"the export made no engine in {precision}")
     x = digits(HIGH)
     wanted = on_the_cpu(bundle, x)
@@ -226,7 +226,7 @@ def test_memory_that_is_not_there_is_a_typed_error(bundle: Bundle, library: str)
 def test_kernels_are_kept_for_the_next_process(bundle: Bundle, library: str) -> None:
     if not LIBRARIES[library].portable:
         pytest.skip(f"{library} compiles nothing when it runs")
-    record = choose_engine(bundle, library, "fp32", this_machine())
+    record = choose_engine(bundle, Target(library, "fp32"), this_machine())
     kept = kernels_file(record, library, this_machine(), 0)
     assert kept is not None
     x = digits(8)
@@ -247,16 +247,16 @@ def test_another_gpu_and_another_release_are_refused(bundle: Bundle, library: st
     here = this_machine()
     other = replace(here.gpus[0], compute_capability="5.0")
     with pytest.raises(EngineUnfitError, match=r"5\.0"):
-        choose_engine(bundle, library, "fp32", replace(here, gpus=(other,)))
+        choose_engine(bundle, Target(library, "fp32"), replace(here, gpus=(other,)))
     with pytest.raises(EngineUnfitError, match="older"):
         older = {**here.packages, LIBRARIES[library].distribution: "0.1.0"}
-        choose_engine(bundle, library, "fp32", replace(here, packages=older))
+        choose_engine(bundle, Target(library, "fp32"), replace(here, packages=older))
 
 
 def test_a_plan_that_is_none_is_refused_with_the_log(
     bundle: Bundle, library: str, tmp_path: Path
 ) -> None:
-    record = choose_engine(bundle, library, "fp32", this_machine())
+    record = choose_engine(bundle, Target(library, "fp32"), this_machine())
     built = BuiltEngine(bundle.read(record), dict(record.details))
     half = built.plan[: len(built.plan) // 2]
     spoilt = with_files(bundle, tmp_path / "b", engine_file(built, half, precision="spoilt"))
@@ -274,10 +274,10 @@ def test_what_rtx_does_with_its_default_engine_here(
     """In a process of its own; reports, and fails only if an engine that was accepted is wrong."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("tensorrt-rtx is not installed")
-    from ccn_deploy.exporters import export_run
+    from ccn_deploy.exporters import export_bundle
     from ccn_deploy.runs import open_run
 
-    plain = export_run(open_run(trained_run("ccn")), tmp_path / "plain", gradient=False)
+    plain = export_bundle(open_run(trained_run("ccn")), tmp_path / "plain", gradient=False)
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(plain.path), str(tmp_path / "probe")],
         capture_output=True, text=True, cwd=Path(__file__).parent.parent,

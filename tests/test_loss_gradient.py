@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -124,7 +125,7 @@ def test_what_makes_no_sense_is_refused(ccn_bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="closed"):
         runtime.cross_entropy(images, labels)
     files = tuple(file for file in ccn_bundle.manifest.files if file.role != "gradient")
-    bare = replace(ccn_bundle, manifest=replace(ccn_bundle.manifest, files=files))
+    bare = replace(ccn_bundle, manifest=msgspec.structs.replace(ccn_bundle.manifest, files=files))
     with opened(bare) as runtime, pytest.raises(RuntimeUnavailableError, match="--no-gradient"):
         runtime.cross_entropy(images, labels)
 

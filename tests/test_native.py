@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -22,10 +23,11 @@ from ccn_deploy.robustness.agreement import Agreement, GradientAgreement, compar
 from ccn_deploy.robustness.attack_session import AttackSession
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.torch_runtime import load_reference
+from ccn_deploy.targets import Target
 from tests.faults import drop_delta, reorder_classes
 
 ONE_THREAD = RuntimeOptions(threads=1)
-TARGET = ("onnxruntime-cpu", "fp32")
+TARGET = Target("onnxruntime-cpu")
 (FGSM,) = suite(["fgsm"], [0.2])
 
 
@@ -52,7 +54,7 @@ def request(samples: int, *attacks: AttackSpec, **more: object) -> RobustnessReq
 
 def without_gradient(bundle: Bundle) -> Bundle:
     files = tuple(file for file in bundle.manifest.files if file.role != "gradient")
-    return replace(bundle, manifest=replace(bundle.manifest, files=files))
+    return replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, files=files))
 
 
 @pytest.fixture(params=["sm", "ccn"])
@@ -97,7 +99,7 @@ def test_native_evidence_never_asks_the_twin_for_a_gradient(
         raise AssertionError("the reference was asked")
 
     collect(ccn_bundle, request(4, runtime="torch"))  # the reference, attacked with its own
-    monkeypatch.setattr("ccn_deploy.attacks.foolbox_model.ReferenceGradient.record", refuse)
+    monkeypatch.setattr("ccn_deploy.attacks.foolbox_model.AutogradPass", refuse)
     collect(ccn_bundle, request(4, gradient="native"))
     with pytest.raises(AssertionError, match="asked"):
         collect(ccn_bundle, request(4, gradient="reference"))

@@ -21,7 +21,7 @@ from ccn_deploy.bundle import Bundle, NewFile, open_bundle, write_bundle
 from ccn_deploy.data import load_dataset
 from ccn_deploy.defenses import DEFENSES as BY_NAME
 from ccn_deploy.errors import LoweringError, UsageError
-from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters import export_bundle
 from ccn_deploy.exporters.checks import check_optimized_graph
 from ccn_deploy.exporters.optimized import lower_optimized, window_sums
 from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear
@@ -43,7 +43,7 @@ FILE = "graphs/forward-fp32-onnxruntime-cpu.onnx"
 @pytest.mark.parametrize("architecture", ["mnist-cnn", "vgg11-cifar10"])
 def test_runtime_computes_the_network(architecture: str, defense: str, tmp_path: Path) -> None:
     model = random_network(architecture, defense)
-    bundle = export_run(as_run(model), tmp_path / "bundle", gradient=False, optimize=TARGET)
+    bundle = export_bundle(as_run(model), tmp_path / "bundle", gradient=False, optimize=TARGET)
     images = difficult_images(model.architecture.input_shape)
     truth = model.double()(torch.from_numpy(images).double()).numpy()
 
@@ -201,9 +201,9 @@ def test_the_default_graph_is_not_an_optimised_one() -> None:
 
 def test_option_adds_one_file_and_changes_no_other(tmp_path: Path) -> None:
     run = as_run(random_network("mnist-cnn", "ccn"))
-    plain = export_run(run, tmp_path / "plain")
-    faster = export_run(run, tmp_path / "faster", optimize=TARGET)
-    again = export_run(run, tmp_path / "again", optimize=TARGET)
+    plain = export_bundle(run, tmp_path / "plain")
+    faster = export_bundle(run, tmp_path / "faster", optimize=TARGET)
+    again = export_bundle(run, tmp_path / "again", optimize=TARGET)
 
     names = {record.path for record in faster.manifest.files}
     assert names - {record.path for record in plain.manifest.files} == {FILE}
@@ -214,8 +214,8 @@ def test_option_adds_one_file_and_changes_no_other(tmp_path: Path) -> None:
 
 def test_only_its_runtime_executes_it_and_says_so(tmp_path: Path) -> None:
     run = as_run(random_network("mnist-cnn", "ccn"))
-    plain = export_run(run, tmp_path / "plain", gradient=False)
-    faster = export_run(run, tmp_path / "faster", gradient=False, optimize=TARGET)
+    plain = export_bundle(run, tmp_path / "plain", gradient=False)
+    faster = export_bundle(run, tmp_path / "faster", gradient=False, optimize=TARGET)
 
     assert faster.forward(TARGET, "fp32").path == FILE
     assert plain.forward(TARGET, "fp32").path == "graphs/forward-fp32.onnx"
@@ -230,21 +230,21 @@ def test_only_its_runtime_executes_it_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("defense", ["sm", "ls", "brelu"])
 def test_a_network_without_compact_layers_gets_none(defense: str, tmp_path: Path) -> None:
     run = as_run(random_network("mnist-cnn", defense))
-    bundle = export_run(run, tmp_path / "bundle", gradient=False, optimize=TARGET)
+    bundle = export_bundle(run, tmp_path / "bundle", gradient=False, optimize=TARGET)
 
-    assert bundle.manifest == export_run(run, tmp_path / "plain", gradient=False).manifest
+    assert bundle.manifest == export_bundle(run, tmp_path / "plain", gradient=False).manifest
 
 
 def test_an_unknown_runtime_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     run = as_run(random_network("mnist-cnn", "ccn"))
     with pytest.raises(UsageError, match="onnxruntime-gpu"):
-        export_run(run, tmp_path / "bundle", optimize="onnxruntime-gpu")
+        export_bundle(run, tmp_path / "bundle", optimize="onnxruntime-gpu")
     assert not list(tmp_path.iterdir())
 
 
 def test_layers_that_have_a_tensor_are_shown(tmp_path: Path) -> None:
     model = random_network("mnist-cnn", "ccn")
-    bundle = export_run(as_run(model), tmp_path / "bundle", gradient=False, optimize=TARGET)
+    bundle = export_bundle(as_run(model), tmp_path / "bundle", gradient=False, optimize=TARGET)
     images = difficult_images(model.architecture.input_shape)
 
     shown = open_layer_outputs(bundle, TARGET)(images)
@@ -268,8 +268,8 @@ def optimized(trained_run: Callable[[str], Path], tmp_path_factory: pytest.TempP
     arguments = ["export", trained_run("ccn"), "--output", target, "--optimize", TARGET, "--json"]
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
-    roles = [file["role"] for file in json.loads(result.stdout)["files"]]
-    assert roles == ["weights", "forward", f"forward:{TARGET}", "gradient"]
+    roles = [(file["role"], file["runtime"]) for file in json.loads(result.stdout)["files"]]
+    assert roles == [("weights", ""), ("forward", ""), ("forward", TARGET), ("gradient", "")]
     return target
 
 
@@ -300,14 +300,9 @@ def test_parity_measures_the_graph_that_runs(optimized: Path, tmp_path: Path) ->
             _constant(graph.graph, "conv3.bias", lambda value: value.fill(0.5))
             data = graph.SerializeToString(deterministic=True)
         files.append(NewFile(record.path, data, record.role, record.precision))
-    manifest = healthy.manifest
     faulty = write_bundle(
         tmp_path / "faulty",
-        architecture=manifest.architecture,
-        defense=manifest.defense,
-        input_shape=manifest.input_shape,
-        class_names=manifest.class_names,
-        training=manifest.training,
+        card=healthy.card,
         files=files,
     )
 

@@ -17,7 +17,7 @@ from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.cli.main import app
 from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError, UsageError
-from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters import export_bundle
 from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
 from ccn_deploy.runs import open_run
 from ccn_deploy.verdict import Verdict
@@ -108,7 +108,7 @@ def test_a_fault_in_the_gradient_graph_fails_the_gradients_and_nothing_else(
 def test_a_bundle_without_a_gradient_graph_has_no_such_rows(
     trained_run: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    bundle = export_run(open_run(trained_run("sm")), tmp_path / "served", gradient=False)
+    bundle = export_bundle(open_run(trained_run("sm")), tmp_path / "served", gradient=False)
     options = ["--samples", "8", "--threads", "1"]
     table = CliRunner().invoke(app, ["verify-parity", str(bundle.path), *options])
     assert table.exit_code == 0

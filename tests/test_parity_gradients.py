@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from numpy.typing import NDArray
-from torch import nn
 
-from ccn_deploy.architectures import Architecture
-from ccn_deploy.defenses import DEFENSES
-from ccn_deploy.models import Classifier
+from ccn_deploy.graph.builder import GraphBuilder
+from ccn_deploy.graph.evaluate import GraphModule
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.parity.evidence import ParityEvidence
 from ccn_deploy.parity.gradients import (
     CANDIDATES,
@@ -34,7 +32,7 @@ from ccn_deploy.parity.judge import LEAST_NEAR, MAX_NEAR, ParityResult, judge
 from ccn_deploy.parity.kinks import measure_shifts
 from ccn_deploy.parity.tolerances import tolerance_for
 from ccn_deploy.verdict import Verdict
-from tests.networks import random_network
+from tests.networks import random_graph, random_network
 from tests.test_gradient_graph import autograd, even_handed, noise, slopes, tied_images
 
 POLICY = tolerance_for("fp32")
@@ -88,30 +86,34 @@ def test_two_ways_of_breaking_ties_differ_and_agree_once_untied(defense: str) ->
 # Kinks
 
 
-def shifts(model: Classifier, images: NDArray[np.float32]) -> NDArray[np.float64]:
-    cotangents = slopes(len(images), 1, model.classes)
-    truth = autograd(model.double(), images, cotangents)
+def shifts(model: GraphModule, images: NDArray[np.float32]) -> NDArray[np.float64]:
+    cotangents = slopes(len(images), 1, model.graph.classes)
+    truth = autograd(model, images, cotangents)
     return measure_shifts(model, images, cotangents[:, 0], truth[:, 0], POLICY).largest
 
 
 @pytest.mark.parametrize("defense", ["sm", "ccn"])
 def test_ties_are_no_kinks(defense: str) -> None:
-    assert (shifts(random_network("mnist-cnn", defense), tied_images()[:3]) < ALLOWED).all()
+    assert (shifts(random_graph("mnist-cnn", defense), tied_images()[:3]) < ALLOWED).all()
 
 
-def unit(distance: float) -> Classifier:
+def unit(distance: float, weight: float = 1.0) -> GraphModule:
     """One active and one all but dead unit behind a pool whose two candidates are as close."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        flatten=nn.Flatten(), fc1=nn.Linear(4, 2), act1=nn.ReLU(), fc2=nn.Linear(2, 2)
-    )
-    plan = Architecture("unit", "", (1, 2, 2), (8,), 0, (), 0.0, 2)
-    model = Classifier(layers, plan, DEFENSES["sm"]).eval().requires_grad_(False)
-    fc1, fc2 = model.get_submodule("fc1"), model.get_submodule("fc2")
-    fc1.weight.copy_(torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, 1.0, 1.0, 1.0]]))
-    fc1.bias.copy_(torch.tensor([distance, 0.0]))
-    fc2.weight.copy_(torch.tensor([[1.0, 0.5], [-1.0, 0.7]]))
-    fc2.bias.zero_()
-    return model.double()
+    builder = GraphBuilder()
+    first = np.array([[1, 1, -1, -1], [1, 1, 1, 1]], dtype=np.float32)
+    second = np.array([[weight, 0.5], [-weight, 0.7]], dtype=np.float32)
+    builder.node("Flatten", ["images"], "flatten", axis=1)
+    for name, x, y, value, bias in (
+        ("fc1", "flatten", "fc1", first, [distance, 0]),
+        ("fc2", "act1", "logits", second, [0, 0]),
+    ):
+        constants = (f"{name}.weight", value), (f"{name}.bias", np.array(bias, dtype=np.float32))
+        names = [builder.constant(*constant) for constant in constants]
+        builder.node("Gemm", [x, *names], name, output=y, transB=1)
+        if name == "fc1":
+            builder.node("Relu", ["fc1"], "act1")
+    shapes = {"images": ["batch", 1, 2, 2]}, {"logits": ["batch", 2]}
+    return GraphModule(Graph(builder.model("unit", *shapes)), torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +127,7 @@ def test_an_activation_within_rounding_of_its_bend_is_a_kink(distance: float, ne
 
 
 def test_a_kink_of_a_unit_on_which_nothing_depends_is_none() -> None:
-    model = unit(0.0)
-    model.get_submodule("fc2").weight[:, 0] = 0.0
+    model = unit(0.0, weight=0.0)
     image = np.array([0.3, 0.7, 0.6, 0.4], dtype=np.float32).reshape(1, 1, 2, 2)
     assert shifts(model, image)[0] < ALLOWED
 
@@ -298,7 +299,7 @@ def test_a_slope_that_is_not_finite_fails_near_kinks_too(
     assert judged.verdict is Verdict.FAIL
     json.dumps(judged.document(), allow_nan=False)
     judged.evidence.write(tmp_path / "evidence.json")
-    assert judge(ParityEvidence.read(tmp_path / "evidence.json")) == judged
+    assert judge(ParityEvidence.read(tmp_path / "evidence.json", judged.evidence.setting)) == judged
 
 
 def test_the_median_is_of_ratios_that_occurred() -> None:

@@ -5,8 +5,13 @@ import pytest
 import torch
 
 from ccn_deploy.data import Dataset, dataset_from_arrays
+from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.parity.inputs import EPSILONS, KINDS, NEAR_MEAN_NOISE, craft, make_inputs
-from tests.networks import random_network
+from tests.networks import random_graph
+
+
+def random_graph32(defense: str) -> GraphModule:
+    return random_graph("mnist-cnn", defense, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +23,7 @@ def data() -> Dataset:
 
 
 def test_every_kind_is_images_in_the_unit_box(data: Dataset) -> None:
-    probes = make_inputs(random_network("mnist-cnn", "ccn"), data, 12, seed=0)
+    probes = make_inputs(random_graph32("ccn"), data, 12, seed=0)
     assert tuple(probe.kind for probe in probes) == KINDS
     for probe in probes:
         assert probe.images.dtype == np.float32
@@ -31,19 +36,19 @@ def test_every_kind_is_images_in_the_unit_box(data: Dataset) -> None:
 
 
 def test_a_larger_probe_holds_every_smaller_one(data: Dataset) -> None:
-    reference = random_network("mnist-cnn", "sm")
+    reference = random_graph32("sm")
     few, many = (make_inputs(reference, data, n, seed=3)[0].images for n in (9, 30))
     assert np.array_equal(few, many[:9])
 
 
 def test_more_samples_than_images_are_all_images(data: Dataset) -> None:
-    probes = make_inputs(random_network("mnist-cnn", "sm"), data, 100, seed=0)
+    probes = make_inputs(random_graph32("sm"), data, 100, seed=0)
     assert [len(probe.images) for probe in probes] == [40, 40, 40, 1, 1, 40]
 
 
 @pytest.mark.parametrize("defense", ["sm", "ccn"])
 def test_crafted_images_raise_the_loss_and_stay_within_epsilon(defense: str, data: Dataset) -> None:
-    reference = random_network("mnist-cnn", defense)
+    reference = random_graph32(defense)
     clean, labels = data.images(range(12)), data.labels[:12]
     crafted = craft(reference, clean, labels)
     moved = np.abs(crafted - clean).max(axis=(1, 2, 3))

@@ -18,12 +18,14 @@ from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import Calibration, convert
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
-from ccn_deploy.parity.rounding import noisy_forward, rounding_units
+from ccn_deploy.parity.rounding import RoundingModel, rounding_units
+from ccn_deploy.parity.rounding_rules import Errors
 from ccn_deploy.parity.tolerances import Arithmetic, tolerance_for
 from ccn_deploy.verdict import Verdict
 from tests import faults
-from tests.networks import random_network
+from tests.networks import as_lowered, random_graph, random_network
 from tests.precise import digits, with_precision
 
 PRECISIONS = ("fp16", "int8", "fp8")
@@ -142,11 +144,7 @@ def test_a_grid_without_its_ranges_is_no_measurement(
     ]
     bare = write_bundle(
         tmp_path / "bare",
-        architecture=manifest.architecture,
-        defense=manifest.defense,
-        input_shape=manifest.input_shape,
-        class_names=manifest.class_names,
-        training=manifest.training,
+        card=bundle.card,
         files=files,
     )
     with pytest.raises(IntegrityError, match="ranges"):
@@ -167,16 +165,17 @@ def test_first_draw_is_the_deployed_grid(defense: str) -> None:
     """Against a network quantised by hand, in float64, where every rounding is written out."""
     model = random_network("mnist-cnn", defense)
     images = np.random.default_rng(0).random((2, 1, 28, 28), dtype=np.float32)
-    calibration = convert(lower(model), "int8", Calibration(images)).calibration
+    calibration = convert(Graph(lower(model)), "int8", Calibration(images)).calibration
     assert calibration is not None
     ranges = calibration["ranges"]
-    model = model.double()
     arithmetic = Arithmetic(0.0, 0.0, 0.0, "int8")
-    generator = torch.Generator().manual_seed(0)
+    errors = Errors(torch.Generator().manual_seed(0), draws=2)
+    graph = random_graph("mnist-cnn", defense)
     doubles = torch.from_numpy(images).double()
-    *_, (_, _, noisy) = noisy_forward(model, doubles, arithmetic, 2, generator, ranges=ranges)
-    assert np.allclose(noisy[0].numpy(), by_hand(model, doubles, ranges), rtol=1e-9)
-    assert not np.allclose(noisy[1].numpy(), by_hand(model, doubles, ranges), rtol=1e-6)
+    *_, (_, _, noisy) = RoundingModel(graph, arithmetic, errors, ranges).run(doubles)
+    truth = by_hand(as_lowered(model), doubles, ranges)
+    assert np.allclose(noisy[:2].numpy(), truth, rtol=1e-9)
+    assert not np.allclose(noisy[2:].numpy(), truth, rtol=1e-6)
 
 
 def by_hand(
@@ -206,13 +205,13 @@ def by_hand(
 def test_units_grow_with_the_coarseness_of_the_format() -> None:
     model = random_network("mnist-cnn", "ccn")
     images = np.random.default_rng(0).random((2, 1, 28, 28), dtype=np.float32)
-    calibration = convert(lower(model), "int8", Calibration(images)).calibration
+    calibration = convert(Graph(lower(model)), "int8", Calibration(images)).calibration
     assert calibration is not None
-    model = model.double()
+    exact = random_graph("mnist-cnn", "ccn")
     units = [
         list(
             rounding_units(
-                model,
+                exact,
                 torch.from_numpy(images).double(),
                 tolerance_for(precision).arithmetic,
                 ranges=calibration["ranges"] if precision in ("int8", "fp8") else None,

@@ -18,11 +18,12 @@ from ccn_deploy.records import (
     Record,
     decode,
     decode_line,
+    decode_sealed,
     encode,
     encode_line,
-    schema_of,
+    encode_sealed,
 )
-from ccn_deploy.storage import canonical_json
+from ccn_deploy.storage import canonical_json, sha256
 
 CARD = ModelCard(
     name="digits",
@@ -31,6 +32,13 @@ CARD = ModelCard(
     training={"seed": 3, "history": [{"loss": 0.1}]},
     source=Source(kind="onnx", sha256="0" * 64, preprocessing=Preprocessing(mean=(0.5,))),
 )
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
 
 
 class Measured(Record, frozen=True, kw_only=True):
@@ -55,7 +63,31 @@ def test_a_record_comes_back_as_it_was_in_the_canonical_form() -> None:
     line = encode_line(Measured(x=1, n=2))
     assert line == b'{"more": {}, "n": 2, "schema": "test/1", "x": 1.0}\n'
     assert decode_line(line, Measured, "a line", "") == Measured(x=1.0, n=2)
-    assert schema_of(line, "a line", "") == "test/1"
+
+
+def test_a_seal_is_of_everything_else() -> None:
+    sealed = encode_sealed(CARD)
+    digest = sha256(encode(CARD))
+    assert json.loads(sealed)["digest"] == digest
+    assert decode_sealed(sealed, ModelCard, "card.json", "") == CARD
+
+    def resealed(**fields: Any) -> bytes:
+        plain = {**json.loads(encode(CARD)), **fields}
+        return canonical_json({**plain, "digest": sha256(canonical_json(plain))})
+
+    assert resealed() == sealed
+    for damaged in (
+        sealed.replace(b"digits", b"digitz"),
+        sealed.replace(digest.encode(), b"0" * 64),
+        encode(CARD),
+        sealed + b"\n",
+        resealed(unknown=1),
+        resealed(input_shape=[1, 28, 28.0]),
+        resealed(source={**json.loads(encode(CARD))["source"], "agreement": {"a": 1}}),
+        b"[" * 100_000,
+    ):
+        with pytest.raises(IntegrityError, match=r"^card\.json "):
+            decode_sealed(damaged, ModelCard, "card.json", "")
 
 
 @pytest.mark.parametrize(
@@ -109,17 +141,27 @@ def test_a_damaged_document_is_one_line_at_once(data: bytes) -> None:
 def test_brackets_in_strings_are_no_levels_and_the_deepest_allowed_is_read() -> None:
     name = '\\"[' * 200 + "\\"
     assert read(changed(name=name)).name == name
-    levels = DEEPEST - 2  # the card and its training are two
-    nested: Any = []
-    for _ in range(levels - 1):
-        nested = [nested]
-    assert read(changed(training={"a": nested})).training == {"a": nested}
+    deepest = nested(DEEPEST - 2)  # the card and its training are two
+    assert read(changed(training={"a": deepest})).training == {"a": deepest}
     with pytest.raises(IntegrityError, match="levels"):
-        read(changed(training={"a": [nested]}))
+        read(changed(training={"a": [deepest]}))
 
 
 @pytest.mark.parametrize(
-    "fields", [{"x": float("nan")}, {"x": float("inf")}, {"x": "1"}, {"n": -1}, {"n": 1.5}]
+    "fields",
+    [
+        {"x": float("nan")},
+        {"x": float("inf")},
+        {"x": "1"},
+        {"n": -1},
+        {"n": 1.5},
+        {"more": {"a": float("nan")}},
+        {"more": {"a": "\ud800"}},
+        {"more": {"a": nested(DEEPEST)}},
+        {"more": {"a": "x" * LARGEST}},
+        {"more": {"a": object()}},
+    ],
+    ids=range(10),
 )
 def test_what_could_not_be_read_is_not_written(fields: dict[str, Any]) -> None:
     record = Measured(**{"x": 1.0, "n": 2, **fields})

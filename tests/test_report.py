@@ -24,6 +24,8 @@ from ccn_deploy.errors import StorageError
 from ccn_deploy.report import REPORT, Attacked, Example, examples_of, write_report
 from ccn_deploy.report.examples import data_uri
 from ccn_deploy.robustness import Evidence, Measurement, Pair, RobustnessResult, Sample, judge
+from ccn_deploy.robustness.evidence import Picture
+from tests.cards import a_card
 
 N = 60
 COMMAND = "ccn-deploy verify-robustness bundles/ccn --samples 60"
@@ -44,7 +46,7 @@ def sample(
         linf=spec.epsilon,
         l2=1.0,
         rho=None if held else 0.25,
-        image=None if pixels is None else np.full((1, SIDE, SIDE), pixels, np.uint8),
+        image=None if pixels is None else Picture.of(np.full((1, SIDE, SIDE), pixels, np.uint8)),
     )
 
 
@@ -93,11 +95,11 @@ def bundle(tmp_path: Path) -> Bundle:
 def make_bundle(path: Path, class_names: Iterable[str] = ("zero", "one", "two")) -> Bundle:
     return write_bundle(
         path,
-        architecture="mnist-cnn",
-        defense="ccn",
-        input_shape=(1, SIDE, SIDE),
-        class_names=tuple(class_names),
-        training={"dataset": "digits", "recipe": "quick", "seed": 3, "test_accuracy": 0.97531},
+        card=a_card(
+            input_shape=(1, SIDE, SIDE),
+            class_names=tuple(class_names),
+            training={"dataset": "digits", "recipe": "quick", "seed": 3, "test_accuracy": 0.97531},
+        ),
         files=[NewFile("weights.safetensors", b"weights", role="weights")],
     )
 

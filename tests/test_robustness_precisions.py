@@ -17,6 +17,7 @@ from ccn_deploy.cli.main import app
 from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import ExitCode
 from ccn_deploy.exporters.precision import Calibration, convert
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.report import write_report
 from ccn_deploy.robustness import (
     Evidence,
@@ -27,6 +28,7 @@ from ccn_deploy.robustness import (
     compare,
     judge,
 )
+from ccn_deploy.targets import Role
 from ccn_deploy.verdict import Verdict
 from tests.test_report import Seen, make_bundle, parity
 
@@ -197,24 +199,17 @@ def quantised(ccn_bundle: Bundle, tmp_path: Path) -> Bundle:
     """The trained CCN with its own graph in int8 beside it; no gradient graph has that."""
     data = load_dataset("mnist5k", "train")
     images = data.images(np.arange(64))
-    record = ccn_bundle.file("forward", "fp32")
+    record = ccn_bundle.file(Role.FORWARD, "fp32")
     graph = onnx.load_model_from_string(ccn_bundle.read(record))
-    made = convert(graph, "int8", Calibration(images, "min-max", {"dataset": "mnist5k"})).graph
-    files = [
-        NewFile(r.path, ccn_bundle.read(r), r.role, r.precision, r.made_by, r.details)
-        for r in ccn_bundle.manifest.files
-    ]
-    manifest = ccn_bundle.manifest
+    calibration = Calibration(images, "min-max", {"dataset": "mnist5k"})
+    made = convert(Graph(graph), "int8", calibration).graph
+    files = [NewFile.copy(ccn_bundle, r) for r in ccn_bundle.manifest.files]
     return write_bundle(
         tmp_path / "quantised",
-        architecture=manifest.architecture,
-        defense=manifest.defense,
-        input_shape=manifest.input_shape,
-        class_names=manifest.class_names,
-        training=manifest.training,
+        card=ccn_bundle.card,
         files=[
             *files,
-            NewFile("graphs/forward-int8.onnx", made.SerializeToString(), "forward", "int8"),
+            NewFile("graphs/forward-int8.onnx", made.SerializeToString(), Role.FORWARD, "int8"),
         ],
     )
 

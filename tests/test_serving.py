@@ -30,12 +30,13 @@ from ccn_deploy.errors import (
     RuntimeUnavailableError,
     UsageError,
 )
-from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters import export_bundle
 from ccn_deploy.exporters.tensorrt.build import Batches
 from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.compatibility import Candidate
 from ccn_deploy.serving import first_usable
+from ccn_deploy.targets import Role, Target
 from tests.engines import build_rtx, engine_file, with_files
 from tests.networks import as_run, random_network
 
@@ -46,7 +47,7 @@ HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = as_run(random_network("mnist-cnn", "ccn"))
-    return export_run(run, tmp_path_factory.mktemp("b") / "ccn").path
+    return export_bundle(run, tmp_path_factory.mktemp("b") / "ccn").path
 
 
 def digits(count: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -55,14 +56,9 @@ def digits(count: int, seed: int = 0) -> np.ndarray[Any, Any]:
 
 def rewritten(bundle: Bundle, output: Path, files: list[NewFile]) -> Bundle:
     """Write a bundle of the same network with other files."""
-    manifest = bundle.manifest
     return write_bundle(
         output,
-        architecture=manifest.architecture,
-        defense=manifest.defense,
-        input_shape=manifest.input_shape,
-        class_names=manifest.class_names,
-        training=manifest.training,
+        card=bundle.card,
         files=files,
     )
 
@@ -136,7 +132,7 @@ class TestAnswers:
         values = onnx.numpy_helper.to_array(bias).copy()
         values[3] = np.inf
         bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
-        spoiled = NewFile("forward.onnx", graph.SerializeToString(), "forward", "fp32")
+        spoiled = NewFile("forward.onnx", graph.SerializeToString(), Role.FORWARD, "fp32")
         with ccn_deploy.load(rewritten(bundle, tmp_path / "b", [spoiled])) as model:
             assert np.isinf(model.predict(digits(1))).any()
             with pytest.raises(GateError, match="not finite on onnxruntime-cpu-fp32"):
@@ -165,7 +161,7 @@ class TestLife:
         bundle = open_bundle(path)
         with ccn_deploy.load(bundle) as model:
             assert model.digest == bundle.manifest.digest
-            assert model.class_names == bundle.manifest.class_names
+            assert model.class_names == bundle.card.class_names
             assert model.spec.input_shape == (1, 28, 28)
             json.dumps(dataclasses.asdict(model.choice))  # for a health endpoint
 
@@ -202,9 +198,9 @@ class TestChoice:
         self, path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         bundle = open_bundle(path)
-        graph = bundle.file("forward", "fp32")
+        graph = bundle.file(Role.FORWARD, "fp32")
         candidates = [
-            Candidate(name, "fp32", graph, None) for name in ("onnxruntime-cuda", "onnxruntime-cpu")
+            Candidate(Target(name), graph, None) for name in ("onnxruntime-cuda", "onnxruntime-cpu")
         ]
         with caplog.at_level(logging.WARNING, "ccn_deploy"):
             model = first_usable(bundle, candidates)
@@ -232,10 +228,10 @@ class TestChoice:
 
     def test_auto_serves_nothing_from_a_bundle_that_is_not_what_it_says(self, path: Path) -> None:
         bundle = open_bundle(path)
-        graph = bundle.file("forward", "fp32")
+        graph = bundle.file(Role.FORWARD, "fp32")
         candidates = [
-            Candidate("tensorrt", "fp32", graph, IntegrityError("No engine.")),
-            Candidate("onnxruntime-cpu", "fp32", graph, None),
+            Candidate(Target("tensorrt"), graph, IntegrityError("No engine.")),
+            Candidate(Target("onnxruntime-cpu"), graph, None),
         ]
         with pytest.raises(IntegrityError, match="No engine"):
             first_usable(bundle, candidates)
@@ -244,18 +240,18 @@ class TestChoice:
         self, path: Path
     ) -> None:
         bundle = open_bundle(path)
-        graph = bundle.file("forward", "fp32")
+        graph = bundle.file(Role.FORWARD, "fp32")
         candidates = [
-            Candidate("onnxruntime-cpu", "fp32", graph, RuntimeUnavailableError("Another GPU.")),
-            Candidate("onnxruntime-cpu", "fp32", graph, None),
+            Candidate(Target("onnxruntime-cpu"), graph, RuntimeUnavailableError("Another GPU.")),
+            Candidate(Target("onnxruntime-cpu"), graph, None),
         ]
         assert first_usable(bundle, candidates).choice.passed_over == ()
 
     def test_without_any_the_error_has_every_reason(self, path: Path) -> None:
         bundle = open_bundle(path)
-        graph = bundle.file("forward", "fp32")
+        graph = bundle.file(Role.FORWARD, "fp32")
         candidates = [
-            Candidate(name, "fp32", graph, RuntimeUnavailableError(f"No {name}.", "Do something."))
+            Candidate(Target(name), graph, RuntimeUnavailableError(f"No {name}.", "Do something."))
             for name in ("tensorrt", "onnxruntime-cpu")
         ]
         with pytest.raises(RuntimeUnavailableError) as error:
@@ -276,7 +272,7 @@ class TestChoice:
         graph = (path / "graphs/forward-fp32.onnx").read_bytes()
 
         def having(*precisions: str) -> Bundle:
-            files = [NewFile(f"{p}.onnx", graph, "forward", p) for p in precisions]
+            files = [NewFile(f"{p}.onnx", graph, Role.FORWARD, p) for p in precisions]
             return rewritten(bundle, tmp_path / "-".join(precisions), files)
 
         for held, wanted in (
@@ -459,9 +455,9 @@ def test_a_loaded_bundle_takes_little_more_memory_than_a_bare_session(
     architecture: str, tmp_path: Path
 ) -> None:
     run = as_run(random_network(architecture, "ccn"))
-    bundle = export_run(run, tmp_path / "b", gradient=False)
-    shape = [str(size) for size in bundle.manifest.input_shape]
-    graph = bundle.path / bundle.file("forward", "fp32").path
+    bundle = export_bundle(run, tmp_path / "b", gradient=False)
+    shape = [str(size) for size in bundle.card.input_shape]
+    graph = bundle.path / bundle.file(Role.FORWARD, "fp32").path
     ours = int(python(OURS, bundle.path, *shape).stdout)
     bare = int(python(BARE, graph, *shape).stdout)
     print(f"{architecture}: {ours:,} bytes against {bare:,}: {ours / bare:.2f}")

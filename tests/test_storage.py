@@ -237,13 +237,18 @@ def test_a_disk_that_fills_up_in_a_file_leaves_the_old_one(tmp_path: Path) -> No
 BUNDLE_ON_A_FULL_DISK = """
     import sys
     from pathlib import Path
-    from ccn_deploy.bundle import NewFile, write_bundle
+    from ccn_deploy.bundle import ModelCard, NewFile, Source, write_bundle
     from ccn_deploy.errors import StorageError
+    from ccn_deploy.targets import Role
     try:
+        source = Source(kind="run", sha256="0" * 64)
+        card = ModelCard(name="", input_shape=(1, 28, 28), class_names=("0", "1"), source=source)
         write_bundle(
-            Path(sys.argv[1]), architecture="mnist-cnn", defense="ccn", input_shape=(1, 28, 28),
-            class_names=["0", "1"], training={}, overwrite=True,
-            files=[NewFile("small", b"fits", "weights"), NewFile("big", bytes(1 << 22), "forward")],
+            Path(sys.argv[1]), card=card, overwrite=True,
+            files=[
+                NewFile("small", b"fits", Role.WEIGHTS),
+                NewFile("big", bytes(1 << 22), Role.FORWARD, "fp32"),
+            ],
         )
     except StorageError as error:
         print(int(error.exit_code), error)

@@ -49,7 +49,7 @@ def test_an_unknown_runtime_suggests_the_nearest() -> None:
 
 
 def test_engines_are_built_from_graphs_of_their_role() -> None:
-    assert Role("gradient").engine is Role.GRADIENT_ENGINE
+    assert Role.GRADIENT.engine is Role.GRADIENT_ENGINE
     assert Role.FORWARD.engine is Role.ENGINE
     assert str(Role.GRADIENT_ENGINE) == "gradient-engine"
     assert [role for role in Role if role.is_engine] == [Role.ENGINE, Role.GRADIENT_ENGINE]

@@ -25,7 +25,7 @@ from ccn_deploy.errors import (
     RuntimeUnavailableError,
     UsageError,
 )
-from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters import export_bundle
 from ccn_deploy.exporters.tensorrt.build import Batches, BuiltEngine
 from ccn_deploy.machine import Gpu, Machine, this_machine
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
@@ -51,6 +51,7 @@ from ccn_deploy.runtimes.tensorrt.shapes import (
     pieces,
     read_limits,
 )
+from ccn_deploy.targets import Role, Target
 from tests.engines import RTX, build_rtx, engine_file, with_files
 from tests.networks import as_run, random_network
 
@@ -64,7 +65,7 @@ no_gpu_here = pytest.mark.skipif(bool(this_machine().gpus), reason="this machine
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     path = tmp_path_factory.mktemp("plain") / "ccn"
-    return export_run(as_run(random_network("mnist-cnn", "ccn")), path)
+    return export_bundle(as_run(random_network("mnist-cnn", "ccn")), path)
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +134,11 @@ def test_a_real_engine_of_elsewhere_is_refused(
 ) -> None:  # fmt: skip
     foreign = with_files(plain, tmp_path / "b", engine_file(built, **changed))
     with pytest.raises(EngineUnfitError, match=words):
-        choose_engine(foreign, RTX, "fp32", machine)
+        choose_engine(foreign, Target(RTX, "fp32"), machine)
 
 
 def test_the_manifest_of_a_real_engine_fits_its_machine(bundle: Bundle) -> None:
-    assert choose_engine(bundle, RTX, "fp32", WITH_L4).role == "engine:tensorrt-rtx"
+    assert choose_engine(bundle, Target(RTX, "fp32"), WITH_L4).runtime == "tensorrt-rtx"
 
 
 def test_bytes_of_another_library_are_damage(
@@ -151,7 +152,7 @@ def test_bytes_of_another_library_are_damage(
 
 def test_a_changed_byte_is_damage(plain: Bundle, built: BuiltEngine, tmp_path: Path) -> None:
     damaged = with_files(plain, tmp_path / "b", engine_file(built))
-    record = damaged.file("engine:tensorrt-rtx", "fp32")
+    record = damaged.file(Role.ENGINE, "fp32", "tensorrt-rtx")
     file = damaged.path / record.path
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -180,7 +181,7 @@ def test_options_and_views_that_an_engine_does_not_have(bundle: Bundle) -> None:
 @no_gpu_here
 def test_a_machine_whose_gpu_vanished_is_a_cuda_error(bundle: Bundle, built: BuiltEngine) -> None:
     """As if the check had passed: the first CUDA call fails, before the plan is deserialized."""
-    record = bundle.file("engine:tensorrt-rtx", "fp32")
+    record = bundle.file(Role.ENGINE, "fp32", "tensorrt-rtx")
     with pytest.raises(CudaError, match="cudaSetDevice") as refused:
         Engine(
             b"vtrt and no plan", record, RTX, Device(0, "rtx"), forward_signature(SHAPE, 10),
@@ -319,7 +320,7 @@ def test_kernels_are_kept_apart_by_all_they_depend_on(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_directory() == tmp_path / "ccn-deploy"
-    record = bundle.file("engine:tensorrt-rtx", "fp32")
+    record = bundle.file(Role.ENGINE, "fp32", "tensorrt-rtx")
     kept = kernels_file(record, RTX, WITH_L4, 0)
     assert kept is not None
     assert kept.is_relative_to(tmp_path)

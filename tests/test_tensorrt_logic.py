@@ -28,6 +28,8 @@ from ccn_deploy.runtimes import RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.tensorrt import runtime as tensorrt
 from ccn_deploy.runtimes.tensorrt.cuda import CudaError
 from ccn_deploy.runtimes.tensorrt.engine import GRAPHS
+from ccn_deploy.targets import Role
+from tests.cards import a_card
 from tests.simulated_gpu import Gpu, cuda_module, trt_module
 
 IMAGE = (2, 3, 3)
@@ -83,17 +85,13 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         }
         plans = {"engine": forward, **({"gradient-engine": gradient} if gradient else {})}
         files = [
-            NewFile(f"{role}.engine", f"{magic} {plan}".encode(), f"{role}:{library}", "fp32", {},
-                    details)
+            NewFile(f"{role}.engine", f"{magic} {plan}".encode(), Role(role), "fp32", library,
+                    details=details)
             for role, plan in plans.items()
         ]  # fmt: skip
         return write_bundle(
             tmp_path / "bundle",
-            architecture="none",
-            defense="sm",
-            input_shape=IMAGE,
-            class_names=["a", "b", "c", "d"],
-            training={},
+            card=a_card(input_shape=IMAGE, class_names=("a", "b", "c", "d")),
             files=files,
             overwrite=True,
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import onnx
 import pytest
 from google.protobuf import text_format
@@ -14,9 +15,10 @@ from tritonclient.grpc import model_config_pb2 as schema
 
 from ccn_deploy.bundle import Bundle, NewFile, open_bundle, write_bundle
 from ccn_deploy.errors import IntegrityError, MissingExtraError, UsageError
-from ccn_deploy.exporters import export_run
+from ccn_deploy.exporters import export_bundle
 from ccn_deploy.exporters.triton import Repository, Serving, write_repository
 from ccn_deploy.storage import sha256
+from ccn_deploy.targets import Role
 from tests.networks import as_run, random_network
 
 NAMES = ("null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun")
@@ -25,7 +27,7 @@ NAMES = ("null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "ac
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     path = tmp_path_factory.mktemp("b") / "ccn"
-    return export_run(as_run(random_network("mnist-cnn", "ccn+ls")), path)
+    return export_bundle(as_run(random_network("mnist-cnn", "ccn+ls")), path)
 
 
 def engine(
@@ -45,25 +47,17 @@ def engine(
     details = {"compute_capabilities": [gpu], "profiles": profiles, **changed}
     data = b"ftrt" + f"{gpu} {precision}".encode()
     path = f"engines/{library}-{precision}-sm{number}.engine"
-    return NewFile(path, data, f"engine:{library}", precision, {}, details)
+    return NewFile(path, data, Role.ENGINE, precision, library, details=details)
 
 
 def with_files(
     bundle: Bundle, path: Path, *files: NewFile, names: tuple[str, ...] = NAMES, graphs: bool = True
 ) -> Bundle:
     manifest = bundle.manifest
-    kept = [
-        NewFile(r.path, bundle.read(r), r.role, r.precision, r.made_by, r.details)
-        for r in manifest.files
-        if graphs or r.role == "weights"
-    ]
+    kept = [NewFile.copy(bundle, r) for r in manifest.files if graphs or r.role == "weights"]
     return write_bundle(
         path,
-        architecture=manifest.architecture,
-        defense=manifest.defense,
-        input_shape=manifest.input_shape,
-        class_names=names,
-        training=manifest.training,
+        card=msgspec.structs.replace(bundle.card, class_names=names),
         files=[*kept, *files],
     )
 
@@ -120,7 +114,7 @@ def test_engines_for_two_gpus_are_one_model(bundle: Bundle, tmp_path: Path) -> N
     assert dict(found.cc_model_filenames) == {"8.6": "sm86.plan", "9.0": "sm90.plan"}
     versions = tree(repository.path / found.name / "1")
     for file in both.manifest.files:
-        if file.role == "engine:tensorrt":
+        if file.role is Role.ENGINE:
             (gpu,) = file.details["compute_capabilities"]
             assert sha256(versions.pop(found.cc_model_filenames[gpu])) == file.sha256
     assert not versions  # and no default: an engine for another GPU must not be loaded
@@ -135,8 +129,8 @@ def test_engines_for_two_gpus_are_one_model(bundle: Bundle, tmp_path: Path) -> N
 
 
 def test_every_precision_has_models_of_its_own(bundle: Bundle, tmp_path: Path) -> None:
-    graph = bundle.read(bundle.file("forward", "fp32"))
-    int8 = NewFile("graphs/forward-int8.onnx", graph, "forward", "int8")
+    graph = bundle.read(bundle.file(Role.FORWARD, "fp32"))
+    int8 = NewFile("graphs/forward-int8.onnx", graph, Role.FORWARD, "int8")
     many = with_files(bundle, tmp_path / "many", int8, engine(), engine(precision="fp32"))
     repository = write_repository(many, tmp_path / "repository")
     assert [name.removeprefix("mnist-cnn-ccn-ls-") for name in repository.models] == [

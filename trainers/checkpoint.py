@@ -9,21 +9,35 @@ epoch seeds its generators from (seed, epoch, process).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ccn_deploy.errors import IntegrityError
+from ccn_deploy.records import LARGEST, Record, decode_line, encode_line
 from ccn_deploy.storage import write_atomic
 from ccn_deploy.trainers.events import EpochEnded
 
 _HEADER_LENGTH = 8
+_ANEW = "Start the run anew with --overwrite."
+
+
+class _History(Record, frozen=True):
+    """The metrics of every epoch done."""
+
+    epochs: tuple[EpochEnded, ...]
+
+
+class _Header(msgspec.Struct):
+    """What a safetensors file says in front of its tensors, as far as it is ours."""
+
+    metadata: dict[str, str] = msgspec.field(name="__metadata__")
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         for kind, group in (("weights", checkpoint.weights), ("momentum", checkpoint.momentum))
         for name, tensor in group.items()
     }
-    epochs = json.dumps([asdict(epoch) for epoch in checkpoint.epochs])
+    epochs = encode_line(_History(tuple(checkpoint.epochs))).decode()
     metadata = {"epochs": epochs, "sha256": _digest(tensors, epochs)}
     write_atomic(path, save(tensors, metadata=metadata))
 
@@ -65,19 +79,19 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
     """
     if not path.is_file():
         return None
-    data = path.read_bytes()
+    data, what = path.read_bytes(), f"The checkpoint {path}"
     try:
         tensors = load(data)
         length = int.from_bytes(data[:_HEADER_LENGTH], "little")
-        metadata = json.loads(data[_HEADER_LENGTH : _HEADER_LENGTH + length])["__metadata__"]
-        if metadata["sha256"] != _digest(tensors, metadata["epochs"]):
+        header = data[_HEADER_LENGTH : _HEADER_LENGTH + length]
+        metadata = msgspec.json.decode(header, type=_Header).metadata
+        epochs = metadata["epochs"]
+        if metadata["sha256"] != _digest(tensors, epochs):
             raise ValueError("its digest differs")
-        epochs = [EpochEnded(**epoch) for epoch in json.loads(metadata["epochs"])]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(
-            f"The checkpoint {path} is damaged: {error}.", "Start the run anew with --overwrite."
-        ) from error
-    return Checkpoint(_part(tensors, "weights."), _part(tensors, "momentum."), epochs)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise IntegrityError(f"{what} is damaged: {error}.", _ANEW) from error
+    history = decode_line(epochs.encode(), _History, what, _ANEW, limit=LARGEST)
+    return Checkpoint(_part(tensors, "weights."), _part(tensors, "momentum."), history.epochs)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

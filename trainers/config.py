@@ -117,6 +117,11 @@ def make_plan(
                 f"given is {data.name!r} with {len(data)} images.",
                 "Give both splits of the data set that the configuration names.",
             )
+    if len(train.class_names) < 2:
+        raise UsageError(
+            f"{train.name} has one class only: there is nothing to tell apart.",
+            "Give data of two classes or more.",
+        )
     return Plan(
         architecture=_architecture_for(config.architecture, train),
         defense=defense,

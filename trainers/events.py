@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ccn_deploy.records import Count, Record
+
 
 @dataclass(frozen=True)
 class Started:
@@ -38,8 +40,7 @@ class Stepped:
     accuracy: float
 
 
-@dataclass(frozen=True)
-class EpochEnded:
+class EpochEnded(Record, frozen=True):
     """An epoch is done and its checkpoint and line of metrics are on disk.
 
     Attributes:
@@ -52,8 +53,8 @@ class EpochEnded:
         seconds: Spent training so far, interruptions not counted.
     """
 
-    epoch: int
-    step: int
+    epoch: Count
+    step: Count
     loss: float
     train_accuracy: float
     test_accuracy: float

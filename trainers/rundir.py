@@ -14,13 +14,24 @@ import io
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ccn_deploy.errors import IntegrityError, StorageError, UsageError
-from ccn_deploy.runs import CHECKPOINT, METRICS, RUN, SCHEMA, WEIGHTS
-from ccn_deploy.storage import canonical_json, sha256, write_atomic
+from ccn_deploy.records import encode
+from ccn_deploy.runs import (
+    CHECKPOINT,
+    METRICS,
+    RUN,
+    WEIGHTS,
+    Finished,
+    RunRecord,
+    read_record,
+)
+from ccn_deploy.storage import sha256, write_atomic
 from ccn_deploy.trainers.config import Plan, describe_differences
 from ccn_deploy.trainers.events import EpochEnded
 
@@ -38,25 +49,20 @@ class RunDirectory:
         """The file with the state after the last whole epoch."""
         return self.path / CHECKPOINT
 
-    def record(self) -> dict[str, Any] | None:
+    def record(self) -> RunRecord | None:
         """Return what ``run.json`` says; None if there is none.
 
         Raises:
             IntegrityError: The file is damaged.
             UsageError: The path is a file, or a directory with other things in it.
         """
-        file = self.path / RUN
-        if not file.is_file():
+        hint = "Start the run anew with --overwrite."
+        found = read_record(self.path, hint)
+        if found is None:
             self._refuse_other_content()
-            return None
-        try:
-            document: dict[str, Any] = json.loads(file.read_bytes())
-            document["training"]["threads"], document["finished"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(
-                f"{file} is damaged: {error}.", "Start the run anew with --overwrite."
-            ) from error
-        return document
+        elif not isinstance(found.training.get("threads"), int):
+            raise IntegrityError(f"{self.path / RUN} does not say how many threads it had.", hint)
+        return found
 
     def begin(self, plan: Plan) -> bool:
         """Open the directory for ``plan``; return whether that run is finished already.
@@ -65,17 +71,13 @@ class RunDirectory:
             UsageError: It holds a run with other settings; the error names them.
             StorageError: It cannot be written.
         """
-        asked = _document(plan)
-        found = self.record()
+        asked, found = _record(plan), self.record()
         if found is None:
-            write_atomic(self.path / RUN, canonical_json({**asked, "finished": None}))
+            write_atomic(self.path / RUN, encode(asked))
             return False
-        # Compared as it would be read: a tuple is a list in JSON.
-        finished = found.pop("finished")
-        asked = json.loads(canonical_json(asked))
-        found |= found.pop("training")
-        asked |= asked.pop("training")
-        if differences := describe_differences(found, asked):
+        finished = found.finished
+        before, now = (_settings(record) for record in (found, asked))
+        if differences := describe_differences(before, now):
             raise UsageError(
                 f"{self.path} holds a run with other settings: {differences}.",
                 f"To go on, give its settings again; to start anew, add --overwrite or choose "
@@ -90,23 +92,23 @@ class RunDirectory:
         """Replace ``metrics.csv``: a header and one line per epoch."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(field.name for field in fields(EpochEnded))
-        writer.writerows(astuple(epoch) for epoch in epochs)
+        writer.writerow(EpochEnded.__struct_fields__)
+        writer.writerows(msgspec.structs.astuple(epoch) for epoch in epochs)
         write_atomic(self.path / METRICS, text.getvalue().encode())
 
     def finish(self, plan: Plan, weights: bytes, epochs: Sequence[EpochEnded]) -> None:
         """Write the final weights and declare the run finished."""
         last = epochs[-1]
-        finished = {
-            "weights_sha256": sha256(weights),
-            "epochs": last.epoch,
-            "steps": last.step,
-            "train_accuracy": last.train_accuracy,
-            "test_accuracy": last.test_accuracy,
-        }
+        finished = Finished(
+            weights_sha256=sha256(weights),
+            epochs=last.epoch,
+            steps=last.step,
+            train_accuracy=last.train_accuracy,
+            test_accuracy=last.test_accuracy,
+        )
         self.write_metrics(epochs)
         write_atomic(self.path / WEIGHTS, weights)
-        write_atomic(self.path / RUN, canonical_json({**_document(plan), "finished": finished}))
+        write_atomic(self.path / RUN, encode(_record(plan, finished)))
         self.checkpoint.unlink(missing_ok=True)
 
     def discard(self) -> None:
@@ -146,11 +148,20 @@ class RunDirectory:
                     left.unlink()
 
 
-def _document(plan: Plan) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "architecture": plan.architecture.name,
-        "defense": plan.defense.name,
-        "class_names": list(plan.class_names),
-        "training": plan.settings(),
-    }
+def _record(plan: Plan, finished: Finished | None = None) -> RunRecord:
+    return RunRecord(
+        schema="ccn-deploy/run/1",
+        architecture=plan.architecture.name,
+        defense=plan.defense.name,
+        class_names=plan.class_names,
+        training=plan.settings(),
+        finished=finished,
+    )
+
+
+def _settings(record: RunRecord) -> dict[str, Any]:
+    """Return everything that was asked for, as it would be read: a tuple is a list in JSON."""
+    plain: dict[str, Any] = json.loads(encode(record))
+    del plain["finished"]
+    training: dict[str, Any] = plain.pop("training")
+    return plain | training

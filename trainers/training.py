@@ -53,9 +53,9 @@ def train(
         threads = default_threads(config.devices, torch.get_num_threads())
         found = None if overwrite else directory.record()
         if found is not None:
-            threads = found["training"]["threads"]
+            threads = found.training["threads"]
     plan = make_plan(
-        config, train_data, test_data, threads=threads, device=device, torch=torch.__version__
+        config, train_data, test_data, threads=threads, device=device, torch=str(torch.__version__)
     )
     if overwrite:
         directory.discard()

@@ -88,8 +88,8 @@ class Network:
         return classification.PyTorchClassifier(
             model=self.tuned,
             loss=nn.CrossEntropyLoss(),
-            input_shape=self._bundle.manifest.input_shape,
-            nb_classes=len(self._bundle.manifest.class_names),
+            input_shape=self._bundle.card.input_shape,
+            nb_classes=self._bundle.card.classes,
             clip_values=(0.0, 1.0),
             device_type="cpu",
         )

@@ -32,6 +32,20 @@ class Source(Record, frozen=True, kw_only=True):
     preprocessing: Preprocessing = Preprocessing()
     agreement: dict[str, float] = msgspec.field(default_factory=dict)
 
+    def told(self) -> dict[str, str]:
+        """Return what a person should check, by topic: where it came from and what was taken in."""
+        said = {"source": f"{self.kind} {self.name}".strip()}
+        if self.kind != "run":
+            said["source takes"] = str(self.preprocessing)
+        if self.removed:
+            said["removed"] = f"{', '.join(self.removed)} at the end: logits are the contract"
+        if self.changes:
+            said["changed"] = " ".join(self.changes)
+        if self.agreement:
+            figures = (f"{name} {value:.3g}" for name, value in self.agreement.items())
+            said["agreement"] = ", ".join(figures)
+        return said
+
 
 class ModelCard(Record, frozen=True, kw_only=True):
     """What is known of a network.
@@ -45,6 +59,8 @@ class ModelCard(Record, frozen=True, kw_only=True):
         defense: A name in :data:`ccn_deploy.defenses.DEFENSES`; empty if it is none of ours.
         training: How the weights came about: data set, recipe, seed, epochs, accuracy; may be
             empty.
+        evaluation: How the owner of the network makes evaluation images: resize, crop,
+            interpolation; empty where nothing is known.
         source: Where the network came from.
 
     Raises:
@@ -58,6 +74,7 @@ class ModelCard(Record, frozen=True, kw_only=True):
     architecture: Text = ""
     defense: Text = ""
     training: dict[str, Any] = msgspec.field(default_factory=dict)
+    evaluation: dict[str, Any] = msgspec.field(default_factory=dict)
     source: Source
 
     def __post_init__(self) -> None:
@@ -74,6 +91,11 @@ class ModelCard(Record, frozen=True, kw_only=True):
                 f"Two classes are named {twice[0]!r}.", "Give every logit a name of its own."
             )
         self.source.preprocessing.check(self.input_shape[0])
+
+    @property
+    def title(self) -> str:
+        """What headings call it: for networks of the paper, defense and architecture."""
+        return f"{self.defense} on {self.architecture}" if self.architecture else self.name
 
     @property
     def classes(self) -> int:

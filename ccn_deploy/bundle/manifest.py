@@ -2,127 +2,160 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
+
+from ccn_deploy.bundle.card import ModelCard
+from ccn_deploy.bundle.preprocessing import Preprocessing
 from ccn_deploy.errors import EnvironmentUnfitError, IntegrityError
+from ccn_deploy.records import (
+    Count,
+    Digest,
+    Record,
+    Text,
+    decode_sealed,
+    encode,
+    encode_sealed,
+    unseal,
+)
 from ccn_deploy.storage import canonical_json, sha256
+from ccn_deploy.targets import DEPLOYED_PRECISIONS, RUNTIMES, Role
 
-SCHEMA = "ccn-deploy/bundle/1"
+SCHEMA = "ccn-deploy/bundle/2"
+FIRST_SCHEMA = "ccn-deploy/bundle/1"
 MANIFEST = "manifest.json"
 DAMAGED = "Copy or export the bundle again; nothing in it was used."
 
 
-@dataclass(frozen=True)
-class FileRecord:
+class Lineage(Record, frozen=True, kw_only=True):
+    """How a file was made of others of its bundle.
+
+    Attributes:
+        sources: Paths in the bundle; empty for what came from outside.
+        step: What made it: ``"lower"``, ``"vjp"``, ``"cast"``, ``"qdq"``, ``"optimize"``,
+            ``"build"``.
+        settings: Of that step.
+    """
+
+    sources: tuple[Text, ...] = ()
+    step: Text
+    settings: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class FileRecord(Record, frozen=True):
     """One file of a bundle.
 
     Attributes:
         path: Relative to the bundle, with forward slashes.
         sha256: Of its bytes, lower-case hex.
         bytes: Its size.
-        role: ``"weights"``, ``"forward"`` (a graph from images to logits), ``"forward:RUNTIME"``
-            (another one of the same network, written for one runtime), ``"gradient"``.
-        precision: Of a graph or engine, for example ``"fp32"``; empty for weights.
+        role: What it is for.
+        precision: Of a graph or engine, one of
+            :data:`ccn_deploy.targets.DEPLOYED_PRECISIONS`; empty for weights.
+        runtime: The one that a graph was optimised for, or that runs an engine; empty for files
+            that are for all.
+        lineage: How it was made; None where nothing is known.
         made_by: Libraries that wrote it, by name and version.
         details: Anything else that describes it, such as the opset.
     """
 
-    path: str
-    sha256: str
-    bytes: int
-    role: str
+    path: Text
+    sha256: Digest
+    bytes: Count
+    role: Role
     precision: str = ""
-    made_by: Mapping[str, str] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
+    runtime: str = ""
+    lineage: Lineage | None = None
+    made_by: dict[str, str] = msgspec.field(default_factory=dict)
+    details: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        role, runtime = Role(self.role), RUNTIMES.get(self.runtime)
+        precisions = ("",) if role is Role.WEIGHTS else DEPLOYED_PRECISIONS
+        if self.precision not in precisions:
+            raise ValueError(f"{self.path} is a {role} file of precision {self.precision!r}")
+        for_engines = runtime is not None and runtime.runs_engines
+        if (self.runtime and runtime is None) or role.is_engine != for_engines:
+            raise ValueError(f"{self.path} is a {role} file for the runtime {self.runtime!r}")
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Record, frozen=True):
     """What a bundle is.
 
     Attributes:
-        architecture: A name in :data:`ccn_deploy.architectures.ARCHITECTURES`.
-        defense: A name in :data:`ccn_deploy.defenses.DEFENSES`.
-        input_shape: (channels, height, width); images are NCHW float32 in [0, 1].
-        class_names: One per logit.
-        training: How the weights came about: data set, recipe, seed, epochs, accuracy.
+        card: What is known of the network.
         files: Every file of the bundle but the manifest and the evidence.
     """
 
-    architecture: str
-    defense: str
-    input_shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
-    training: Mapping[str, Any]
+    card: ModelCard
     files: tuple[FileRecord, ...]
+    schema: Literal["ccn-deploy/bundle/2"] = "ccn-deploy/bundle/2"
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical form of everything else in the manifest."""
-        return sha256(canonical_json(self._document()))
+        """SHA-256 of the canonical form of everything else in the manifest file."""
+        return sha256(encode(self))
 
     def to_bytes(self) -> bytes:
         """Return the manifest file: the canonical form, with its own digest in it."""
-        return canonical_json({**self._document(), "digest": self.digest})
+        return encode_sealed(self)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
         """Read a manifest file; any changed byte is an error.
 
+        A manifest of schema 1 is read as what it says in schema 2.
+
         Raises:
             IntegrityError: Not the bytes that were written, or a path that leaves the bundle.
             EnvironmentUnfitError: Written by a newer version of this package.
         """
-        try:
-            document = json.loads(data)
-            digest, schema = document.pop("digest"), document.pop("schema")
-            recomputed = sha256(canonical_json({**document, "schema": schema}))
-            canonical = canonical_json({**document, "schema": schema, "digest": digest})
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise IntegrityError(f"{MANIFEST} is damaged: {error}.", DAMAGED) from error
-        if digest != recomputed or data != canonical:
-            raise IntegrityError(
-                f"{MANIFEST} does not match its own digest: it was changed after export.", DAMAGED
-            )
-        if schema != SCHEMA:
+        plain = unseal(data, MANIFEST, DAMAGED)
+        schema = plain.get("schema")
+        if schema == FIRST_SCHEMA:
+            upgraded = _upgraded(plain)
+            data = canonical_json({**upgraded, "digest": sha256(canonical_json(upgraded))})
+        elif schema != SCHEMA:
             raise EnvironmentUnfitError(
                 f"The bundle has schema {schema!r}; this version reads {SCHEMA!r}.",
                 "Upgrade with: pip install --upgrade ccn-deploy",
             )
-        try:
-            manifest = cls(
-                architecture=document["architecture"],
-                defense=document["defense"],
-                input_shape=tuple(document["input_shape"]),
-                class_names=tuple(document["class_names"]),
-                training=document["training"],
-                files=tuple(FileRecord(**record) for record in document["files"]),
-            )
-            names = (manifest.architecture, manifest.defense, *manifest.class_names)
-            if not all(isinstance(name, str) for name in names):
-                raise TypeError("names must be strings")
-            for record in manifest.files:
-                check_path(record.path)
-            whole = manifest.to_bytes() == data  # nothing unknown, nothing of another type
-        except (KeyError, TypeError) as error:
-            raise IntegrityError(
-                f"{MANIFEST} lacks or mistypes a field: {error}.", DAMAGED
-            ) from error
-        if not whole:
-            raise IntegrityError(f"{MANIFEST} has fields that its schema does not.", DAMAGED)
+        manifest = decode_sealed(data, cls, MANIFEST, DAMAGED)
+        for record in manifest.files:
+            check_path(record.path)
         return manifest
 
-    def _document(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            **asdict(self),
-            "input": {"dtype": "float32", "layout": "NCHW", "range": [0.0, 1.0]},
-            "output": {"dtype": "float32", "meaning": "logits"},
+
+def _upgraded(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return a document of schema 1 as one of schema 2; what it mistypes stays mistyped.
+
+    There, a role could have a runtime behind a colon, and the network came from a run.
+    """
+    try:
+        card = {
+            key: plain.pop(key)
+            for key in ("architecture", "defense", "input_shape", "class_names", "training")
         }
+        files = []
+        for file in plain.pop("files"):
+            role, _, runtime = file.pop("role").partition(":")
+            files.append({**file, "role": role, "runtime": runtime, "lineage": None})
+        (weights,) = [file["sha256"] for file in files if file["role"] == Role.WEIGHTS]
+        name = f"{card['architecture']}-{card['defense']}"
+        for constant in ("schema", "input", "output"):
+            del plain[constant]
+        if plain:
+            raise ValueError(f"{', '.join(plain)} are not in schema 1")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"{MANIFEST} lacks or mistypes a field: {error}.", DAMAGED) from error
+    source = {
+        "kind": "run", "name": "", "sha256": weights, "removed": [], "changes": [],
+        "preprocessing": msgspec.to_builtins(Preprocessing()), "agreement": {},
+    }  # fmt: skip
+    card |= {"name": name, "source": source}
+    return {"card": card, "files": files, "schema": SCHEMA}
 
 
 def check_path(path: str) -> PurePosixPath:

@@ -59,6 +59,15 @@ class Preprocessing(Record, frozen=True):
                 "Images are divided by it; leave --std out to divide by nothing.",
             )
 
+    def __str__(self) -> str:
+        """Say in words what the source was fed, for a person to check."""
+        low, high = self.range
+        parts = [self.layout.upper(), self.channel_order.upper(), f"values {low:g} to {high:g}"]
+        for what, values in (("less the mean", self.mean), ("over the deviation", self.std)):
+            if values:
+                parts.append(f"{what} {' '.join(f'{value:g}' for value in dict.fromkeys(values))}")
+        return ", ".join(parts)
+
     @property
     def is_identity(self) -> bool:
         """Whether the source takes images in [0, 1], NCHW and RGB, as they are."""

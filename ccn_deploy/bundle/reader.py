@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ccn_deploy.bundle.card import ModelCard
 from ccn_deploy.bundle.manifest import DAMAGED, MANIFEST, FileRecord, Manifest, check_path
 from ccn_deploy.errors import (
     EnvironmentUnfitError,
@@ -14,6 +15,7 @@ from ccn_deploy.errors import (
     RuntimeUnavailableError,
 )
 from ccn_deploy.storage import sha256, sha256_file
+from ccn_deploy.targets import Role, Target
 
 EVIDENCE = "evidence"
 """Directory inside a bundle where measurements are cached; the manifest does not cover it."""
@@ -43,16 +45,38 @@ class Bundle:
             raise _link(EVIDENCE)
         return path
 
-    def file(self, role: str, precision: str = "") -> FileRecord:
-        """Find the file with a role and precision.
+    def evidence_file(self, *parts: str) -> Path:
+        """Return a path below :attr:`evidence`; nothing needs to be there.
+
+        Raises:
+            IntegrityError: A link on the way: what is written there would land outside.
+        """
+        path = self.evidence
+        for part in parts:
+            path = path / part
+            if path.is_symlink():
+                raise _link(path.relative_to(self.path).as_posix())
+        return path
+
+    @property
+    def card(self) -> ModelCard:
+        """What is known of the network."""
+        return self.manifest.card
+
+    def files(self, role: Role, precision: str = "", runtime: str = "") -> tuple[FileRecord, ...]:
+        """Return the files of exactly this role, precision and runtime, in the bundle's order."""
+        wanted = (role, precision, runtime)
+        return tuple(r for r in self.manifest.files if (r.role, r.precision, r.runtime) == wanted)
+
+    def file(self, role: Role, precision: str = "", runtime: str = "") -> FileRecord:
+        """Return the first of :meth:`files`.
 
         Raises:
             RuntimeUnavailableError: The bundle has none; the hint lists what it has.
         """
-        for record in self.manifest.files:
-            if record.role == role and record.precision == precision:
-                return record
-        have = sorted(r.precision for r in self.manifest.files if r.role == role)
+        for record in self.files(role, precision, runtime):
+            return record
+        have = sorted({r.precision for r in self.manifest.files if r.role == role})
         raise RuntimeUnavailableError(
             f"The bundle has no {role} file{f' in {precision}' if precision else ''}.",
             f"It has: {', '.join(have) or 'none'}. Export again with --precision {precision}."
@@ -60,19 +84,23 @@ class Bundle:
             else "Export the run again.",
         )
 
-    def forward(self, runtime: str, precision: str) -> FileRecord:
-        """Find the graph that a runtime executes: one written for it, or else the default one.
+    def program(self, target: Target, role: Role = Role.FORWARD) -> FileRecord:
+        """Return the graph that a target executes; the reference evaluates the float32 one.
+
+        It is the one optimised for the target's runtime, or else the one for all. Which engine
+        is executed depends on the machine, too:
+        :func:`ccn_deploy.runtimes.compatibility.choose_engine`.
 
         Args:
-            runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
-            precision: Of the graph.
+            target: Runtime and precision.
+            role: ``FORWARD`` or ``GRADIENT``.
 
         Raises:
-            RuntimeUnavailableError: As :meth:`file` does.
+            RuntimeUnavailableError: The bundle has none; the hint lists what it has.
         """
-        own = f"forward:{runtime}"
-        have = {(record.role, record.precision) for record in self.manifest.files}
-        return self.file(own if (own, precision) in have else "forward", precision)
+        precision = "fp32" if target.is_reference else target.precision
+        own = self.files(role, precision, target.runtime)
+        return own[0] if own else self.file(role, precision)
 
     def read(self, record: FileRecord) -> bytes:
         """Return the bytes of a file, checked again, for a parser to read.

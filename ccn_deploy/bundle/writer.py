@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ccn_deploy.bundle.manifest import MANIFEST, FileRecord, Manifest, check_path
+import msgspec
+
+from ccn_deploy.bundle.card import ModelCard
+from ccn_deploy.bundle.manifest import MANIFEST, FileRecord, Lineage, Manifest, check_path
 from ccn_deploy.bundle.reader import Bundle, open_bundle
 from ccn_deploy.errors import UsageError
 from ccn_deploy.storage import atomic_directory, sha256
+from ccn_deploy.targets import Role
 
 
 @dataclass(frozen=True)
@@ -19,34 +23,38 @@ class NewFile:
 
     path: str
     data: bytes
-    role: str
+    role: Role
     precision: str = ""
-    made_by: Mapping[str, str] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
+    runtime: str = ""
+    lineage: Lineage | None = None
+    made_by: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def copy(cls, bundle: Bundle, record: FileRecord) -> NewFile:
+        """Take a file over from another bundle, its bytes checked again.
+
+        Raises:
+            IntegrityError: The bytes are not those of the manifest.
+        """
+        said = msgspec.structs.asdict(record)
+        del said["sha256"], said["bytes"]
+        return cls(data=bundle.read(record), **said)
 
     def record(self) -> FileRecord:
-        """Return the manifest's line for this file."""
-        return FileRecord(
-            path=check_path(self.path).as_posix(),
-            sha256=sha256(self.data),
-            bytes=len(self.data),
-            role=self.role,
-            precision=self.precision,
-            made_by=self.made_by,
-            details=self.details,
-        )
+        """Return the manifest's line for this file.
+
+        Raises:
+            IntegrityError: The path leaves the bundle.
+            ValueError: A role with a precision or runtime that it cannot have.
+        """
+        said = {key: value for key, value in vars(self).items() if key != "data"}
+        check_path(self.path)
+        return FileRecord(sha256=sha256(self.data), bytes=len(self.data), **said)
 
 
 def write_bundle(
-    path: Path,
-    *,
-    architecture: str,
-    defense: str,
-    input_shape: tuple[int, int, int],
-    class_names: Sequence[str],
-    training: Mapping[str, Any],
-    files: Sequence[NewFile],
-    overwrite: bool = False,
+    path: Path, *, card: ModelCard, files: Sequence[NewFile], overwrite: bool = False
 ) -> Bundle:
     """Write files and manifest to ``path`` and open the result.
 
@@ -61,18 +69,11 @@ def write_bundle(
             f"{path} is not a bundle, so --overwrite does not replace it.",
             "Choose another --output, or remove it yourself.",
         )
-    manifest = Manifest(
-        architecture=architecture,
-        defense=defense,
-        input_shape=input_shape,
-        class_names=tuple(class_names),
-        training=training,
-        files=tuple(file.record() for file in files),
-    )
+    manifest = Manifest(card, tuple(file.record() for file in files)).to_bytes()
     with atomic_directory(path, overwrite=overwrite) as directory:
         for file in files:
             target = directory / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(file.data)
-        (directory / MANIFEST).write_bytes(manifest.to_bytes())
+        (directory / MANIFEST).write_bytes(manifest)
     return open_bundle(path)

@@ -24,6 +24,7 @@ import pytest
 from ccn_deploy.certification.findings import Finding
 from ccn_deploy.certification.plugin import NOTE
 from ccn_deploy.certification.session import Certification, Options
+from ccn_deploy.data import DataOptions
 from ccn_deploy.errors import CcnDeployError
 from ccn_deploy.verdict import Verdict
 
@@ -50,6 +51,14 @@ def begin(config: pytest.Config) -> Certification:
                 epsilons=option("--ccn-epsilons"),
                 dataset=option("--ccn-dataset"),
                 data_dir=option("--ccn-data-dir"),
+                data=DataOptions(
+                    resize=option("--ccn-resize"),
+                    crop=option("--ccn-crop"),
+                    interpolation=option("--ccn-interpolation"),
+                    layout=option("--ccn-layout"),
+                    images_key=option("--ccn-npz-images"),
+                    labels_key=option("--ccn-npz-labels"),
+                ),
                 threads=option("--ccn-threads"),
             )
             config.stash[_SESSION] = Certification(options)

@@ -21,6 +21,16 @@ CLAIMS = DIRECTORY / "claims.py"
 NOTE = "ccn-note"
 """Property of a test report with what the reader of all results should know."""
 
+DATA_OPTIONS = {
+    "resize": "MODE",
+    "crop": "MODE",
+    "interpolation": "NAME",
+    "layout": "NAME",
+    "npz-images": "KEY",
+    "npz-labels": "KEY",
+}
+"""Options of data, each with what its help shows for the value."""
+
 _USAGE = (
     f"The claims need a bundle to judge.\nGive one: pytest --pyargs {PACKAGE} --ccn-bundle BUNDLE"
 )
@@ -75,12 +85,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--ccn-dataset",
-        metavar="NAME",
-        help="Data set to measure on (default: the one the model was trained on).",
+        metavar="NAME|DIR|FILE.npz",
+        help="Data set to measure on: a name, a directory of class folders, or an .npz file "
+        "(default: the one the model was trained on).",
     )
     group.addoption(
-        "--ccn-data-dir", metavar="DIR", help="Directory with the files of the data set."
+        "--ccn-data-dir",
+        metavar="DIR",
+        help="Directory with the files of a data set that has a name.",
     )
+    for name, metavar in DATA_OPTIONS.items():
+        group.addoption(
+            f"--ccn-{name}",
+            metavar=metavar,
+            help=f"How images are made of a directory or an .npz file: as --{name} of `ccn-deploy "
+            "verify-parity`.",
+        )
     group.addoption(
         "--ccn-threads", metavar="N", type=int, help="CPU threads (default: the runtime's choice)."
     )

@@ -23,8 +23,9 @@ from ccn_deploy.attacks.spec import (
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.certification.copies import TemporaryCopy, writable
 from ccn_deploy.certification.findings import ClaimText, Finding
-from ccn_deploy.data import Dataset
-from ccn_deploy.errors import CcnDeployError, IntegrityError, StorageError, UsageError, unknown
+from ccn_deploy.data import DataOptions, Dataset
+from ccn_deploy.data.options import DEFAULT
+from ccn_deploy.errors import CcnDeployError, IntegrityError, StorageError, UsageError
 from ccn_deploy.evaluation import evaluation_data
 from ccn_deploy.parity.collect import ParityRequest
 from ccn_deploy.parity.collect import collect as collect_parity
@@ -37,7 +38,8 @@ from ccn_deploy.robustness import RobustnessRequest, RobustnessResult
 from ccn_deploy.robustness import collect as collect_robustness
 from ccn_deploy.robustness import judge as judge_robustness
 from ccn_deploy.robustness.judge import MAX_DROP
-from ccn_deploy.runtimes import RUNTIMES, RuntimeOptions
+from ccn_deploy.runtimes import RuntimeOptions
+from ccn_deploy.targets import Target
 from ccn_deploy.verdict import Verdict
 
 log = logging.getLogger("ccn_deploy.certification")
@@ -52,15 +54,16 @@ class Options:
 
     Attributes:
         bundle: Path of the bundle.
-        runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
+        runtime: A name in :data:`ccn_deploy.targets.RUNTIMES`.
         precision: Of the deployed graph.
         max_drop: How much accuracy the runtime may lose to the reference.
         samples: Images to attack.
         parity_samples: Images of each kind to compare with the reference; verify-parity's own
             choice if None.
         attacks: What to attack with.
-        dataset: Name; the one the network was trained on if None.
-        data_dir: Where its files are.
+        dataset: Name or path; the one the network was trained on if None.
+        data_dir: Where the files of a named data set are.
+        data: How images are made of a directory's or an .npz file's.
         threads: CPU threads; the runtime's own choice if None.
     """
 
@@ -73,6 +76,7 @@ class Options:
     attacks: tuple[AttackSpec, ...]
     dataset: str | None
     data_dir: Path | None
+    data: DataOptions
     threads: int | None
 
     @classmethod
@@ -89,6 +93,7 @@ class Options:
         epsilons: str | None = None,
         dataset: str | None = None,
         data_dir: str | None = None,
+        data: DataOptions = DEFAULT,
         threads: int | None = None,
     ) -> Options:
         """Read options as users give them; None stands for the commands' default.
@@ -98,8 +103,7 @@ class Options:
         """
         max_drop = MAX_DROP if max_drop is None else max_drop
         samples = RobustnessRequest.samples if samples is None else samples
-        if runtime not in RUNTIMES:
-            raise unknown("runtime", runtime, RUNTIMES)
+        Target(runtime, precision)
         tolerance_for(precision)
         if not 0.0 < max_drop <= 1.0:
             raise UsageError(
@@ -120,6 +124,7 @@ class Options:
             attacks=suite(attacks or DEFAULT_ATTACKS, strengths),
             dataset=dataset,
             data_dir=None if data_dir is None else Path(data_dir),
+            data=data,
             threads=threads,
         )
 
@@ -241,7 +246,11 @@ class Certification:
         return judge_robustness(measurement, options.max_drop)
 
     def _dataset(self) -> Dataset:
-        return evaluation_data(self._bundle(), self._options.dataset, self._options.data_dir)
+        options = self._options
+        data = evaluation_data(self._bundle(), options.dataset, options.data_dir, options.data)
+        for note in data.notes:
+            log.warning("%s", note)
+        return data
 
     def _measured(self, measure: Callable[[Bundle], T]) -> T:
         """Measure on the bundle, or on a copy of it if it cannot keep evidence."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +30,12 @@ class Dataset:
         input_shape: (channels, height, width).
         labels: int64 [N].
         fetch: Maps indices int64 [n] to float32 [n, C, H, W] in [0, 1].
-        digest: SHA-256 that changes when any image or label does.
+        digest: SHA-256 that changes when any image or label does, or how images are made of files.
+        described: How images are made of files and labels of classes, as words to write down;
+            empty for data sets that have one way only.
+        notes: What a user should know of the data, a sentence each: what was skipped or changed.
+        whole: Whether the other split has the same images, since the data are not divided.
+        numbered: Whether labels are bare numbers, ``class_names`` having been given by nobody.
 
     Raises:
         InputError: A label that is no class.
@@ -43,12 +48,22 @@ class Dataset:
     labels: Labels
     fetch: Callable[[NDArray[np.int64]], Images]
     digest: str
+    described: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    whole: bool = False
+    numbered: bool = False
 
     def __post_init__(self) -> None:
         check_labels(self.labels, len(self.class_names), f"{self.name} ({self.split})")
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What evidence says of the data: name, split, digest, and ``described``."""
+        named = {"name": self.name, "split": self.split, "digest": self.digest}
+        return {**self.described, **named}
 
     def images(self, indices: Sequence[int] | NDArray[np.int64]) -> Images:
         """Return the images at ``indices``: float32 [n, C, H, W] in [0, 1]."""
@@ -77,11 +92,16 @@ def check_labels(labels: NDArray[Any], classes: int, name: str = "labels") -> La
         InputError: Not one row of integers, or a label outside ``0..classes - 1``.
     """
     labels = np.asarray(labels)
+    if labels.ndim == 2 and labels.shape[1] == classes > 1:
+        raise InputError(
+            f"{name}: labels of shape {list(labels.shape)} look one-hot encoded.",
+            "Give the index of the class, one per image: labels.argmax(axis=1)",
+        )
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise InputError(
             f"{name}: labels must be integers of shape [N], got {labels.dtype} "
             f"{list(labels.shape)}.",
-            "Give the index of the class, one per image; undo any one-hot encoding.",
+            "Give the index of the class, one per image, as integers.",
         )
     bad = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(bad):

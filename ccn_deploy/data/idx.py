@@ -7,13 +7,13 @@ dimension as a big-endian 32-bit count, and the elements; here always unsigned b
 from __future__ import annotations
 
 import gzip
-import io
 import math
 import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,15 @@ from numpy.typing import NDArray
 from ccn_deploy.data.arrays import dataset_from_arrays
 from ccn_deploy.data.dataset import Dataset, Split
 from ccn_deploy.data.download import RemoteFile
+from ccn_deploy.data.files import open_regular
 from ccn_deploy.data.locate import default_directory, not_found
-from ccn_deploy.errors import InputError
+from ccn_deploy.errors import DatasetNotFoundError, InputError
 
 UNSIGNED_BYTE = 0x08
 SIDE = 28
+MOST = 300_000
+"""Items in one file: five times as many as were published, 235 MB of images."""
+
 STEMS: dict[Split, tuple[str, str]] = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -71,12 +75,6 @@ class IdxSet:
             self._find(stem, split, directory, download) for stem in STEMS[split]
         )
         images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
-        if images.shape[1:] != (SIDE, SIDE):
-            raise InputError(
-                f"{image_file} holds images of {images.shape[1]}x{images.shape[2]} pixels, "
-                f"expected {SIDE}x{SIDE}.",
-                f"Check that the file belongs to {self.name}.",
-            )
         if len(images) != len(labels):
             raise InputError(
                 f"{image_file} holds {len(images)} images and {label_file} {len(labels)} labels.",
@@ -87,38 +85,55 @@ class IdxSet:
         )
 
     def _find(self, stem: str, split: Split, directory: Path | None, download: bool) -> Path:
-        home = directory or default_directory(self.name)
-        places = [home, *(home / inside for inside in self.inside)]
-        if directory is None and self.installed is not None:
-            places.append(self.installed)
-        for place in places:
-            for name in (stem, f"{stem}.gz", stem.replace("-idx", ".idx")):
+        home, others = self._places(directory)
+        dotted = stem.replace("-idx", ".idx")
+        names = (stem, f"{stem}.gz", dotted, f"{dotted}.gz", f"{stem}/{stem}", f"{dotted}/{dotted}")
+        for place in (home, *(home / inside for inside in self.inside), *others):
+            for name in names:
                 if (place / name).is_file():
                     return place / name
         if download:
             path = home / f"{stem}.gz"
             RemoteFile(f"{self.base_url}{stem}.gz", *self.published[stem]).save(path)
             return path
-        looked_in = [home] if directory else [home, *filter(None, [self.installed])]
+        looked_in = [home, *others]
         raise not_found(self.name, looked_in, [f"{each}[.gz]" for each in STEMS[split]])
+
+    def _places(self, directory: Path | None) -> tuple[Path, tuple[Path, ...]]:
+        """Return where files should be put, and where else they may be."""
+        if directory is not None:
+            return directory, ()
+        if self.installed is None:
+            return default_directory(self.name), ()
+        try:
+            return default_directory(self.name), (self.installed,)
+        except DatasetNotFoundError:  # a user without home still has what the system installed
+            if not self.installed.is_dir():
+                raise
+            return self.installed, ()
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """Read an idx file of unsigned bytes, plain or gzip by its name.
+    """Read an idx file of unsigned bytes, plain or gzip, whatever its name says.
+
+    Args:
+        path: Of the file.
+        dimensions: 3 for images of 28x28, 1 for labels.
 
     Raises:
-        InputError: Not such a file, another number of dimensions, or more or fewer elements
-            than its header says.
+        InputError: Not such a file, another number or size of dimensions, no item or more than
+            :data:`MOST`, or more or fewer elements than its header says.
     """
     wanted = f"an idx file of unsigned bytes with {dimensions} dimension{'s'[: dimensions - 1]}"
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with open_regular(path) as raw, _unzipped(raw) as file:
             header = file.read(4 + 4 * dimensions)
             if header[:4] != bytes((0, 0, UNSIGNED_BYTE, dimensions)):
                 raise _damaged(path, f"starts with {header[:4].hex(' ') or 'nothing'}", wanted)
             if len(header) < 4 + 4 * dimensions:
                 raise _damaged(path, "ends inside its header", wanted)
             shape = struct.unpack(f">{dimensions}I", header[4:])
+            _check_shape(path, shape)  # before as much as it says is read
             expected = math.prod(shape)
             data = _read_up_to(file, expected + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -129,12 +144,29 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
-def _read_up_to(file: io.BufferedIOBase, size: int) -> bytes:
+def _unzipped(file: BinaryIO) -> BinaryIO | gzip.GzipFile:
+    zipped = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return gzip.GzipFile(fileobj=file) if zipped else file
+
+
+def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
+    count, *sides = shape
+    if any(side != SIDE for side in sides):
+        raise InputError(
+            f"{path} holds images of {sides[0]}x{sides[1]} pixels, expected {SIDE}x{SIDE}.",
+            "Check that the file belongs to this data set.",
+        )
+    if not 1 <= count <= MOST:
+        raise _damaged(path, f"says that it holds {count:,} items", f"1 to {MOST:,}")
+
+
+def _read_up_to(file: BinaryIO | gzip.GzipFile, size: int) -> bytearray:
     """Read in pieces, so that a header that lies cannot ask for all the memory at once."""
     data = bytearray()
     while piece := file.read(min(1 << 20, size - len(data))):
         data += piece
-    return bytes(data)
+    return data
 
 
 def _damaged(path: Path, what: str, expected: str) -> InputError:

@@ -16,9 +16,20 @@ def default_directory(name: str) -> Path:
     """Return where a data set lives when no directory is given.
 
     ``$CCN_DEPLOY_DATA/NAME``, or ``~/.cache/ccn-deploy/NAME`` if the variable is not set.
+
+    Raises:
+        DatasetNotFoundError: The variable is not set, and the user has no home directory.
     """
     base = os.environ.get(VARIABLE)
-    return (Path(base) if base else Path.home() / ".cache" / "ccn-deploy") / name
+    if base:
+        return Path(base) / name
+    try:
+        return Path.home() / ".cache" / "ccn-deploy" / name
+    except RuntimeError as error:
+        raise DatasetNotFoundError(
+            f"The data set {name!r} has no place of its own: this user has no home directory.",
+            f"Give the directory of its files with --data-dir, or set {VARIABLE}.",
+        ) from error
 
 
 def not_found(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +30,8 @@ class Node:
 
     Attributes:
         name: Unique in its graph: the node's own name, or that of its first output where it has
-            none or shares it with another node.
+            none or shares it with another node (with the operator behind it, where a node has
+            that name).
         op: Operator, such as ``"Conv"``, of ONNX's default domain.
         inputs: Tensors that it reads; ``""`` for an optional one that is absent.
         outputs: Tensors that it makes.
@@ -60,7 +62,8 @@ class Graph:
     @cached_property
     def opset(self) -> int:
         """Version of ONNX's default operator set."""
-        return next(int(o.version) for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
+        imports = self.model.opset_import
+        return int(next(o.version for o in imports if o.domain in ("", "ai.onnx")))
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -76,12 +79,17 @@ class Graph:
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
         """All nodes but those that only hold a constant, in order of execution."""
-        counts: dict[str, int] = {}
-        for proto in self.model.graph.node:
-            counts[proto.name] = counts.get(proto.name, 0) + 1
+        counts = Counter(proto.name for proto in self.model.graph.node)
+
+        def name_of(proto: onnx.NodeProto) -> str:
+            if proto.name and counts[proto.name] == 1:
+                return str(proto.name)
+            output = next(name for name in proto.output if name)
+            return f"{output} ({proto.op_type})" if counts[output] == 1 else output
+
         return tuple(
             Node(
-                name=proto.name if proto.name and counts[proto.name] == 1 else proto.output[0],
+                name=name_of(proto),
                 op=proto.op_type,
                 inputs=tuple(proto.input),
                 outputs=tuple(proto.output),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from ccn_deploy.graph import (
     ops_elementwise,
     ops_norm,
+    ops_quantize,
     ops_reduce,
+    ops_resize,
     ops_shape,
     ops_window,
 )
@@ -14,7 +16,9 @@ from ccn_deploy.graph.calls import Operator
 OPERATORS: dict[str, Operator] = {
     **ops_elementwise.OPERATORS,
     **ops_norm.OPERATORS,
+    **ops_quantize.OPERATORS,
     **ops_reduce.OPERATORS,
+    **ops_resize.OPERATORS,
     **ops_shape.OPERATORS,
     **ops_window.OPERATORS,
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,7 +48,8 @@ def _root_mean_square(call: Call) -> Function:
 
     def run(x: Tensor, scale: Tensor) -> Tensor:
         axes = tuple(range(axis % x.dim(), x.dim()))
-        return x / (x.square().mean(axes, keepdim=True) + epsilon).sqrt() * scale
+        root: Tensor = (x.square().mean(axes, keepdim=True) + epsilon).sqrt()
+        return x / root * scale
 
     return run
 
@@ -118,7 +117,8 @@ def _local_response(call: Call) -> Function:
         total = squares[:, :channels]
         for at in range(1, size):
             total = total + squares[:, at : at + channels]
-        return x / (bias + alpha / size * total).pow(beta)
+        divisor: Tensor = (bias + alpha / size * total).pow(beta)
+        return x / divisor
 
     return run
 

@@ -98,7 +98,8 @@ def _extreme(find: Callable[[Tensor, int, bool], Tensor]) -> Operator:
         def run(x: Tensor) -> Tensor:
             if not last:
                 return find(x, axis, keep)
-            return x.shape[axis] - 1 - find(x.flip(axis), axis, keep)
+            from_end: Tensor = find(x.flip(axis), axis, keep)
+            return from_end.neg().add(x.shape[axis] - 1)
 
         return run
 

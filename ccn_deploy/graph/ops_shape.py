@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccn_deploy.graph.calls import Call, Function, Operator
+
+MOST_ELEMENTS = 2**30
+"""Of one tensor that is made from sizes alone."""
 
 
 def _shape(call: Call) -> Function:
@@ -85,7 +87,8 @@ def _split(call: Call) -> Function:
         if wanted is None:
             size = math.ceil(x.shape[axis] / pieces)
             wanted = [size] * (pieces - 1) + [x.shape[axis] - size * (pieces - 1)]
-        return x.split(wanted, axis)
+        pieces_of_x: tuple[Tensor, ...] = torch.split(x, wanted, axis)
+        return pieces_of_x
 
     return run
 
@@ -209,18 +212,35 @@ def _scatter_elements(call: Call) -> Function:
 
 def _expand(call: Call) -> Function:
     sizes = call.list_at(1)
-    return lambda *inputs: inputs[0].expand(
-        torch.broadcast_shapes(inputs[0].shape, tuple(sizes(inputs) or ()))
-    )
+
+    def run(*inputs: Tensor) -> Tensor:
+        wanted = tuple(sizes(inputs) or ())
+        shape = torch.broadcast_shapes(inputs[0].shape, wanted)  # type: ignore[no-untyped-call]
+        return inputs[0].expand(shape)
+
+    return run
 
 
 def _tile(call: Call) -> Function:
     repeats = call.list_at(1)
-    return lambda *inputs: inputs[0].repeat(repeats(inputs) or [])
+
+    def run(*inputs: Tensor) -> Tensor:
+        times = repeats(inputs) or []
+        _check_count(call, inputs[0].numel() * math.prod(times))
+        return inputs[0].repeat(times)
+
+    return run
+
+
+def _check_count(call: Call, count: int) -> None:
+    """Refuse a tensor that some bytes in a file ask for and no memory can hold."""
+    if count > MOST_ELEMENTS:
+        raise call.refuse(f"it would make {count:,} elements; at most {MOST_ELEMENTS:,} are made")
 
 
 def _range(call: Call) -> Function:
     def run(start: Tensor, limit: Tensor, step: Tensor) -> Tensor:
+        _check_count(call, math.ceil((limit.item() - start.item()) / step.item()))
         return torch.arange(start.item(), limit.item(), step.item(), dtype=start.dtype)
 
     return run
@@ -230,7 +250,13 @@ def _constant_of_shape(call: Call) -> Function:
     sizes = call.list_at(0)
     value = np.asarray(call.get("value", np.zeros(1, np.float32))).reshape(-1)[0]
     dtype = call.dtype if value.dtype.kind == "f" else TORCH_TYPES[value.dtype.name]
-    return lambda *inputs: torch.full(sizes(inputs) or [], value.item(), dtype=dtype)
+
+    def run(*inputs: Tensor) -> Tensor:
+        shape = sizes(inputs) or []
+        _check_count(call, math.prod(shape))
+        return torch.full(shape, value.item(), dtype=dtype)
+
+    return run
 
 
 def _depth_to_space(call: Call) -> Function:
@@ -249,13 +275,12 @@ def _depth_to_space(call: Call) -> Function:
 
 def _space_to_depth(call: Call) -> Function:
     n = call.get("blocksize")
+    order = (0, 3, 5, 1, 2, 4) if call.get("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
 
     def run(x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        parts = x.reshape(batch, channels, height // n, n, width // n, n)
-        return parts.permute(0, 3, 5, 1, 2, 4).reshape(
-            batch, channels * n**2, height // n, width // n
-        )
+        parts = x.reshape(batch, channels, height // n, n, width // n, n).permute(order)
+        return parts.reshape(batch, channels * n**2, height // n, width // n)
 
     return run
 
@@ -381,6 +406,9 @@ _NUMBERS = {"FLOAT": 1, "FLOAT16": 10, "DOUBLE": 11, "INT32": 6, "INT64": 7, "BO
 
 
 def _dropout(call: Call) -> Function:
+    training = call.known[2] if len(call.known) > 2 else None
+    if training is not None and bool(training):
+        raise call.refuse("it is in training mode and draws random numbers")
     if call.outputs == 1:
         return lambda x, *rest: x
     return lambda x, *rest: (x, torch.ones_like(x, dtype=torch.bool))

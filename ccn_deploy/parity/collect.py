@@ -7,8 +7,9 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import numpy as np
 
 import ccn_deploy
@@ -18,7 +19,14 @@ from ccn_deploy.errors import IntegrityError, UsageError
 from ccn_deploy.evaluation import check_fits
 from ccn_deploy.extras import require
 from ccn_deploy.parity.comparison import compare_logits, compare_values, scale_of
-from ccn_deploy.parity.evidence import KINDS, InputRow, LayerRow, ParityEvidence, setting_key
+from ccn_deploy.parity.evidence import (
+    KINDS,
+    REFERENCE,
+    InputRow,
+    LayerRow,
+    ParityEvidence,
+    setting_key,
+)
 from ccn_deploy.parity.gradients import (
     CANDIDATES,
     GradientEvidence,
@@ -33,9 +41,10 @@ from ccn_deploy.parity.tolerances import Arithmetic, tolerance_for
 from ccn_deploy.runtimes import Runtime, RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.base import Array
 from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
+from ccn_deploy.targets import Role
 
 if TYPE_CHECKING:
-    from ccn_deploy.models import Classifier
+    from ccn_deploy.graph.evaluate import GraphModule
     from ccn_deploy.parity.inputs import Probe
 
 ODD_BATCH = 7
@@ -69,7 +78,7 @@ class ParityRequest:
 
     Attributes:
         dataset: Its first images in the order that ``seed`` gives are used.
-        runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
+        runtime: A name in :data:`ccn_deploy.targets.RUNTIMES`.
         precision: Of the deployed graph.
         samples: Images of each kind, at least 8; they are also the large batch. By default 256, or
             32 where an image has more than 10,000 values.
@@ -120,11 +129,16 @@ def collect(
     with open_runtime(bundle, request.runtime, request.precision, options) as runtime:
         setting = _setting(bundle, request, data, samples, runtime)
         target = runtime.spec.target
-        path = bundle.evidence / "parity" / f"{target}-{setting_key(setting)}.json"
-        if path.exists() and not fresh:
-            return ParityEvidence.read(path)
+        path = bundle.evidence_file("parity", f"{target}-{setting_key(setting)}.json")
+        kept = None if fresh else ParityEvidence.read(path, setting)
+        if kept is not None:
+            return kept
         torch = require("torch", "train", "for the float64 reference")
-        setting["reference"] = {"name": "torch", "precision": "fp64", "version": torch.__version__}
+        setting[REFERENCE] = {
+            "name": "torch",
+            "precision": "fp64",
+            "version": str(torch.__version__),
+        }
         measurement = _Measurement(bundle, request, options, runtime, setting)
         with _torch_threads(torch, request.threads):
             evidence = measurement.run(data, progress)
@@ -176,18 +190,21 @@ class _Measurement:
         import torch
 
         from ccn_deploy.parity.inputs import make_inputs
+        from ccn_deploy.parity.rounding import images_kept
         from ccn_deploy.runtimes.torch_runtime import load_reference
 
         samples: int = self.setting["samples"]
         parts = 2 + self.request.per_layer + self.runtime.differentiable
         step = _Steps(2 + len(KINDS) * parts, progress)
         step("crafting inputs")
-        probes = make_inputs(load_reference(self.bundle), data, samples, self.request.seed)
         exact = load_reference(self.bundle, torch.float64)
+        batch = min(_REFERENCE_BATCH, images_kept(exact.graph))
+        reference32 = load_reference(self.bundle)
+        probes = make_inputs(reference32, data, samples, self.request.seed, batch=batch)
         units: dict[str, dict[str, float]] = {}
         logits: dict[str, Array] = {}
         inputs: list[InputRow] = []
-        options = replace(self.options, max_batch=_REFERENCE_BATCH)
+        options = replace(self.options, max_batch=batch)
         with open_runtime(self.bundle, "torch", "fp64", options) as reference:
             for probe in probes:
                 step(f"{probe.kind}: what rounding explains")
@@ -215,7 +232,7 @@ class _Measurement:
         step.finish()
         return ParityEvidence(self.setting, tuple(inputs), tuple(claims), gradients, layers)
 
-    def _units(self, exact: Classifier, probe: Probe) -> dict[str, float]:
+    def _units(self, exact: GraphModule, probe: Probe) -> dict[str, float]:
         import torch
 
         from ccn_deploy.parity.rounding import rounding_units
@@ -236,9 +253,10 @@ class _Measurement:
 
     def _ranges(self) -> dict[str, float]:
         """Return the calibrated ranges, which stand in the manifest apart from the graph."""
-        record = self.bundle.file("forward", self.request.precision)
+        record = self.bundle.file(Role.FORWARD, self.request.precision)
         try:
-            return dict(record.details["calibration"]["ranges"])
+            ranges = record.details["calibration"]["ranges"]
+            return msgspec.convert(ranges, dict[str, Annotated[float, msgspec.Meta(ge=0)]])
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(
                 f"The manifest does not say which ranges {record.path} was calibrated to.",
@@ -272,7 +290,7 @@ class _Measurement:
         probes: Sequence[Probe],
         step: _Steps,
         *,
-        exact: Classifier,
+        exact: GraphModule,
         reference: Runtime,
         logits: dict[str, Array],
         units: dict[str, dict[str, float]],
@@ -324,7 +342,7 @@ class _Measurement:
             found, expected = deployed(images), reference(images)
             clean = clean or expected
             for layer, values in expected.items():
-                if layer in found:
+                if layer in found and layer in units[probe.kind]:
                     unit = units[probe.kind][layer]
                     scale = self._scale(values, clean[layer])
                     deviation = compare_values(found[layer], values, scale=scale, unit=unit)
@@ -368,7 +386,7 @@ def _setting(
     spec = runtime.spec
     return {
         "bundle": bundle.manifest.digest,
-        "dataset": {"name": data.name, "split": data.split, "digest": data.digest},
+        "dataset": data.identity,
         "seed": request.seed,
         "samples": samples,
         "per_layer": request.per_layer,

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccn_deploy.data import Dataset, Images
-from ccn_deploy.models import Classifier
 from ccn_deploy.parity.evidence import KINDS
 
 EPSILONS = (0.02, 0.1, 0.3)
@@ -21,7 +20,8 @@ PGD_STEPS = 10
 NEAR_MEAN_NOISE = 1e-3
 """Half-width of the noise around the mean, where ``x - 0.5`` cancels almost everything."""
 
-_CRAFT_BATCH = 64
+CRAFT_BATCH = 64
+"""Images that adversarial ones are crafted from at once, where memory allows."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,17 @@ class Probe:
         return np.arange(n) % len(self.images)
 
 
-def make_inputs(reference: Classifier, data: Dataset, samples: int, seed: int) -> list[Probe]:
+def make_inputs(
+    reference: nn.Module, data: Dataset, samples: int, seed: int, *, batch: int = CRAFT_BATCH
+) -> list[Probe]:
     """Return every kind of input, ``samples`` images of each.
 
     Args:
-        reference: The float32 network that the adversarial images are crafted on.
+        reference: The float32 forward graph, on which the adversarial images are crafted.
         data: Where clean images and labels come from.
         samples: Images of each kind; fewer if the data set has fewer.
         seed: Of the selection and of the noise.
+        batch: Images whose gradients are computed at once.
     """
     chosen = data.order(seed)[:samples]
     clean, labels = data.images(chosen), data.labels[chosen]
@@ -57,7 +60,7 @@ def make_inputs(reference: Classifier, data: Dataset, samples: int, seed: int) -
     near_mean = 0.5 + NEAR_MEAN_NOISE * rng.uniform(-1.0, 1.0, shape)
     images = (
         clean,
-        craft(reference, clean, labels),
+        craft(reference, clean, labels, batch=batch),
         rng.random(shape, dtype=np.float32),
         np.zeros((1, *data.input_shape), np.float32),
         np.ones((1, *data.input_shape), np.float32),
@@ -66,7 +69,9 @@ def make_inputs(reference: Classifier, data: Dataset, samples: int, seed: int) -
     return [Probe(kind, array) for kind, array in zip(KINDS, images, strict=True)]
 
 
-def craft(reference: Classifier, images: Images, labels: NDArray[np.int64]) -> Images:
+def craft(
+    reference: nn.Module, images: Images, labels: NDArray[np.int64], *, batch: int = CRAFT_BATCH
+) -> Images:
     """Return adversarial images: one gradient step and ten in turn, at each of :data:`EPSILONS`.
 
     They are inputs for a comparison of arithmetic, not a measure of robustness, so a few
@@ -76,12 +81,13 @@ def craft(reference: Classifier, images: Images, labels: NDArray[np.int64]) -> I
         reference: float32, in eval mode.
         images: float32 [N, C, H, W] in [0, 1].
         labels: int64 [N].
+        batch: Images whose gradients are computed at once.
     """
     eps = torch.tensor([EPSILONS[i % len(EPSILONS)] for i in range(len(images))])
     steps = torch.tensor([1 if i % 2 == 0 else PGD_STEPS for i in range(len(images))])
     crafted = torch.from_numpy(images.copy())
-    for start in range(0, len(images), _CRAFT_BATCH):
-        piece = slice(start, start + _CRAFT_BATCH)
+    for start in range(0, len(images), batch):
+        piece = slice(start, start + batch)
         crafted[piece] = _signed_steps(
             reference,
             crafted[piece],
@@ -94,7 +100,7 @@ def craft(reference: Classifier, images: Images, labels: NDArray[np.int64]) -> I
 
 
 def _signed_steps(
-    reference: Classifier, images: Tensor, labels: Tensor, eps: Tensor, steps: Tensor
+    reference: nn.Module, images: Tensor, labels: Tensor, eps: Tensor, steps: Tensor
 ) -> Tensor:
     """Climb the loss within ``eps`` of the images; a single step is as long as ``eps``."""
     low, high = (images - eps).clamp(min=0.0), (images + eps).clamp(max=1.0)

@@ -11,6 +11,7 @@ from ccn_deploy.parity.evidence import InputRow, LayerRow, ParityEvidence
 from ccn_deploy.parity.gradients import GradientEvidence, GradientRow, KinkRow
 from ccn_deploy.parity.invariance import DETERMINISTIC, Claim
 from ccn_deploy.parity.tolerances import Tolerance, tolerance_for
+from ccn_deploy.records import document
 from ccn_deploy.verdict import Verdict
 
 SCHEMA = "ccn-deploy/parity/2"
@@ -29,17 +30,21 @@ class Finding:
 
     Attributes:
         row: The evidence.
-        reasons: Why it fails, one phrase each; empty if it passes.
+        reasons: Why it is not a pass, one phrase each; empty if it passes.
         stated_error: Absolute error the policy allows here.
+        blank: Whether the row shows nothing, because all that was to be compared is 0.
     """
 
     row: InputRow | Claim | LayerRow
     reasons: tuple[str, ...]
     stated_error: float
+    blank: bool = False
 
     @property
     def verdict(self) -> Verdict:
-        """Pass, or fail for any reason."""
+        """Pass; inconclusive if the row shows nothing; fail for any other reason."""
+        if self.blank:
+            return Verdict.INCONCLUSIVE
         return Verdict.FAIL if self.reasons else Verdict.PASS
 
     @property
@@ -60,9 +65,12 @@ class Finding:
 
     def document(self) -> dict[str, Any]:
         """Return the evidence with the verdict beside it."""
-        deviation = self.row.deviation
+        deviation, row = self.row.deviation, document(self.row)
+        row |= row.pop("deviation")
+        if isinstance(self.row, LayerRow):
+            del row["argmax_flips"], row["flips"]  # a layer has no labels
         return {
-            **self.row.document(),
+            **row,
             "relative": finite_or_none(deviation.relative),
             "rounding_units": finite_or_none(deviation.units),
             "stated_error": finite_or_none(self.stated_error),
@@ -102,7 +110,7 @@ class GradientFinding:
     def document(self) -> dict[str, Any]:
         """Return the evidence with the verdict beside it."""
         return {
-            **self.row.document(),
+            **document(self.row),
             "relative": finite_or_none(self.row.slopes.relative),
             "verdict": self.verdict.value,
             "reasons": list(self.reasons),
@@ -128,7 +136,7 @@ class KinkFinding:
     def document(self) -> dict[str, Any]:
         """Return the evidence with the verdict beside it."""
         return {
-            **self.row.document(),
+            **document(self.row),
             "verdict": self.verdict.value,
             "reasons": list(self.reasons),
         }
@@ -184,7 +192,7 @@ class ParityResult:
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document of the command; no NaN, no infinity (null instead)."""
-        document: dict[str, Any] = {
+        told: dict[str, Any] = {
             "schema": SCHEMA,
             "verdict": self.verdict.value,
             "runtime": self.evidence.runtime,
@@ -202,9 +210,9 @@ class ParityResult:
         }
         if self.layers is not None:
             first = self.first_departure
-            document["layers"] = [finding.document() for finding in self.layers]
-            document["first_departure"] = first.subject if first else None
-        return document
+            told["layers"] = [finding.document() for finding in self.layers]
+            told["first_departure"] = first.subject if first else None
+        return told
 
 
 def judge(evidence: ParityEvidence, policy: Tolerance | None = None) -> ParityResult:
@@ -233,7 +241,14 @@ def _finding(row: InputRow | Claim | LayerRow, policy: Tolerance) -> Finding:
     reasons = _reasons(deviation, policy)
     if isinstance(row, Claim) and row.claim == DETERMINISTIC and row.differing:
         reasons.append(f"{row.differing} logits differ in their bits between runs")
-    return Finding(row, tuple(reasons), policy.stated_error(deviation.scale))
+    blank = isinstance(row, InputRow) and row.kind == "clean" and _is_blank(deviation)
+    if blank:
+        reasons.append("every logit is 0, of the reference as of the runtime: an untrained head?")
+    return Finding(row, tuple(reasons), policy.stated_error(deviation.scale), blank)
+
+
+def _is_blank(deviation: Deviation) -> bool:
+    return deviation.scale == 0.0 and deviation.max_abs == 0.0
 
 
 def _reasons(deviation: Deviation, policy: Tolerance) -> list[str]:
@@ -251,6 +266,11 @@ def _reasons(deviation: Deviation, policy: Tolerance) -> list[str]:
             f"label flips: {many}{len(sure)} where the margin, up to {sure[0].margin:.2g}, is over "
             f"the stated error {stated:.2g}"
         )
+    if deviation.scale == 0.0 and deviation.max_abs > 0.0:
+        reasons.append(
+            f"largest error is {deviation.max_abs:.2g} where the reference gives nothing but 0"
+        )
+        return reasons
     if not deviation.relative <= policy.max_relative:
         reasons.append(
             f"largest error is {deviation.relative:.2g} of the scale, allowed "

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from ccn_deploy.data import Images
-from ccn_deploy.models import Classifier
+from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.parity.comparison import scale_of
 from ccn_deploy.parity.gradients import untied
-from ccn_deploy.parity.rounding import RoundingModel, images_at_once
+from ccn_deploy.parity.rounding import RoundingModel, images_kept
+from ccn_deploy.parity.rounding_rules import Errors
 from ccn_deploy.parity.tolerances import Arithmetic, Tolerance
 from ccn_deploy.runtimes.base import Array
 
@@ -28,8 +29,8 @@ PAIRS = 4
 TYPICAL_PAIRS = 2
 """Draws of errors of the model's own size, which tell what a kink usually does."""
 
-_KEPT = 8
-"""Tensors as wide as the widest that autograd keeps of one pass, roughly."""
+_KEPT = 3
+"""Tensors that autograd keeps for each of the graph's, roughly."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Shifts:
 
 
 def measure_shifts(
-    model: Classifier,
+    model: GraphModule,
     images: Images,
     cotangents: Array,
     truth: Array,
@@ -58,7 +59,7 @@ def measure_shifts(
     """Find the images near a kink: those whose gradient rounding moves by more than is allowed.
 
     Args:
-        model: The network in float64 and evaluation mode, its parameters frozen.
+        model: The forward graph in float64.
         images: float32 [n, C, H, W].
         cotangents: [n, classes], one row an image.
         truth: The exact gradients [n, C, H, W] for these cotangents.
@@ -80,7 +81,7 @@ def measure_shifts(
 
 
 def rounding_shifts(
-    model: Classifier,
+    model: GraphModule,
     images: Images,
     cotangents: Array,
     truth: Array,
@@ -103,7 +104,7 @@ def rounding_shifts(
         seed: Of the errors.
     """
     generator = torch.Generator().manual_seed(seed)
-    kept = images_at_once(model, 2 * _KEPT)
+    kept = images_kept(model.graph, 2 * _KEPT)
     shifts = np.zeros(len(images))
     wanted = untied(truth[:, None], images)
     for at in range(0, len(images), kept):
@@ -118,21 +119,23 @@ def rounding_shifts(
 
 
 def _noisy_pair(
-    model: Classifier,
+    model: GraphModule,
     images: torch.Tensor,
     cotangents: torch.Tensor,
     arithmetic: Arithmetic,
     generator: torch.Generator,
 ) -> NDArray[np.float64]:
     """Return the gradients [2, N, C, H, W] of the network with errors, and with their opposite."""
-    rounding = RoundingModel(arithmetic, generator, paired=True)
-    exact = images
-    leaf = noisy = images.expand(2, *images.shape).clone().requires_grad_(True)
+    rounding = RoundingModel(model, arithmetic, Errors(generator, draws=2, paired=True))
+    leaf = torch.cat([images] * 2).requires_grad_(True)
     with torch.enable_grad():
-        for name, layer in model.named_layers():
-            exact, noisy = rounding.step(name, layer, exact, noisy)
-        (gradients,) = torch.autograd.grad((noisy * cotangents).sum(), leaf)
-    found: NDArray[np.float64] = gradients.numpy()
+        logits = torch.empty(0)
+        for tensor, _, noisy in rounding.run(images, leaf):
+            if tensor == model.output:
+                logits = noisy
+        loss = (logits * torch.cat([cotangents] * 2)).sum()
+        (gradients,) = torch.autograd.grad(loss, leaf)
+    found: NDArray[np.float64] = gradients.view(2, *images.shape).numpy()
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ccn_deploy.bundle import Bundle
-from ccn_deploy.defenses import DEFENSES
 from ccn_deploy.report.claim_text import Json, interval, percent, reason, target, title
 from ccn_deploy.report.curves import bounded_curves, minimal_curve
 from ccn_deploy.report.examples import Example
@@ -56,14 +55,14 @@ def page_of(
     return Page(
         verdict=deciding.verdict,
         reason=f"{deciding.name}: {deciding.reason}" if several else deciding.reason,
-        model=_model(bundle),
+        model=bundle.card.title,
         target=", ".join(one.name for one in targets),
         reference=documents[0]["reference"],
         facts=_facts(documents[0]),
         precisions=precision_table(result.document()) if several else None,
         targets=targets,
         parity=parity_table(parity) if parity else None,
-        pictures=pictures_of(examples, bundle.manifest.class_names),
+        pictures=pictures_of(examples, bundle.card.class_names),
         pictured=targets[0].name,
         warnings=warnings,
         command=command,
@@ -90,12 +89,6 @@ def _target(document: Json) -> Target:
             effort_table(document["attacks"]),
         ],
     )
-
-
-def _model(bundle: Bundle) -> str:
-    manifest = bundle.manifest
-    defense = DEFENSES.get(manifest.defense)
-    return f"{defense.title if defense else manifest.defense} ({manifest.architecture})"
 
 
 def _facts(document: Json) -> list[Fact]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ccn_deploy.architectures import ARCHITECTURES
 from ccn_deploy.attacks.source import GRADIENTS
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.report.claim_text import Json
@@ -15,9 +14,8 @@ from ccn_deploy.storage import sha256_file
 
 def provenance(bundle: Bundle, measurements: Sequence[Measurement]) -> list[Fact]:
     """Return how the numbers came about; measurements are of the same images."""
-    manifest, first = bundle.manifest, measurements[0]
+    card, first = bundle.card, measurements[0]
     dataset = first.dataset
-    architecture = ARCHITECTURES.get(manifest.architecture)
     headers = [evidence.header for evidence in _evidence(measurements)]
     versions = {
         name: version
@@ -31,8 +29,9 @@ def provenance(bundle: Bundle, measurements: Sequence[Measurement]) -> list[Fact
     alike = len(set(sources.values())) == 1
     gradients = [sources[first.precision]] if alike else [f"{p}: {s}" for p, s in sources.items()]
     facts = [
-        Fact("Architecture", architecture.title if architecture else manifest.architecture),
-        Fact("Training", _training(manifest.training)),
+        Fact("Network", card.title),
+        *(Fact(topic.capitalize(), text) for topic, text in card.source.told().items()),
+        Fact("Training", _training(card.training)),
         Fact("Data", f"{dataset['name']}, {dataset['split']} split"),
         Fact(
             "Selection",
@@ -41,7 +40,7 @@ def provenance(bundle: Bundle, measurements: Sequence[Measurement]) -> list[Fact
         Fact("Gradients", f"{'; '.join(gradients)}; every verdict is the runtime's own"),
         Fact("Versions", _list(f"{name} {version}" for name, version in sorted(versions.items()))),
         Fact("Machine", _list([*machines, *gpus])),
-        Fact("Manifest", manifest.digest, code=True),
+        Fact("Manifest", bundle.manifest.digest, code=True),
     ]
     return [fact for fact in facts if fact.value]
 

@@ -11,16 +11,14 @@ from ccn_deploy.attacks.source import Gradient
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.runtimes import open_runtime
 from ccn_deploy.runtimes.base import Runtime, RuntimeOptions
+from ccn_deploy.targets import Target
 
 if TYPE_CHECKING:
     from foolbox.models.pytorch import PyTorchModel
 
-    from ccn_deploy.models import Classifier
+    from ccn_deploy.graph.evaluate import GraphModule
 
-Target = tuple[str, str]
-"""A runtime and a precision."""
-
-REFERENCE: Target = ("torch", "fp32")
+REFERENCE = Target("torch")
 """The target that deployed ones are compared with: the PyTorch network, attacked itself."""
 
 
@@ -37,7 +35,7 @@ class AttackSession:
         self._options = options
         self._open: dict[tuple[Target, bool], Runtime] = {}
         self._models: dict[tuple[Target, bool, Gradient], PyTorchModel] = {}
-        self._reference: Classifier | None = None
+        self._reference: GraphModule | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> AttackSession:
@@ -50,7 +48,7 @@ class AttackSession:
         """Return a runtime; for an attack that leaves the box, one that takes such images."""
         if (target, clip) not in self._open:
             options = replace(self._options, check_range=clip)
-            runtime = open_runtime(self.bundle, *target, options)
+            runtime = open_runtime(self.bundle, target.runtime, target.precision, options)
             self._open[target, clip] = self._stack.enter_context(runtime)
         return self._open[target, clip]
 

@@ -15,9 +15,9 @@ from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.errors import EnvironmentUnfitError
 from ccn_deploy.machine import Machine, this_machine
-from ccn_deploy.robustness.attack_session import Target
+from ccn_deploy.robustness.attack_session import REFERENCE
 from ccn_deploy.runtimes.compatibility import choose_engine, no_gpu
-from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
+from ccn_deploy.targets import Role, Target
 
 
 def differentiable(
@@ -31,15 +31,13 @@ def differentiable(
         device: Index of the GPU, for a target on one.
         machine: Where it runs; this one if None.
     """
-    runtime, precision = target
-    if runtime in LIBRARIES:
-        try:
-            _gradient_program(bundle, target, machine or this_machine(), device)
-        except EnvironmentUnfitError:
-            return False
+    if target.is_reference:
         return True
-    files = {(record.role, record.precision) for record in bundle.manifest.files}
-    return runtime.startswith("torch") or ("gradient", precision) in files
+    try:
+        _program(bundle, target, machine, device, Role.GRADIENT)
+    except EnvironmentUnfitError:
+        return False
+    return True
 
 
 def cache_key(
@@ -67,84 +65,67 @@ def cache_key(
         RuntimeUnavailableError: The bundle has nothing that the target could execute.
         EnvironmentUnfitError: The target is on a GPU, and there is none; or no engine fits it.
     """
-    runtime, precision = target
-    native = gradient == "native" and not runtime.startswith("torch")
-    if on_gpu(runtime) and machine is None:
+    if target.on_gpu and machine is None:
         machine = this_machine()
+    native = gradient == "native" and not target.is_reference
     program = _program(bundle, target, machine, device)
-    slope = _gradient_program(bundle, target, machine, device) if native else None
+    slope = _program(bundle, target, machine, device, Role.GRADIENT) if native else None
     return {
-        "target": {"runtime": runtime, "precision": precision},
+        "target": {"runtime": target.runtime, "precision": target.precision},
         "gradient": gradient,
         "bundle": {
-            "weights": bundle.file("weights").sha256,
-            "program": None if program is None else program.sha256,
+            "reference": bundle.program(REFERENCE).sha256,
+            "program": program.sha256,
             "gradient": None if slope is None else slope.sha256,
         },
-        "dataset": {"name": dataset.name, "split": dataset.split, "digest": dataset.digest},
+        "dataset": dataset.identity,
         "selection": {"rule": "permutation", "seed": seed},
         "seed": seed,
-        "versions": _versions(runtime, machine),
+        "versions": _versions(target, machine),
         "machine": platform.machine(),
-        "gpu": _gpu(runtime, machine, device),
+        "gpu": _gpu(target, machine, device),
     }
 
 
-def on_gpu(runtime: str) -> bool:
-    """Whether a runtime computes on a GPU."""
-    return runtime in LIBRARIES or runtime.endswith("-cuda")
-
-
 def _program(
-    bundle: Bundle, target: Target, machine: Machine | None, device: int
-) -> FileRecord | None:
-    """Return the very file that the target executes; None for torch, which has the weights."""
-    runtime, precision = target
-    if runtime.startswith("torch"):
-        return None
-    if runtime in LIBRARIES:
-        assert machine is not None  # it is on a GPU
-        return choose_engine(bundle, runtime, precision, machine, device=device)
-    return bundle.forward(runtime, precision)
-
-
-def _gradient_program(
-    bundle: Bundle, target: Target, machine: Machine | None, device: int
+    bundle: Bundle,
+    target: Target,
+    machine: Machine | None,
+    device: int,
+    role: Role = Role.FORWARD,
 ) -> FileRecord:
-    runtime, precision = target
-    if runtime in LIBRARIES:
-        assert machine is not None
-        return choose_engine(
-            bundle, runtime, precision, machine, device=device, role="gradient-engine"
-        )
-    return bundle.file("gradient", precision)
+    """Return the very file that the target executes; for the reference, the graph it evaluates."""
+    if target.kind.runs_engines:
+        machine = machine or this_machine()
+        return choose_engine(bundle, target, machine, device=device, role=role.engine)
+    return bundle.program(target, role)
 
 
-def _gpu(runtime: str, machine: Machine | None, device: int) -> dict[str, str] | None:
+def _gpu(target: Target, machine: Machine | None, device: int) -> dict[str, str] | None:
     """Return what tells a GPU from another, or None for a target on the CPU.
 
     Raises:
         EnvironmentUnfitError: There is none, so nothing that was measured can be told to be of it.
     """
-    if not on_gpu(runtime):
+    if not target.on_gpu:
         return None
     assert machine is not None
-    extra = LIBRARIES[runtime].extra if runtime in LIBRARIES else "gpu"
-    problem = no_gpu(machine, device, f"{runtime} cannot run", extra)
+    extra = "gpu" if target.is_reference else target.kind.extra
+    problem = no_gpu(machine, device, f"{target.runtime} cannot run", extra)
     if problem is not None:
         raise problem
     gpu = machine.gpus[device]
     return {"name": gpu.name, "compute_capability": gpu.compute_capability}
 
 
-def _versions(runtime: str, machine: Machine | None) -> Mapping[str, str | None]:
+def _versions(target: Target, machine: Machine | None) -> Mapping[str, str | None]:
     """Return the libraries that shape the numbers; the first three carry out every attack."""
     versions = {name: _version(name) for name in ("ccn-deploy", "torch", "foolbox")}
-    if runtime in LIBRARIES:
+    if target.kind.runs_engines:
         assert machine is not None
-        distribution = LIBRARIES[runtime].distribution
+        distribution = target.kind.distribution
         versions[distribution] = machine.packages.get(distribution)
-    elif not runtime.startswith("torch"):
+    elif not target.is_reference:
         versions["onnxruntime"] = _version("onnxruntime", "onnxruntime-gpu")
     return versions
 

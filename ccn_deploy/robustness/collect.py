@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,12 +14,12 @@ from ccn_deploy.attacks import AttackSpec, suite
 from ccn_deploy.attacks.source import Gradient, no_gradients, source
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data.dataset import Dataset
-from ccn_deploy.errors import UsageError, unknown
+from ccn_deploy.errors import IntegrityError, UsageError
 from ccn_deploy.evaluation import check_fits
 from ccn_deploy.robustness import agreement
 from ccn_deploy.robustness.agreement import GradientAgreement
-from ccn_deploy.robustness.attack_job import Trial, attack
-from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession, Target
+from ccn_deploy.robustness.attack_job import TOLERANCE, Trial, attack
+from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession
 from ccn_deploy.robustness.cache_key import cache_key, differentiable
 from ccn_deploy.robustness.evidence import (
     SCHEMA,
@@ -27,8 +28,8 @@ from ccn_deploy.robustness.evidence import (
     read_evidence,
     writing,
 )
-from ccn_deploy.runtimes import RUNTIMES
 from ccn_deploy.runtimes.base import RuntimeOptions
+from ccn_deploy.targets import Target
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class RobustnessRequest:
 
     Attributes:
         dataset: Its first ``samples`` images in the order that ``seed`` gives are attacked.
-        runtime: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
+        runtime: A name in :data:`ccn_deploy.targets.RUNTIMES`.
         precision: Of the deployed graph.
         attacks: Each is run on the reference and on the runtime.
         gradient: Where the gradients of attacks on the runtime come from, a name in
@@ -62,7 +63,7 @@ class RobustnessRequest:
     @property
     def target(self) -> Target:
         """Runtime and precision."""
-        return self.runtime, self.precision
+        return Target(self.runtime, self.precision)
 
     @property
     def n(self) -> int:
@@ -143,14 +144,14 @@ def collect(
     with AttackSession(bundle, request.options) as session:
         for job in jobs:
             spec, target = job.trial.spec, job.trial.target
-            what = f"{spec.label} on {'-'.join(target)}"
-            path = evidence_path(bundle.evidence, job.header, spec.label)
-            evidence = read_evidence(path, job.header, n)
+            what = f"{spec.label} on {target}"
+            path = evidence_path(bundle, job.header, spec.label)
+            evidence = _read(path, job, request)
             if len(evidence) < n:
                 for count in _extend(session, request, job):
                     if progress is not None:
                         progress(what, done + spec.cost * count, total)
-                evidence = read_evidence(path, job.header, n)
+                evidence = _read(path, job, request)
             found[spec.label, target] = evidence
             done += spec.cost * n
         compared = _agreement(session, request)
@@ -159,7 +160,7 @@ def collect(
         runtime=request.runtime,
         precision=request.precision,
         gradient=gradient,
-        dataset={"name": dataset.name, "split": dataset.split, "digest": dataset.digest},
+        dataset=dataset.identity,
         seed=request.seed,
         n=n,
         pairs=tuple(
@@ -200,9 +201,44 @@ def _plan(bundle: Bundle, request: RobustnessRequest) -> tuple[Gradient, list[_J
     return gradient, [_Job(trial, _header(bundle, request, trial)) for trial in trials]
 
 
+def _read(path: Path, job: _Job, request: RobustnessRequest) -> Evidence:
+    """Return the evidence that is there, of the very images and within the attack's bounds.
+
+    A seal shows that nobody changed a byte by mistake; anybody can compute a new one. What a row
+    says must at least be possible.
+
+    Raises:
+        IntegrityError: It is damaged, or says what cannot be.
+    """
+    evidence, spec = read_evidence(path, job.header, request.n), job.trial.spec
+    wanted = request.dataset.order(request.seed)[: len(evidence)]
+    classes = len(request.dataset.class_names)
+    clean, adversarial = evidence.clean_runtime, evidence.adversarial_runtime
+    given = np.concatenate([clean, adversarial, evidence.clean_reference])
+    status = evidence.status
+    size = {"linf": evidence.linf, "l2": evidence.l2}[spec.norm]
+    legal = (status == "fooled") | (status == "held")
+    possible = (
+        np.array_equal(evidence.index, wanted)
+        and np.array_equal(evidence.label, request.dataset.labels[wanted])
+        and (given < classes).all()
+        and np.array_equal(status == "already-wrong", clean != evidence.label)
+        and (adversarial[status == "held"] == clean[status == "held"]).all()
+        and (adversarial[status == "fooled"] != clean[status == "fooled"]).all()
+        and (spec.epsilon is None or (size[legal] <= spec.epsilon + TOLERANCE).all())
+    )
+    if not possible:
+        raise IntegrityError(
+            f"The evidence {path.name} says what cannot be: other images, labels or distances "
+            "than the attack could give.",
+            f"Delete {path} and measure again.",
+        )
+    return evidence
+
+
 def _extend(session: AttackSession, request: RobustnessRequest, job: _Job) -> Iterator[int]:
     """Measure what is missing of one job, yielding the count of samples after every batch."""
-    path = evidence_path(session.bundle.evidence, job.header, job.trial.spec.label)
+    path = evidence_path(session.bundle, job.header, job.trial.spec.label)
     order = request.dataset.order(request.seed)
     with writing(path, job.header) as writer:
         yield min(writer.count, request.n)
@@ -224,8 +260,6 @@ def _extend(session: AttackSession, request: RobustnessRequest, job: _Job) -> It
 
 
 def _check(bundle: Bundle, request: RobustnessRequest) -> None:
-    if request.runtime not in RUNTIMES:
-        raise unknown("runtime", request.runtime, RUNTIMES)
     if request.samples < 1 or request.batch < 1:
         raise UsageError("No image to attack was asked for.", "Give --samples 1 or more.")
     if not request.attacks:
@@ -245,7 +279,7 @@ def _gradient(bundle: Bundle, request: RobustnessRequest) -> Gradient:
         return "native"  # it is the reference
     native = differentiable(bundle, request.target, device=request.options.device)
     if request.gradient == "native" and not native:
-        raise no_gradients("-".join(request.target))
+        raise no_gradients(str(request.target))
     return request.gradient or ("native" if native else "reference")
 
 
@@ -260,9 +294,10 @@ def _agreement(session: AttackSession, request: RobustnessRequest) -> GradientAg
         "samples": len(indices),
         "probe": agreement.PROBE.document(),
     }
-    path = agreement.agreement_path(bundle.evidence, setting, target)
-    if path.is_file():
-        return GradientAgreement.read(path, setting)
+    path = agreement.agreement_path(bundle, setting, target)
+    kept = GradientAgreement.read(path, setting)
+    if kept is not None:
+        return kept
     images, labels = dataset.images(indices), dataset.labels[indices]
     found = agreement.compare_gradients(session, target, images, labels)
     found.write(path, setting)

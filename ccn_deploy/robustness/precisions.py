@@ -127,7 +127,7 @@ class PrecisionsResult:
             "verdict": self.verdict.value,
             "warnings": list(self.warnings),
             "runtime": self.first.runtime,
-            "reference": "-".join(REFERENCE),
+            "reference": str(REFERENCE),
             "baseline": self.baseline,
             "dataset": self.first.dataset,
             "samples": self.first.n,

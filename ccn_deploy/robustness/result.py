@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ccn_deploy.records import document
 from ccn_deploy.robustness.attack_session import REFERENCE
 from ccn_deploy.robustness.collect import Measurement
 from ccn_deploy.robustness.non_inferiority import NonInferiorityTest
@@ -79,9 +80,9 @@ class RobustnessResult:
             "warnings": list(self.warnings),
             "runtime": measurement.runtime,
             "precision": measurement.precision,
-            "reference": "-".join(REFERENCE),
+            "reference": str(REFERENCE),
             "gradient": measurement.gradient,
-            "gradient_agreement": agreement.document() if agreement is not None else None,
+            "gradient_agreement": document(agreement) if agreement is not None else None,
             "dataset": measurement.dataset,
             "samples": measurement.n,
             "seed": measurement.seed,

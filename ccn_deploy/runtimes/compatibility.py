@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.errors import (
     CcnDeployError,
@@ -20,13 +22,7 @@ from ccn_deploy.errors import (
 )
 from ccn_deploy.machine import NO_CUDA_PYTHON, Gpu, Machine, release
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, Library
-
-ENGINE = "engine"
-PREFERENCE = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu")
-"""Runtimes that a bundle is deployed in, the fastest first."""
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
-"""The most exact first."""
+from ccn_deploy.targets import DEPLOYED_PRECISIONS, DEPLOYED_RUNTIMES, Role, Target
 
 BOTH_ONNXRUNTIMES = (
     "onnxruntime and onnxruntime-gpu are both installed, and each overwrites files of the other."
@@ -47,14 +43,12 @@ class Candidate:
     """Whether a machine can run one file of a bundle.
 
     Attributes:
-        runtime: A name in :data:`PREFERENCE`.
-        precision: Of the file.
-        record: The graph or engine that the runtime would execute.
+        target: The runtime that would execute it, and the file's precision.
+        record: The graph or engine.
         problem: Why it cannot; None if nothing is known to be in the way.
     """
 
-    runtime: str
-    precision: str
+    target: Target
     record: FileRecord
     problem: CcnDeployError | None
 
@@ -62,8 +56,8 @@ class Candidate:
 def candidates_for(bundle: Bundle, machine: Machine, *, device: int = 0) -> tuple[Candidate, ...]:
     """Return every way to run the bundle's network, in order of preference.
 
-    Runtimes in the order of :data:`PREFERENCE`, then precisions in that of :data:`PRECISIONS`,
-    then the bundle's own order: there may be several engines, for several GPUs.
+    Runtimes in the order of :data:`~ccn_deploy.targets.RUNTIMES`, then precisions, the most exact
+    first, then the bundle's own order: there may be several engines, for several GPUs.
 
     Args:
         bundle: An open bundle.
@@ -71,64 +65,44 @@ def candidates_for(bundle: Bundle, machine: Machine, *, device: int = 0) -> tupl
         device: Index of the GPU.
     """
     return tuple(
-        Candidate(
-            runtime,
-            precision,
-            record,
-            incompatibility(bundle, record, runtime, machine, device=device),
-        )
-        for runtime in PREFERENCE
-        for precision in _precisions(bundle)
-        for record in files_for(bundle, runtime, precision)
+        Candidate(target, record, incompatibility(bundle, record, target, machine, device=device))
+        for runtime in DEPLOYED_RUNTIMES
+        for precision in DEPLOYED_PRECISIONS
+        for target in [Target(runtime, precision)]
+        for record in files_for(bundle, target)
     )
-
-
-def engines(
-    bundle: Bundle, runtime: str, precision: str, *, role: str = ENGINE
-) -> tuple[FileRecord, ...]:
-    """Return the engines of a runtime and precision, none if there are none.
-
-    Args:
-        bundle: An open bundle.
-        runtime: ``"tensorrt"`` or ``"tensorrt-rtx"``.
-        precision: Of the engine.
-        role: ``"engine"`` or ``"gradient-engine"``.
-    """
-    wanted = (f"{role}:{runtime}", precision)
-    return tuple(r for r in bundle.manifest.files if (r.role, r.precision) == wanted)
 
 
 def choose_engine(
     bundle: Bundle,
-    runtime: str,
-    precision: str,
+    target: Target,
     machine: Machine,
     *,
     device: int = 0,
-    role: str = ENGINE,
+    role: Role = Role.ENGINE,
 ) -> FileRecord:
     """Return the first engine that fits the machine.
 
     Args:
         bundle: An open bundle.
-        runtime: ``"tensorrt"`` or ``"tensorrt-rtx"``.
-        precision: Of the engine.
+        target: A TensorRT runtime and a precision.
         machine: What it shall run on.
         device: Index of the GPU.
-        role: ``"engine"`` or ``"gradient-engine"``.
+        role: ``ENGINE`` or ``GRADIENT_ENGINE``.
 
     Raises:
         RuntimeUnavailableError: The bundle has no such engine.
         CcnDeployError: None fits: the error of :func:`check_engine` of the one that came
             nearest, or of one that is not what its manifest says.
     """
-    found = engines(bundle, runtime, precision, role=role)
+    found = bundle.files(role, target.precision, target.runtime)
     if not found:
-        have = [r.precision for r in bundle.manifest.files if r.role == f"{role}:{runtime}"]
+        files = bundle.manifest.files
+        have = [r.precision for r in files if (r.role, r.runtime) == (role, target.runtime)]
         raise RuntimeUnavailableError(
-            f"The bundle has no {role.replace('-', ' ')} for {runtime} in {precision}; it has "
-            f"{', '.join(dict.fromkeys(have)) or 'none at all'}.",
-            f"Add it with: {_export(runtime, precision)}",
+            f"The bundle has no {str(role).replace('-', ' ')} for {target.runtime} in "
+            f"{target.precision}; it has {', '.join(dict.fromkeys(have)) or 'none at all'}.",
+            f"Add it with: {_export(target)}",
         )
     refused = []
     for record in found:
@@ -160,32 +134,41 @@ def check_engine(record: FileRecord, head: bytes, machine: Machine, *, device: i
         raise refusal[1]
 
 
+class _Built(msgspec.Struct, frozen=True):
+    """What an engine was built with and for, among the details of its line in the manifest."""
+
+    library: str
+    version: str
+    system: str
+    machine: str
+    magic: str
+    compute_capabilities: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class _Engine:
     """What the manifest says of an engine, with its types checked."""
 
     path: str
-    runtime: str
-    precision: str
-    version: str
-    system: str
-    architecture: str
-    capabilities: tuple[str, ...]
-    magic: str
+    target: Target
+    built: _Built
 
     @property
     def library(self) -> Library:
-        return LIBRARIES[self.runtime]
+        return LIBRARIES[self.target.runtime]
 
     @property
     def export(self) -> str:
         """The command that builds such an engine."""
-        return _export(self.runtime, self.precision)
+        return _export(self.target)
 
 
-def _export(runtime: str, precision: str) -> str:
+def _export(target: Target) -> str:
     """Return the command that adds an engine to a bundle."""
-    return f"ccn-deploy export BUNDLE --output NEW --format {runtime} --precision {precision}"
+    return (
+        f"ccn-deploy export BUNDLE --output NEW --format {target.runtime} "
+        f"--precision {target.precision}"
+    )
 
 
 def _read(record: FileRecord) -> _Engine:
@@ -194,33 +177,15 @@ def _read(record: FileRecord) -> _Engine:
     Raises:
         IntegrityError: It lacks or mistypes a field, or contradicts its role.
     """
-    details = record.details
-    strings = [details.get(name) for name in ("library", "version", "system", "machine", "magic")]
-    capabilities = details.get("compute_capabilities")
-    whole = isinstance(capabilities, list) and all(
-        isinstance(value, str) for value in (*strings, *capabilities)
-    )
-    runtime = record.role.partition(":")[2]
-    if (
-        not whole
-        or strings[0] != runtime
-        or runtime not in LIBRARIES
-        or not release(str(strings[1]))
-    ):
+    try:
+        built = msgspec.convert(record.details, _Built)
+    except msgspec.ValidationError:
+        built = None
+    if built is None or built.library != record.runtime or not release(built.version):
         raise IntegrityError(
             f"The manifest does not say what {record.path} was built with and for.", _REPLACE
         )
-    _, version, system, architecture, magic = map(str, strings)
-    return _Engine(
-        path=record.path,
-        runtime=runtime,
-        precision=record.precision,
-        version=version,
-        system=system,
-        architecture=architecture,
-        capabilities=tuple(capabilities or ()),
-        magic=magic,
-    )
+    return _Engine(record.path, Target(record.runtime, record.precision), built)
 
 
 def _refusal(
@@ -242,7 +207,7 @@ def _refusal(
 
 def _other_magic(engine: _Engine, head: bytes) -> IntegrityError | None:
     wanted = engine.library.magic
-    if engine.magic == wanted.decode() and head[:HEAD] == wanted:
+    if engine.built.magic == wanted.decode() and head[:HEAD] == wanted:
         return None
     found = next((lib.title for lib in LIBRARIES.values() if head[:HEAD] == lib.magic), "")
     return IntegrityError(
@@ -256,8 +221,8 @@ def _no_library(engine: _Engine, machine: Machine, device: int) -> CcnDeployErro
     if engine.library.distribution in machine.packages:
         return None
     return MissingExtraError(
-        f"The runtime {engine.runtime} needs the package {engine.library.distribution!r}, which "
-        "is not installed.",
+        f"The runtime {engine.target.runtime} needs the package "
+        f"{engine.library.distribution!r}, which is not installed.",
         f"Install it with: pip install 'ccn-deploy[{engine.library.extra}]'",
     )
 
@@ -265,12 +230,12 @@ def _no_library(engine: _Engine, machine: Machine, device: int) -> CcnDeployErro
 def _other_release(engine: _Engine, machine: Machine, device: int) -> CcnDeployError | None:
     distribution = engine.library.distribution
     here = machine.packages[distribution]
-    built, have = release(engine.version), release(here)
+    built, have = release(engine.built.version), release(here)
     if built == have:
         return None
-    install = f"pip install '{distribution}=={engine.version}'"
+    install = f"pip install '{distribution}=={engine.built.version}'"
     return EngineUnfitError(
-        f"{engine.path} was built with {engine.library.title} {engine.version}; installed is "
+        f"{engine.path} was built with {engine.library.title} {engine.built.version}; installed is "
         f"{here}, which is {'older' if built > have else 'newer'}, and an engine runs only with "
         "the release that built it.",
         f"Upgrade with: {install}"
@@ -280,7 +245,7 @@ def _other_release(engine: _Engine, machine: Machine, device: int) -> CcnDeployE
 
 
 def _other_system(engine: _Engine, machine: Machine, device: int) -> CcnDeployError | None:
-    built = (engine.system, engine.architecture)
+    built = (engine.built.system, engine.built.machine)
     here = (machine.system, machine.architecture)
     if built == here:
         return None
@@ -296,7 +261,7 @@ def _no_gpu(engine: _Engine, machine: Machine, device: int) -> CcnDeployError | 
 
 def _other_gpu(engine: _Engine, machine: Machine, device: int) -> CcnDeployError | None:
     gpu = machine.gpus[device]
-    if gpu.compute_capability in engine.capabilities:
+    if gpu.compute_capability in engine.built.compute_capabilities:
         return None
     target = (
         f"Build one for it: {engine.export} --compute-capability {gpu.compute_capability}"
@@ -305,7 +270,7 @@ def _other_gpu(engine: _Engine, machine: Machine, device: int) -> CcnDeployError
     )
     return EngineUnfitError(
         f"{engine.path} was built for GPUs of compute capability "
-        f"{', '.join(engine.capabilities) or '(none)'}; {_called(gpu)} has "
+        f"{', '.join(engine.built.compute_capabilities) or '(none)'}; {_called(gpu)} has "
         f"{gpu.compute_capability}.",
         target,
     )
@@ -354,68 +319,61 @@ def _called(gpu: Gpu) -> str:
     return f"GPU {gpu.index} ({gpu.name})"
 
 
-def _precisions(bundle: Bundle) -> list[str]:
-    here = {record.precision for record in bundle.manifest.files if record.precision}
-    order = {name: index for index, name in enumerate(PRECISIONS)}
-    return sorted(here, key=lambda name: (order.get(name, len(order)), name))
-
-
-def files_for(bundle: Bundle, runtime: str, precision: str) -> tuple[FileRecord, ...]:
-    """Return what a runtime may execute in a precision: engines, or the graph that it takes.
+def files_for(bundle: Bundle, target: Target) -> tuple[FileRecord, ...]:
+    """Return what a target may execute: its engines, or the graph that it takes.
 
     Args:
         bundle: An open bundle.
-        runtime: A name in :data:`PREFERENCE`.
-        precision: Of the files.
+        target: Runtime and precision.
     """
-    if runtime in LIBRARIES:
-        return engines(bundle, runtime, precision)
-    files = bundle.manifest.files
-    own = tuple(r for r in files if (r.role, r.precision) == (f"forward:{runtime}", precision))
-    return own or tuple(r for r in files if (r.role, r.precision) == ("forward", precision))
+    if target.kind.runs_engines:
+        return bundle.files(Role.ENGINE, target.precision, target.runtime)
+    try:
+        return (bundle.program(target),)
+    except RuntimeUnavailableError:
+        return ()
 
 
 def incompatibility(
-    bundle: Bundle, record: FileRecord, runtime: str, machine: Machine, *, device: int = 0
+    bundle: Bundle, record: FileRecord, target: Target, machine: Machine, *, device: int = 0
 ) -> CcnDeployError | None:
-    """Return why a runtime cannot run a file of a bundle here, or None if nothing is known.
+    """Return why a target cannot run a file of a bundle here, or None if nothing is known.
 
     Args:
         bundle: An open bundle.
-        record: A graph or engine in it.
-        runtime: A name in :data:`PREFERENCE` that takes such a file.
+        record: A graph or engine in it that the target takes.
+        target: Runtime and precision.
         machine: What it shall run on.
         device: Index of the GPU.
     """
-    if runtime not in LIBRARIES:
-        return onnxruntime_problem(runtime, record.precision, machine, device=device)
+    if not target.kind.runs_engines:
+        return onnxruntime_problem(target, machine, device=device)
     refusal = _refusal(record, bundle.head(record, HEAD), machine, device)
     return None if refusal is None else refusal[1]
 
 
 def onnxruntime_problem(
-    runtime: str, precision: str, machine: Machine, *, device: int = 0
+    target: Target, machine: Machine, *, device: int = 0
 ) -> CcnDeployError | None:
     """Return why ONNX Runtime cannot run a graph here, or None if nothing is known against it.
 
     Args:
-        runtime: ``"onnxruntime-cpu"`` or ``"onnxruntime-cuda"``.
-        precision: Of the graph; bf16 has no kernels for convolution on the CPU.
+        target: ONNX Runtime and the graph's precision; bf16 has no kernels for convolution on the
+            CPU.
         machine: What it shall run on.
         device: Index of the GPU.
     """
-    on_cpu = runtime == "onnxruntime-cpu"
-    extra = "cpu" if on_cpu else "gpu"
+    kind = target.kind
     builds = [name for name in ("onnxruntime", "onnxruntime-gpu") if name in machine.packages]
-    if not builds or (not on_cpu and builds == ["onnxruntime"]):
+    if not builds or (kind.on_gpu and builds == ["onnxruntime"]):
         replace = "pip uninstall onnxruntime; " if builds else ""
         return MissingExtraError(
-            f"The runtime {runtime} needs the package "
-            f"{'onnxruntime' if on_cpu else 'onnxruntime-gpu'!r}, which is not installed.",
-            f"Install it with: {replace}pip install 'ccn-deploy[{extra}]'",
+            f"The runtime {kind.name} needs the package {kind.distribution!r}, which is not "
+            "installed.",
+            f"Install it with: {replace}pip install 'ccn-deploy[{kind.extra}]'",
         )
-    if on_cpu:
-        if precision != "bf16":
+    if not kind.on_gpu:
+        if target.precision != "bf16":
             return None
         return RuntimeUnavailableError(
             "ONNX Runtime has no kernels for bf16 on the CPU.",
@@ -423,4 +381,4 @@ def onnxruntime_problem(
         )
     if len(builds) == 2:
         return RuntimeUnavailableError(BOTH_ONNXRUNTIMES, KEEP_ONE)
-    return no_gpu(machine, device, f"{runtime} cannot run", extra)
+    return no_gpu(machine, device, f"{kind.name} cannot run", kind.extra)

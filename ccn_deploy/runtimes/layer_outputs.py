@@ -6,16 +6,17 @@ import os
 from collections.abc import Callable
 
 from ccn_deploy.bundle import Bundle, open_bundle
-from ccn_deploy.errors import RuntimeUnavailableError, unknown
+from ccn_deploy.errors import RuntimeUnavailableError
 from ccn_deploy.extras import require
 from ccn_deploy.graph.signature import INPUT
-from ccn_deploy.runtimes import RUNTIMES
 from ccn_deploy.runtimes.base import Array, RuntimeOptions, check_images
+from ccn_deploy.targets import Target
 
 LayerOutputs = Callable[[Array], dict[str, Array]]
 """Maps images [N, C, H, W] to the output of every layer by its name, in order of execution.
 
-The last entry is the last linear layer's: the logits. Batches are not split."""
+The last entry is the logits. Layers that a deployed graph does not have by that tensor, such as
+those that a pass merged into others, are left out. Batches are not split."""
 
 
 def open_layer_outputs(
@@ -33,7 +34,7 @@ def open_layer_outputs(
 
     Args:
         bundle: An open bundle, or the path of one.
-        name: A name in :data:`ccn_deploy.runtimes.RUNTIMES`.
+        name: A name in :data:`ccn_deploy.targets.RUNTIMES`.
         precision: As for :func:`ccn_deploy.runtimes.open_runtime`.
         options: As for :func:`ccn_deploy.runtimes.open_runtime`.
 
@@ -42,41 +43,45 @@ def open_layer_outputs(
         RuntimeUnavailableError: An engine was asked for; its layers are fused.
         MissingExtraError: The package onnx or torch is not installed.
     """
-    if name not in RUNTIMES:
-        raise unknown("runtime", name, RUNTIMES)
+    target = Target(name, precision)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     options = options or RuntimeOptions()
-    if name.startswith("torch"):
+    if target.family == "torch":
         require("torch", "train", f"for the runtime {name}")
         from ccn_deploy.runtimes.torch_runtime import TorchRuntime
 
         runtime = TorchRuntime(opened, name=name, precision=precision, options=options)
         return runtime.activations
-    if name.startswith("tensorrt"):
+    if target.kind.runs_engines:
         raise RuntimeUnavailableError(
             f"The runtime {name} shows no single layers: an engine has fused them.",
             "Look at them with --runtime onnxruntime-cpu, which runs the graph it was built from.",
         )
-    return _in_onnx_runtime(opened, name, precision, options)
+    return _in_onnx_runtime(opened, target, options)
 
 
-def _in_onnx_runtime(
-    bundle: Bundle, name: str, precision: str, options: RuntimeOptions
-) -> LayerOutputs:
-    from ccn_deploy.runtimes.onnx_runtime import load_library, make_session, make_spec
-
+def _in_onnx_runtime(bundle: Bundle, target: Target, options: RuntimeOptions) -> LayerOutputs:
     onnx = require("onnx", "train", "to look at single layers")
-    record = bundle.forward(name, precision)
+    require("torch", "train", "to look at single layers")
+    from ccn_deploy.graph.layers import layer_outputs
+    from ccn_deploy.runtimes.onnx_runtime import load_library, make_session, make_spec
+    from ccn_deploy.runtimes.torch_runtime import forward_graph
+
+    record = bundle.program(target)
     model = onnx.load_model_from_string(bundle.read(record))
-    # The exporter names a node "<layer>" if it gives the layer's result, "<layer>.<part>" if not.
-    layers = {node.name: node.output[0] for node in model.graph.node if "." not in node.name}
+    made = {tensor for node in model.graph.node for tensor in node.output}
+    layers = {
+        layer: tensor
+        for layer, tensor in layer_outputs(forward_graph(bundle)).items()
+        if tensor in made
+    }
     shown = {output.name for output in model.graph.output}
-    for tensor in layers.values():
+    for tensor in dict.fromkeys(layers.values()):
         if tensor not in shown:
             model.graph.output.append(onnx.ValueInfoProto(name=tensor))
-    ort = load_library(name)
-    session = make_session(ort, model.SerializeToString(), record.path, name, options)
-    spec = make_spec(ort, bundle, name, precision, options)
+    ort = load_library(target.runtime)
+    session = make_session(ort, model.SerializeToString(), record.path, target.runtime, options)
+    spec = make_spec(ort, bundle, target, options)
 
     def activations(images: Array) -> dict[str, Array]:
         check_images(images, spec, check_range=options.check_range)

@@ -29,6 +29,7 @@ from ccn_deploy.runtimes.base import (
     in_batches,
 )
 from ccn_deploy.runtimes.loss_gradient import LABELS, with_loss_gradient
+from ccn_deploy.targets import RUNTIMES, Role, Target
 
 PROVIDERS = {
     "onnxruntime-cpu": "CPUExecutionProvider",
@@ -66,8 +67,7 @@ class OnnxRuntime(Closing):
 
     Args:
         bundle: An open bundle; the session is made of verified bytes.
-        name: ``"onnxruntime-cpu"`` or ``"onnxruntime-cuda"``.
-        precision: Of the graph in the bundle.
+        target: An ONNX Runtime and the graph's precision.
         options: Threads, arena, device, memory limit, batch limit.
 
     Raises:
@@ -76,18 +76,17 @@ class OnnxRuntime(Closing):
         IntegrityError: The graph is no ONNX model from images to this bundle's classes.
     """
 
-    def __init__(
-        self, bundle: Bundle, *, name: str, precision: str, options: RuntimeOptions
-    ) -> None:
-        self._ort = load_library(name)
+    def __init__(self, bundle: Bundle, target: Target, options: RuntimeOptions) -> None:
+        self._ort = load_library(target.runtime)
         self._bundle = bundle
+        self._target = target
         self._options = options
-        self._spec = make_spec(self._ort, bundle, name, precision, options)
+        self._spec = make_spec(self._ort, bundle, target, options)
         self._failures = _failures(self._ort)
         self._gradient_sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
         images = {INPUT: self._spec.input_shape}
-        graph = bundle.forward(name, precision)
+        graph = bundle.program(target)
         self._session: Any = self._open(graph, images, {OUTPUTS[0]: [self._spec.classes]})
 
     @property
@@ -98,8 +97,7 @@ class OnnxRuntime(Closing):
     @property
     def differentiable(self) -> bool:
         """Whether the bundle has a gradient graph in this precision."""
-        files = self._bundle.manifest.files
-        return any((f.role, f.precision) == ("gradient", self._spec.precision) for f in files)
+        return bool(self._bundle.files(Role.GRADIENT, self._target.precision))
 
     def logits(self, images: Array) -> Array:
         """Return float32 [N, classes] for float32 images [N, C, H, W] in [0, 1].
@@ -234,7 +232,7 @@ class OnnxRuntime(Closing):
             if name not in self._gradient_sessions:
                 shape = self._spec.input_shape
                 self._gradient_sessions[name] = self._open(
-                    self._bundle.file("gradient", self._spec.precision),
+                    self._bundle.program(self._target, Role.GRADIENT),
                     inputs,
                     {OUTPUTS[0]: [self._spec.classes], GRADIENTS: ["candidates", *shape]},
                     rewrite,
@@ -280,7 +278,7 @@ def make_session(
     """
     provider = PROVIDERS[name]
     settings: dict[str, str] = {}
-    if name == "onnxruntime-cuda":
+    if RUNTIMES[name].on_gpu:
         settings = {"device_id": str(options.device), "use_tf32": "0"}
         if options.memory_limit is not None:
             settings["gpu_mem_limit"] = str(options.memory_limit)
@@ -308,7 +306,7 @@ def make_session(
             "Choose another --precision, or a TensorRT runtime.",
         ) from error
     except _failures(ort) as error:
-        if name == "onnxruntime-cuda":
+        if RUNTIMES[name].on_gpu:
             raise _no_cuda(ort, one_line(error)) from error
         raise IntegrityError(
             f"{path} has the right digest and is no graph that ONNX Runtime {ort.__version__} "
@@ -324,21 +322,21 @@ def make_session(
 
 
 def make_spec(
-    ort: ModuleType, bundle: Bundle, name: str, precision: str, options: RuntimeOptions
+    ort: ModuleType, bundle: Bundle, target: Target, options: RuntimeOptions
 ) -> RuntimeSpec:
     """Describe a session of :func:`make_session`."""
-    on_cpu = name == "onnxruntime-cpu"
+    on_cpu = not target.on_gpu
     usual = IMAGES * (options.threads or os.cpu_count() or 1) if on_cpu else LARGEST_BATCH
     return RuntimeSpec(
-        name=name,
-        precision=precision,
-        input_shape=bundle.manifest.input_shape,
-        classes=len(bundle.manifest.class_names),
+        name=target.runtime,
+        precision=target.precision,
+        input_shape=bundle.card.input_shape,
+        classes=bundle.card.classes,
         max_batch=options.max_batch or min(usual, LARGEST_BATCH),
         device="cpu" if on_cpu else f"cuda:{options.device}",
         versions={"onnxruntime": ort.__version__},
         thread_safe=True,
-        graph=bundle.forward(name, precision).path,
+        graph=bundle.program(target).path,
     )
 
 
@@ -354,8 +352,7 @@ def load_library(name: str) -> ModuleType:
         MissingExtraError: It is not installed.
         RuntimeUnavailableError: This build of it has no such provider.
     """
-    extra = "gpu" if name == "onnxruntime-cuda" else "cpu"
-    ort = require("onnxruntime", extra, f"for the runtime {name}")
+    ort = require("onnxruntime", RUNTIMES[name].extra, f"for the runtime {name}")
     if not hasattr(ort, "InferenceSession"):  # the leftovers of an uninstall are a namespace
         raise RuntimeUnavailableError(
             "The installation of onnxruntime is broken: it has no InferenceSession.",
@@ -363,7 +360,7 @@ def load_library(name: str) -> ModuleType:
         )
     if PROVIDERS[name] not in ort.get_available_providers():
         raise _no_cuda(ort, "this build of it has no CUDA provider")
-    if name == "onnxruntime-cuda" and hasattr(ort, "preload_dlls"):
+    if RUNTIMES[name].on_gpu and hasattr(ort, "preload_dlls"):
         # Finds the CUDA and cuDNN wheels. It reports by print, and stdout is for results.
         with _PRELOAD, contextlib.redirect_stdout(sys.stderr):
             ort.preload_dlls()

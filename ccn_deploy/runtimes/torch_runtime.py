@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ccn_deploy.bundle import Bundle
-from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError
-from ccn_deploy.extras import require
-from ccn_deploy.models import Classifier, build_model
+from ccn_deploy.errors import GraphError, InputError, IntegrityError, RuntimeUnavailableError
+from ccn_deploy.graph.evaluate import GraphModule
+from ccn_deploy.graph.graph import Graph
+from ccn_deploy.graph.layers import layer_outputs
+from ccn_deploy.graph.reader import read_graph
 from ccn_deploy.runtimes.base import (
     LARGEST_BATCH,
     Array,
@@ -22,58 +24,45 @@ from ccn_deploy.runtimes.base import (
     already_closed,
     check_images,
 )
+from ccn_deploy.targets import RUNTIMES, Role
 
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 
 
-def load_reference(bundle: Bundle, dtype: torch.dtype = torch.float32) -> Classifier:
-    """Return a bundle's network in PyTorch: on the CPU, in eval mode, parameters frozen.
+def load_reference(bundle: Bundle, dtype: torch.dtype = torch.float32) -> GraphModule:
+    """Return the reference network of a bundle: its float32 forward graph, evaluated in PyTorch.
+
+    It is on the CPU, in eval mode, and its constants are buffers, so nothing is trainable.
 
     Args:
-        bundle: An open bundle; the weights are parsed from verified bytes.
-        dtype: ``torch.float32``, or ``torch.float64`` for the reference.
+        bundle: An open bundle; the graph is parsed from verified bytes.
+        dtype: ``torch.float32``, or ``torch.float64`` for the exact reference.
 
     Raises:
-        IntegrityError: The weights do not fit the architecture.
+        IntegrityError: The graph is damaged, or has what no exporter of this package writes.
+        RuntimeUnavailableError: The bundle has no float32 forward graph.
     """
-    manifest = bundle.manifest
-    weights = bundle.read(bundle.file("weights"))
-    model = network_from(
-        manifest.architecture, manifest.defense, len(manifest.class_names), weights
-    )
-    if dtype == torch.float32:  # on a CPU, attacks run a quarter to a third faster in this layout
-        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-    return model.to(dtype)
+    return GraphModule(forward_graph(bundle), dtype).eval()
 
 
-def network_from(architecture: str, defense: str, classes: int, weights: bytes) -> Classifier:
-    """Build a network around trained weights: float32, in eval mode, parameters frozen.
-
-    Args:
-        architecture: A name in :data:`ccn_deploy.architectures.ARCHITECTURES`.
-        defense: A name in :data:`ccn_deploy.defenses.DEFENSES`.
-        classes: Number of logits.
-        weights: Bytes of a safetensors file.
+def forward_graph(bundle: Bundle) -> Graph:
+    """Read the float32 forward graph of a bundle: what every other graph of it is derived from.
 
     Raises:
-        IntegrityError: No safetensors, or tensors of other names, shapes or types.
+        IntegrityError: The graph is damaged, or has what no exporter of this package writes.
+        RuntimeUnavailableError: The bundle has no float32 forward graph.
     """
-    safetensors = require("safetensors.torch", "train", "to read weights")
-    model = build_model(architecture, defense, classes=classes)
+    record = bundle.file(Role.FORWARD, "fp32")
     try:
-        state: dict[str, Tensor] = safetensors.load(weights)
-    except Exception as error:  # its own error, or whatever a damaged header makes it raise
+        return read_graph(bundle.read(record), record.path)
+    except GraphError as error:
         raise IntegrityError(
-            f"The weights are no safetensors file: {' '.join(str(error).split())[:200]}.",
-            "Train the run again, or restore the file.",
+            error.what, "Export the bundle again; nothing in it was used."
         ) from error
-    _check_fit(model, state)
-    model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
 
 
 class TorchRuntime(Closing):
-    """A bundle's network in PyTorch, with exact input gradients.
+    """The float32 forward graph of a bundle in PyTorch, with exact input gradients.
 
     Several threads may call at once. ``options.threads`` is set around each call and then put
     back; PyTorch keeps that number for the whole process, so calls that overlap may run with one
@@ -87,7 +76,7 @@ class TorchRuntime(Closing):
 
     Raises:
         RuntimeUnavailableError: No such GPU here, or no such precision.
-        IntegrityError: The weights do not fit the architecture.
+        IntegrityError: The forward graph is damaged.
     """
 
     def __init__(
@@ -106,15 +95,15 @@ class TorchRuntime(Closing):
             )
         self._dtype = PRECISIONS[precision]
         self._device = _device(name, self._options)
-        self._model: Classifier | None = load_reference(bundle, self._dtype).to(self._device)
+        self._model: GraphModule | None = load_reference(bundle, self._dtype).to(self._device)
         self._spec = RuntimeSpec(
             name=name,
             precision=precision,
-            input_shape=bundle.manifest.input_shape,
-            classes=len(bundle.manifest.class_names),
+            input_shape=bundle.card.input_shape,
+            classes=bundle.card.classes,
             max_batch=self._options.max_batch or LARGEST_BATCH,
             device=str(self._device),
-            versions={"torch": torch.__version__},
+            versions={"torch": str(torch.__version__)},
             thread_safe=True,
         )
 
@@ -142,7 +131,7 @@ class TorchRuntime(Closing):
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def activations(self, images: Array) -> dict[str, Array]:
-        """Return the output of every layer that acts in deployment, in order of execution.
+        """Return the output of every layer, in order of execution, the logits last.
 
         Raises:
             InputError: As for :meth:`logits`.
@@ -150,14 +139,10 @@ class TorchRuntime(Closing):
         """
         model = self._network()
         check_images(images, self._spec, check_range=self._options.check_range)
-        found = {}
+        layers = layer_outputs(model.graph)
         with self._settings(), torch.inference_mode():
-            x = self._tensor(images)
-            for name, layer in model.named_layers():
-                x = layer(x)
-                if not isinstance(layer, nn.Dropout):
-                    found[name] = self._array(x)
-        return found
+            values = model.values(self._tensor(images), set(layers.values()))
+            return {name: self._array(values[tensor]) for name, tensor in layers.items()}
 
     def vjp(self, images: Array, cotangents: Array) -> tuple[Array, Array]:
         """Return logits [N, classes] and K input gradients an image [N, K, C, H, W].
@@ -199,7 +184,7 @@ class TorchRuntime(Closing):
         """Release the network. Calling twice is harmless."""
         self._model = None
 
-    def _network(self) -> Classifier:
+    def _network(self) -> GraphModule:
         model = self._model
         if model is None:
             raise already_closed(self._spec.name)
@@ -233,7 +218,7 @@ class TorchRuntime(Closing):
 
 
 def _device(name: str, options: RuntimeOptions) -> torch.device:
-    if name == "torch":
+    if not RUNTIMES[name].on_gpu:
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if options.device >= count:
@@ -244,26 +229,3 @@ def _device(name: str, options: RuntimeOptions) -> torch.device:
             "for the CPU.",
         )
     return torch.device("cuda", options.device)
-
-
-def _check_fit(model: Classifier, state: dict[str, Tensor]) -> None:
-    """Refuse weights of another network.
-
-    Raises:
-        IntegrityError: Names the first tensor that is missing, spare, or of another form.
-    """
-    wanted = model.state_dict()
-    name = f"{model.architecture.name} with {model.defense.name}"
-    for key in sorted(wanted.keys() ^ state.keys()):
-        what = "lack" if key in wanted else "have a spare"
-        raise IntegrityError(
-            f"The weights do not fit {name}: they {what} {key!r}.", "Train or export it again."
-        )
-    for key, tensor in state.items():
-        want = wanted[key]
-        if tensor.shape != want.shape or tensor.dtype != want.dtype:
-            raise IntegrityError(
-                f"The weights do not fit {name}: {key!r} is {tensor.dtype} {list(tensor.shape)}, "
-                f"not {want.dtype} {list(want.shape)}.",
-                "Train or export it again.",
-            )

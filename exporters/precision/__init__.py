@@ -1,7 +1,7 @@
-"""Low precision as a pass over the float32 graphs; ``docs/precision.md`` is for users.
+"""Low precision as a pass over any float32 graph; ``docs/precision.md`` is for users.
 
-Whatever the precision, the norm branch of a compact layer stays float32 by a structural rule that
-:func:`check_precision` asserts on the converted graph.
+Whatever the precision, norms, normalisations and exponentials stay float32 by a structural rule
+that :func:`check_precision` asserts on the converted graph.
 """
 
 from ccn_deploy.exporters.precision.calibration import METHODS, Calibration

@@ -15,8 +15,8 @@ import onnx
 from numpy.typing import NDArray
 
 from ccn_deploy.errors import LoweringError, unknown
-from ccn_deploy.exporters.precision.sites import quantized_sites
 from ccn_deploy.extras import require
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.graph.signature import INPUT
 
 METHODS = ("min-max", "entropy", "percentile")
@@ -49,16 +49,17 @@ class Calibration:
             raise unknown("calibration method", self.method, METHODS)
 
 
-def ranges(graph: onnx.ModelProto, calibration: Calibration) -> dict[str, float]:
-    """Return, for each layer that is quantised, the largest absolute input to represent.
+def ranges(graph: Graph, tensors: Mapping[str, str], calibration: Calibration) -> dict[str, float]:
+    """Return, for each tensor, the largest absolute value to represent.
 
     Args:
         graph: Forward, float32.
+        tensors: The tensors, each with the name of what reads it, for messages.
         calibration: Images and method.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
-        LoweringError: A layer's input is zero on every image, or not finite.
+        LoweringError: A tensor is zero on every image, or not finite.
     """
     library = require("onnxruntime.quantization.calibrate", "cpu", "to calibrate")
     method, options = {
@@ -66,10 +67,9 @@ def ranges(graph: onnx.ModelProto, calibration: Calibration) -> dict[str, float]
         "entropy": (library.CalibrationMethod.Entropy, {}),
         "percentile": (library.CalibrationMethod.Percentile, {"percentile": PERCENTILE}),
     }[calibration.method]
-    tensors = {site.layer: site.x for site in quantized_sites(graph)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
-        path.write_bytes(_watched(graph, tensors.values()).SerializeToString())
+        path.write_bytes(_watched(graph.model, tensors).SerializeToString())
         calibrator = library.create_calibrator(
             path,
             op_types_to_calibrate=["Identity"],
@@ -82,15 +82,15 @@ def ranges(graph: onnx.ModelProto, calibration: Calibration) -> dict[str, float]
                 calibrator.collect_data(_Reader(batch))
             found = calibrator.compute_data()
     limits = {}
-    for layer, tensor in tensors.items():
+    for tensor, reader in tensors.items():
         low, high = (float(np.asarray(end).item()) for end in found[tensor].range_value)
         limit = max(-low, high)
         if not 0 < limit < np.inf:
             raise LoweringError(
-                f"The input of layer {layer!r} has no range to quantise on these images: {limit}.",
-                "Calibrate on real images of the training set.",
+                f"The input of layer {reader!r} has no range to quantise on these images: {limit}.",
+                f"Calibrate on real images of the training set, or add --keep-fp32 {reader}.",
             )
-        limits[layer] = limit
+        limits[tensor] = limit
     return limits
 
 
@@ -102,7 +102,9 @@ def _watched(graph: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
         copy.graph.node.append(
             onnx.helper.make_node("Identity", [tensor], [f"{tensor}.seen"], f"{tensor}.seen")
         )
-        copy.graph.output.append(onnx.ValueInfoProto(name=f"{tensor}.seen"))
+        copy.graph.output.append(
+            onnx.helper.make_tensor_value_info(f"{tensor}.seen", onnx.TensorProto.FLOAT, None)
+        )
     return copy
 
 

@@ -1,147 +1,237 @@
-"""Casting a graph to fp16 or bf16, with the places that must not be cast left in float32.
+"""Casting any graph to fp16 or bf16, with the places that must not be cast left in float32.
 
-Written here and not taken from a library: a graph of ours has a dozen ops, and what stays float32
-must follow from its structure, where converters at hand decide by the values seen or by lists of
-ops.
+Written here and not taken from a library: what stays float32 must follow from the structure of the
+graph, where converters at hand decide by the values seen or by lists of ops.
 """
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from ccn_deploy.errors import LoweringError
 from ccn_deploy.exporters.precision.formats import Format, encoded, rounded
-from ccn_deploy.exporters.precision.norms import find_norms, forward_nodes
+from ccn_deploy.exporters.precision.types import Signatures
+from ccn_deploy.graph.graph import Graph, Node
 from ccn_deploy.graph.signature import OUTPUT
 
 
-def to_half(graph: onnx.ModelProto, to: Format) -> onnx.ModelProto:
-    """Return a copy that computes in a half precision; its inputs and outputs stay float32.
+NO_KERNELS = {"fp16": frozenset[str](), "bf16": frozenset({"HardSwish", "Mish"})}
+"""Ops that TensorRT refuses in a precision though ONNX has them in it."""
 
-    Three things stay float32. The subtraction of the mean, since what is left of an image near
-    the mean would be lost if the image were rounded first. The norm branch of every compact layer,
-    from the sum of squares to the division, and the bias after it. And everything behind the
-    logits, the backward pass of a gradient graph: it gives the gradient, to float32 accuracy, of
-    what the low precision computes, with the weights rounded as they are in the forward pass. In
-    fp16 small slopes would become zeros, which an attack takes for robustness.
+
+def low_nodes(forward: Graph, to: Format, wide: Set[str]) -> frozenset[str]:
+    """Return the names of the forward nodes that compute in a half precision.
+
+    All but those of ``wide``, those whose operator has no such type or no kernel, and those with a
+    single number that would become 0, such as an epsilon.
+    """
+    signatures = Signatures(forward, to)
+    return frozenset(
+        node.name
+        for node in forward.above()
+        if node.name not in wide
+        and node.op not in NO_KERNELS[to.precision]
+        and signatures.can_be_low(node)
+        and not any(
+            _vanishes(forward.constants[tensor], to)
+            for tensor in node.inputs
+            if tensor in forward.constants
+        )
+    )
+
+
+def round_constants(forward: Graph, to: Format, low: Set[str]) -> onnx.ModelProto:
+    """Return a float32 copy whose low nodes read constants that the format can represent.
+
+    A constant that float32 nodes read as well is split in two. The gradient of this copy is, to
+    float32 accuracy, the gradient of what the low precision computes.
 
     Args:
-        graph: Of :func:`~ccn_deploy.exporters.lowering.lower` or
-            :func:`~ccn_deploy.exporters.gradient.lower_gradient`.
+        forward: float32.
         to: The format.
+        low: Names of the nodes that compute in it.
 
     Raises:
-        LoweringError: A weight overflows the format.
+        LoweringError: A constant overflows the format.
     """
-    return _Caster(graph, to).run()
+    signatures = Signatures(forward, to)
+    values: dict[str, NDArray[np.float32]] = {}
+    reads_low: dict[str, frozenset[int]] = {}
+    others: set[str] = set()
+    for node in forward.nodes:
+        reads_low[node.name] = signatures.low_inputs(node) if node.name in low else frozenset()
+        for at, tensor in enumerate(node.inputs):
+            if tensor not in forward.constants:
+                continue
+            if at in reads_low[node.name]:
+                values[tensor] = _rounded(node, tensor, forward.constants[tensor], to)
+            else:
+                others.add(tensor)
+    names = {name: f"{name}.{to.precision}" if name in others else name for name in values}
+    nodes = []
+    for node in forward.nodes:
+        copy = _named_copy(node)
+        for at in reads_low[node.name]:
+            copy.input[at] = names.get(node.inputs[at], node.inputs[at])
+        nodes.append(copy)
+    constants = [
+        numpy_helper.from_array(np.asarray(value, order="C"), name)
+        for name, value in forward.constants.items()
+        if name not in values or name in others
+    ]
+    constants += [numpy_helper.from_array(value, names[name]) for name, value in values.items()]
+    return _model(forward.model, nodes, constants, forward.opset, forward.model.ir_version)
 
 
-def half_layers(graph: onnx.ModelProto, precision: str) -> dict[str, dict[str, str]]:
-    """Return, for each layer of a graph that is converted, what computes it."""
-    norms = {norm.layer for norm in find_norms(graph)}
-    wide = _wide_nodes(graph) - norms
-    forward = forward_nodes(graph)
-    return {
-        node.name: {
-            "compute": "fp32" if node.name in wide else precision,
-            **({"norm": "fp32"} if node.name in norms else {}),
-        }
-        for node in graph.graph.node
-        if node.name in forward and "." not in node.name
-    }
+def to_half(graph: Graph, to: Format, low: Set[str]) -> onnx.ModelProto:
+    """Return a copy that computes in a half precision; its inputs and outputs stay float32.
+
+    Low nodes read casts of what float32 nodes made, and the reverse. Tensors that are no floats,
+    and inputs that an operator wants in float32, are left alone. All nodes that are not named
+    compute in float32: in a gradient graph everything behind the logits, since small slopes would
+    become zeros in fp16, which an attack takes for robustness.
+
+    Args:
+        graph: Of :func:`round_constants`, or the gradient graph of one.
+        to: The format.
+        low: Names of the nodes that compute in it.
+    """
+    return _Caster(graph, to, low).run()
 
 
 class _Caster:
     """Goes through the nodes in order and casts what they read to what they compute in."""
 
-    def __init__(self, graph: onnx.ModelProto, to: Format) -> None:
-        self._graph, self._to = graph, to
-        inferred = onnx.shape_inference.infer_shapes(graph, strict_mode=True).graph
-        ends = [*inferred.input, *inferred.value_info, *inferred.output]
-        self._constants = {c.name: c for c in graph.graph.initializer}
-        self._floats = {e.name for e in ends if e.type.tensor_type.elem_type == TensorProto.FLOAT}
-        self._wide_nodes = _wide_nodes(graph)
-        low_nodes = [node for node in graph.graph.node if node.name not in self._wide_nodes]
-        self._low_constants = {tensor for node in low_nodes for tensor in node.input}
-        self._rounded_after = {norm.layer for norm in find_norms(graph)}
+    def __init__(self, graph: Graph, to: Format, low_names: Set[str]) -> None:
+        self._graph, self._to, self._low_names = graph, to, low_names
+        self._signatures = Signatures(graph, to)
         self._low: set[str] = set()
+        self._casts: dict[tuple[str, bool], str] = {}
         self._nodes: list[onnx.NodeProto] = []
-        self._made: dict[str, TensorProto] = {}
+        self._constants: dict[str, TensorProto] = {}
+        self._taken = set(self._signatures.types)
+        self._low_constants = {
+            node.inputs[at]
+            for node in graph.nodes
+            if node.name in low_names
+            for at in self._signatures.low_inputs(node)
+        }
 
     def run(self) -> onnx.ModelProto:
         """Return the converted copy."""
-        for node in self._graph.graph.node:
+        for node in self._graph.nodes:
             self._convert(node)
-        body = self._graph.graph
-        made = helper.make_graph(
-            self._nodes, body.name, body.input, body.output, list(self._made.values())
-        )
-        return helper.make_model(
-            made,
-            opset_imports=[helper.make_opsetid("", self._to.opset)],
-            ir_version=self._to.ir_version,
-            producer_name=self._graph.producer_name,
+        model = self._graph.model
+        return _model(
+            model,
+            self._nodes,
+            list(self._constants.values()),
+            max(self._graph.opset, self._to.opset),
+            max(model.ir_version, self._to.ir_version),
         )
 
-    def _convert(self, node: onnx.NodeProto) -> None:
-        low = node.name not in self._wide_nodes
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        del copy.input[:]
-        copy.input.extend(self._read(tensor, low) for tensor in node.input)
+    def _convert(self, node: Node) -> None:
+        is_low = node.name in self._low_names
+        low_inputs = self._signatures.low_inputs(node)
+        copy = _named_copy(node)
+        for at, tensor in enumerate(node.inputs):
+            if tensor in self._graph.constants:
+                copy.input[at] = self._constant(tensor, is_low and at in low_inputs)
+            elif at in low_inputs or (tensor in self._low and not self._is_untyped(node, at)):
+                copy.input[at] = self._read(tensor, is_low and at in low_inputs)
         self._nodes.append(copy)
-        (output,) = node.output
-        if low and output == OUTPUT:
-            self._cast_result(copy, self._to.precision, TensorProto.FLOAT)
-        elif low:
-            self._low.add(output)
-        elif node.name in self._rounded_after and output != OUTPUT:
-            self._cast_result(copy, "fp32", self._to.onnx)
-            self._low.add(output)
+        if is_low:
+            for at in self._signatures.low_outputs(node):
+                self._low.add(node.outputs[at])
+                if node.outputs[at] == OUTPUT:
+                    self._widen_logits(copy, at)
 
-    def _cast_result(self, node: onnx.NodeProto, own: str, to: int) -> None:
-        """Let a cast after a layer's last node have its name and output."""
-        layer, output = node.name, node.output[0]
-        node.name = node.output[0] = f"{layer}.{own}"
-        self._nodes.append(helper.make_node("Cast", [node.name], [output], name=layer, to=to))
+    def _is_untyped(self, node: Node, at: int) -> bool:
+        """Whether a node takes a low tensor as it is, to the same effect."""
+        return at == 0 and node.op in ("Cast", "Shape", "Size")
+
+    def _widen_logits(self, node: onnx.NodeProto, at: int) -> None:
+        """Let a cast after the last node return the logits."""
+        name = self._fresh(f"{OUTPUT}.{self._to.precision}")
+        node.output[at] = name
+        self._low.discard(OUTPUT)
+        self._nodes.append(
+            helper.make_node("Cast", [name], [OUTPUT], name=f"{OUTPUT}.fp32", to=TensorProto.FLOAT)
+        )
 
     def _read(self, tensor: str, low: bool) -> str:
         """Return the name of a tensor in the format that a node computes in."""
-        if tensor in self._constants:
-            return self._constant(tensor, low)
-        if tensor not in self._floats or (tensor in self._low) == low:
+        if (tensor in self._low) == low:
             return tensor
-        name = f"{tensor}.{self._to.precision if low else 'fp32'}"
-        if all(node.name != name for node in self._nodes):
+        if (tensor, low) not in self._casts:
+            name = self._fresh(f"{tensor}.{self._to.precision if low else 'fp32'}")
             to = self._to.onnx if low else TensorProto.FLOAT
             self._nodes.append(helper.make_node("Cast", [tensor], [name], name=name, to=to))
-        return name
+            self._casts[tensor, low] = name
+        return self._casts[tensor, low]
 
     def _constant(self, name: str, low: bool) -> str:
         """Return the name of a constant in the format of a node, and keep it."""
-        made = self._constants[name]
-        if made.data_type == TensorProto.FLOAT:
-            value = numpy_helper.to_array(made)
-            if not np.isfinite(rounded(value, self._to)).all():
-                raise LoweringError(
-                    f"The constant {name!r} has values up to {np.abs(value).max():.3g}, which "
-                    f"overflow {self._to.precision}.",
-                    "Export in bf16 or fp32.",
-                )
-            if low:
-                made = encoded(name, value, self._to)
-            elif name in self._low_constants or name.endswith(".grad.weight"):  # backward pass
-                made = numpy_helper.from_array(rounded(value, self._to), f"{name}.fp32")
-        self._made[made.name] = made
+        value = self._graph.constants[name]
+        if low:
+            made = encoded(name, value, self._to)
+        elif name in self._low_constants:
+            made = numpy_helper.from_array(np.asarray(value, order="C"), f"{name}.fp32")
+        else:
+            made = numpy_helper.from_array(np.asarray(value, order="C"), name)
+        self._constants[made.name] = made
         return str(made.name)
 
+    def _fresh(self, name: str) -> str:
+        while name in self._taken:
+            name += "_"
+        self._taken.add(name)
+        return name
 
-def _wide_nodes(graph: onnx.ModelProto) -> set[str]:
-    """Return the names of the nodes that stay float32; see :func:`to_half`."""
-    forward = forward_nodes(graph)
-    nodes = graph.graph.node
-    mean = {node.name for node in nodes if node.op_type == "Sub" and node.name in forward}
-    behind = {node.name for node in nodes} - forward
-    return mean | behind | {name for norm in find_norms(graph) for name in norm.nodes}
+
+def _vanishes(value: NDArray[np.generic], to: Format) -> bool:
+    """Whether a constant is one number, not 0, that the format has no number for but 0."""
+    if value.dtype != np.float32 or value.size != 1:
+        return False
+    number = value.astype(np.float32).reshape(-1)
+    return bool(number[0] != 0 and rounded(number, to)[0] == 0)
+
+
+def _rounded(node: Node, name: str, value: NDArray[np.float32], to: Format) -> NDArray[np.float32]:
+    found = rounded(value, to)
+    if (np.isinf(found) & np.isfinite(value)).any():
+        raise LoweringError(
+            f"The constant {name!r} of node {node.name!r} has values up to "
+            f"{np.abs(value).max():.3g}, which overflow {to.precision}.",
+            f"Keep it in float32 with --keep-fp32 {node.name}, or export in bf16.",
+        )
+    return found
+
+
+def _named_copy(node: Node) -> onnx.NodeProto:
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node.proto)
+    copy.name = node.name
+    return copy
+
+
+def _model(
+    like: onnx.ModelProto,
+    nodes: list[onnx.NodeProto],
+    constants: list[TensorProto],
+    opset: int,
+    ir_version: int,
+) -> onnx.ModelProto:
+    """Return a model with the ends of another."""
+    body = like.graph
+    return helper.make_model(
+        helper.make_graph(nodes, body.name, body.input, body.output, constants),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=ir_version,
+        producer_name=like.producer_name,
+    )

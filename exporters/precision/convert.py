@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,16 @@ import onnx
 
 from ccn_deploy.errors import UsageError, unknown
 from ccn_deploy.exporters.precision.calibration import Calibration, ranges
-from ccn_deploy.exporters.precision.cast import half_layers, to_half
-from ccn_deploy.exporters.precision.formats import GRIDS, HALVES
-from ccn_deploy.exporters.precision.qdq import quantized_layers, to_grid
-from ccn_deploy.graph.signature import COTANGENTS
+from ccn_deploy.exporters.precision.cast import low_nodes, round_constants, to_half
+from ccn_deploy.exporters.precision.formats import GRIDS, HALVES, Format
+from ccn_deploy.exporters.precision.islands import island_nodes, kept_nodes
+from ccn_deploy.exporters.precision.qdq import to_grid
+from ccn_deploy.exporters.precision.sites import quantized_sites
+from ccn_deploy.exporters.precision.summary import layer_of, layer_precisions
+from ccn_deploy.exporters.vjp import gradient_graph
+from ccn_deploy.graph.graph import Graph
+from ccn_deploy.graph.layers import layer_outputs
+from ccn_deploy.graph.signature import COTANGENTS, INPUT, OUTPUT
 
 PRECISIONS = (*HALVES, *GRIDS)
 """What a forward graph can be converted to."""
@@ -28,7 +35,8 @@ class Converted:
 
     Attributes:
         graph: Its inputs and outputs are still float32.
-        layers: For each layer its ``"compute"`` and, if compact, its ``"norm"`` precision.
+        layers: For each layer its ``"compute"`` and, if it divides by a norm, its ``"norm"``
+            precision.
         calibration: How the ranges of activations were found, and what they are; None in a
             precision that needs none.
     """
@@ -39,29 +47,36 @@ class Converted:
 
 
 def convert(
-    graph: onnx.ModelProto, precision: str, calibration: Calibration | None = None
+    graph: Graph,
+    precision: str,
+    calibration: Calibration | None = None,
+    keep_fp32: Sequence[str] = (),
 ) -> Converted:
     """Convert a float32 graph.
 
     The same graph and calibration give the same bytes.
 
     Args:
-        graph: Of :func:`~ccn_deploy.exporters.lowering.lower`; for fp16 and bf16 also of
-            :func:`~ccn_deploy.exporters.gradient.lower_gradient`. It is not changed.
+        graph: A canonical forward graph; for fp16 and bf16 also its gradient graph. It is not
+            changed.
         precision: One of :data:`PRECISIONS`.
         calibration: Images to find the ranges of activations on; int8 and fp8 need them.
+        keep_fp32: Names of nodes of the forward graph, or what such names begin with, that stay
+            float32 beside those that do by structure.
 
     Raises:
-        UsageError: An unknown precision, one that needs a calibration and has none, or one that
-            a gradient graph cannot have.
-        LoweringError: A weight overflows fp16, or a layer's input has no range.
+        UsageError: An unknown precision, one that needs a calibration and has none, one that
+            a gradient graph cannot have, a name that no node has, or nothing to quantise.
+        LoweringError: A constant overflows fp16, or a layer's input has no range.
         MissingExtraError: ONNX Runtime is needed to calibrate and is not installed.
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
+    forward = forward_part(graph)
+    kept = kept_nodes(forward, keep_fp32)
     if precision in HALVES:
-        return Converted(to_half(graph, HALVES[precision]), half_layers(graph, precision))
-    if any(value.name == COTANGENTS for value in graph.graph.input):
+        return _to_half(graph, forward, HALVES[precision], kept)
+    if COTANGENTS in graph.inputs:
         raise UsageError(
             f"There is no gradient graph in {precision}: rounding to a grid has slope zero.",
             "Attack it with gradients of the reference: --gradient reference.",
@@ -71,9 +86,64 @@ def convert(
             f"{precision} needs images to find the ranges of activations on.",
             "Give --dataset, or export a run that knows its data set.",
         )
-    found = ranges(graph, calibration)
+    return _to_grid(forward, GRIDS[precision], calibration, kept)
+
+
+def forward_part(graph: Graph) -> Graph:
+    """Return the forward graph that a gradient graph begins with; a forward graph as it is."""
+    if COTANGENTS not in graph.inputs:
+        return graph
+    nodes = graph.above()
+    read = {tensor for node in nodes for tensor in node.inputs}
+    body = graph.model.graph
+    made = onnx.helper.make_graph(
+        [node.proto for node in nodes],
+        body.name,
+        [value for value in body.input if value.name == INPUT],
+        [value for value in body.output if value.name == OUTPUT],
+        [constant for constant in body.initializer if constant.name in read],
+    )
+    return Graph(
+        onnx.helper.make_model(
+            made,
+            opset_imports=graph.model.opset_import,
+            ir_version=graph.model.ir_version,
+            producer_name=graph.model.producer_name,
+        )
+    )
+
+
+def _to_half(graph: Graph, forward: Graph, to: Format, kept: frozenset[str]) -> Converted:
+    low = low_nodes(forward, to, island_nodes(forward) | kept)
+    rounded = Graph(round_constants(forward, to, low))
+    if COTANGENTS in graph.inputs:  # the gradient is that of the rounded weights
+        rounded = Graph(gradient_graph(rounded))
+    return Converted(to_half(rounded, to, low), layer_precisions(forward, to.precision, low))
+
+
+def _to_grid(
+    forward: Graph, to: Format, calibration: Calibration, kept: frozenset[str]
+) -> Converted:
+    sites = quantized_sites(forward, island_nodes(forward), kept)
+    if not sites:
+        raise UsageError(
+            f"{to.precision} would quantise nothing: what reads the image stays float32, and there "
+            "is no other product with weights.",
+            "Export in fp16, bf16 or fp32.",
+        )
+    layers = layer_outputs(forward)
+    names: dict[str, str] = {}
+    for site in sites:
+        layer = layer_of(site.node, layers)
+        taken = not layer or layer in names.values()
+        names.setdefault(site.x, site.node if taken else layer)
+    found = ranges(forward, names, calibration)
     return Converted(
-        to_grid(graph, GRIDS[precision], found),
-        quantized_layers(graph, precision),
-        {**calibration.document, "method": calibration.method, "ranges": found},
+        to_grid(forward, to, sites, found, names),
+        layer_precisions(forward, to.precision, {site.node for site in sites}),
+        {
+            **calibration.document,
+            "method": calibration.method,
+            "ranges": {names[tensor]: limit for tensor, limit in found.items()},
+        },
     )

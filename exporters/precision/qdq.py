@@ -1,110 +1,143 @@
-"""Putting the operands of every matrix product on a grid of int8 or fp8 numbers.
+"""Putting the operands of matrix products on a grid of int8 or fp8 numbers.
 
 In the explicit form that TensorRT and ONNX Runtime read: QuantizeLinear and DequantizeLinear
-around float32 ops. LayerOutputs have one scale a tensor, weights one a channel, and no grid has an
-offset. Ranges come from :mod:`ccn_deploy.exporters.precision.calibration`; the pairs are placed
-here, because a library's placement also quantises what a product is divided by.
+around float32 ops. Activations have one scale a tensor, weights one an output channel, and no grid
+has an offset. Ranges come from :mod:`ccn_deploy.exporters.precision.calibration`; the pairs are
+placed here, because a library's placement also quantises what a product is divided by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from ccn_deploy.exporters.precision.formats import Format, encoded
-from ccn_deploy.exporters.precision.norms import find_norms
-from ccn_deploy.exporters.precision.sites import Site, quantized_sites
+from ccn_deploy.exporters.precision.sites import Site
+from ccn_deploy.graph.graph import Graph
+from ccn_deploy.graph.structure import find_norms
 
 
-def to_grid(graph: onnx.ModelProto, to: Format, ranges: Mapping[str, float]) -> onnx.ModelProto:
+def to_grid(
+    graph: Graph,
+    to: Format,
+    sites: Sequence[Site],
+    ranges: Mapping[str, float],
+    names: Mapping[str, str],
+) -> onnx.ModelProto:
     """Return a copy of a forward graph with quantised operands.
 
     A compact layer takes its norm, in float32, of the very numbers that its product multiplies:
     what rounding or clipping does to their length is divided out again. The product itself is not
     quantised before it is divided, since patches of small norm would be lost in one scale for all.
+    Whatever else reads the same tensor, such as a skip connection, reads it unrounded.
 
     Args:
         graph: float32.
         to: The grid's format.
-        ranges: Largest absolute input to represent of each layer that is quantised.
+        sites: What is quantised.
+        ranges: By tensor: the largest absolute value to represent.
+        names: By tensor: what its scale is named after.
     """
-    sites = {site.x: site for site in quantized_sites(graph)}
-    weights = {site.weight: site for site in sites.values()}
-    constants = {c.name: c for c in graph.graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    made = [c for c in graph.graph.initializer if c.name not in weights]
-    renamed: dict[str, str] = {}
-    for node in graph.graph.node:
-        for tensor in node.input:
-            if tensor in sites and tensor not in renamed:
-                site = sites[tensor]
-                renamed[tensor] = _activation(nodes, made, site, to, ranges[site.layer])
-            if tensor in weights:
-                weight = numpy_helper.to_array(constants[tensor])
-                renamed[tensor] = _weight(nodes, made, weights[tensor], to, weight)
+    grid = _Grid(graph, to)
+    readers = _readers(graph, sites)
+    by_node = {site.node: site for site in sites}
+    for node in graph.nodes:
         copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        del copy.input[:]
-        copy.input.extend(renamed.get(tensor, tensor) for tensor in node.input)
-        nodes.append(copy)
-    body = graph.graph
+        copy.CopyFrom(node.proto)
+        copy.name = node.name
+        site = by_node.get(node.name)
+        for at, tensor in enumerate(node.inputs):
+            if node.name in readers.get(tensor, ()):
+                copy.input[at] = grid.activation(tensor, names[tensor], ranges[tensor])
+        if site is not None:
+            copy.input[1] = grid.weight(site.weight, site.axis)
+        grid.nodes.append(copy)
+    body, read = graph.model.graph, {tensor for node in grid.nodes for tensor in node.input}
+    kept = [
+        numpy_helper.from_array(np.asarray(value, order="C"), name)
+        for name, value in graph.constants.items()
+        if name in read and name not in grid.constants
+    ]
     return helper.make_model(
-        helper.make_graph(nodes, body.name, body.input, body.output, made),
-        opset_imports=graph.opset_import,
-        ir_version=graph.ir_version,
-        producer_name=graph.producer_name,
+        helper.make_graph(
+            grid.nodes, body.name, body.input, body.output, [*kept, *grid.constants.values()]
+        ),
+        opset_imports=[helper.make_opsetid("", graph.opset)],
+        ir_version=graph.model.ir_version,
+        producer_name=graph.model.producer_name,
     )
 
 
-def quantized_layers(graph: onnx.ModelProto, precision: str) -> dict[str, dict[str, str]]:
-    """Return, for each layer of a graph that is converted, what computes it."""
-    norms = {norm.layer for norm in find_norms(graph)}
-    low = {site.layer for site in quantized_sites(graph)}
-    return {
-        node.name: {
-            "compute": precision if node.name in low else "fp32",
-            **({"norm": "fp32"} if node.name in norms else {}),
-        }
-        for node in graph.graph.node
-        if "." not in node.name
-    }
+def _readers(graph: Graph, sites: Sequence[Site]) -> dict[str, set[str]]:
+    """Return, by tensor that is quantised, the nodes that read it off the grid."""
+    readers: dict[str, set[str]] = {}
+    for site in sites:
+        readers.setdefault(site.x, set()).add(site.node)
+    for norm in find_norms(graph):
+        product = graph.made_by.get(norm.product) if norm.kind == "compact" else None
+        if product is not None and product.name in readers.get(product.inputs[0], ()):
+            readers[product.inputs[0]].update(norm.nodes)
+    return readers
 
 
-def _activation(
-    nodes: list[onnx.NodeProto], made: list[onnx.TensorProto], site: Site, to: Format, limit: float
-) -> str:
-    """Add what puts a site's activations on a grid; return the tensor's name."""
-    name = f"{site.layer}.input"
-    scale = numpy_helper.from_array(np.array(limit / to.largest, np.float32), f"{name}.scale")
-    zero = encoded(f"{name}.zero", np.zeros((), np.float32), to)
-    made += [scale, zero]
-    for op, reads, result in (
-        ("QuantizeLinear", site.x, f"{name}.{to.precision}"),
-        ("DequantizeLinear", f"{name}.{to.precision}", name),
-    ):
-        nodes.append(helper.make_node(op, [reads, scale.name, zero.name], [result], name=result))
-    return name
+class _Grid:
+    """Nodes and constants of a quantised graph while it is made."""
 
+    def __init__(self, graph: Graph, to: Format) -> None:
+        self._graph, self._to = graph, to
+        self._made: dict[tuple[str, int], str] = {}
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
 
-def _weight(
-    nodes: list[onnx.NodeProto],
-    made: list[onnx.TensorProto],
-    site: Site,
-    to: Format,
-    weight: NDArray[np.float32],
-) -> str:
-    """Add a site's weights as numbers of the grid; return the name of what they stand for."""
-    largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-    scale = (np.where(largest > 0, largest, 1) / to.largest).astype(np.float32)
-    steps = weight / scale.reshape(-1, *[1] * (weight.ndim - 1))
-    made.append(encoded(site.weight, np.clip(steps, -to.largest, to.largest), to))
-    made.append(numpy_helper.from_array(scale, f"{site.weight}.scale"))
-    made.append(encoded(f"{site.weight}.zero", np.zeros(len(weight), np.float32), to))
-    result = f"{site.weight}.fp32"
-    reads = [site.weight, f"{site.weight}.scale", f"{site.weight}.zero"]
-    nodes.append(helper.make_node("DequantizeLinear", reads, [result], name=result, axis=0))
-    return result
+    def activation(self, tensor: str, name: str, limit: float) -> str:
+        """Add, once, what puts a tensor on the grid; return the name of what it stands for."""
+        result = f"{name}.input"
+        if (tensor, -1) in self._made:
+            return self._made[tensor, -1]
+        scale, zero = f"{result}.scale", f"{result}.zero"
+        self._keep(
+            numpy_helper.from_array(np.array(limit / self._to.largest, np.float32), scale),
+            encoded(zero, np.zeros((), np.float32), self._to),
+        )
+        low = f"{result}.{self._to.precision}"
+        self._node("QuantizeLinear", [tensor, scale, zero], low)
+        self._node("DequantizeLinear", [low, scale, zero], result)
+        self._made[tensor, -1] = result
+        return result
+
+    def weight(self, name: str, axis: int) -> str:
+        """Add, once, a constant as numbers of the grid; return the name of what it stands for.
+
+        A channel of zeros has the scale of one.
+        """
+        if (name, axis) in self._made:
+            return self._made[name, axis]
+        value = self._graph.constants[name]
+        largest = np.abs(value).max(axis=tuple(set(range(value.ndim)) - {axis}))
+        scale = (np.where(largest > 0, largest, 1) / self._to.largest).astype(np.float32)
+        steps = value / np.expand_dims(scale, tuple(set(range(value.ndim)) - {axis}))
+        stored = name if self._is_free(name) else f"{name}.{self._to.precision}{axis}"
+        self._keep(
+            encoded(stored, np.clip(steps, -self._to.largest, self._to.largest), self._to),
+            numpy_helper.from_array(scale, f"{stored}.scale"),
+            encoded(f"{stored}.zero", np.zeros(len(scale), np.float32), self._to),
+        )
+        result = f"{stored}.fp32"
+        self._node(
+            "DequantizeLinear", [stored, f"{stored}.scale", f"{stored}.zero"], result, axis=axis
+        )
+        self._made[name, axis] = result
+        return result
+
+    def _is_free(self, name: str) -> bool:
+        """Whether only one product reads a constant, whose numbers can take its name."""
+        return len(self._graph.readers[name]) == 1
+
+    def _keep(self, *constants: onnx.TensorProto) -> None:
+        self.constants.update((constant.name, constant) for constant in constants)
+
+    def _node(self, op: str, reads: list[str], name: str, **attributes: int) -> None:
+        self.nodes.append(helper.make_node(op, reads, [name], name=name, **attributes))

@@ -1,12 +1,13 @@
-"""Where a forward graph is quantised: the two operands of its matrix products."""
+"""Where a forward graph is quantised: the two operands of its products with weights."""
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
-import onnx
+from ccn_deploy.graph.graph import Graph, Node
 
-from ccn_deploy.exporters.precision.norms import find_norms
+PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -14,31 +15,70 @@ class Site:
     """A convolution or matrix product that is quantised.
 
     Attributes:
-        layer: The layer it belongs to.
-        x: Tensor of activations that the layer reads.
-        weight: Its constant, with output channels first.
+        node: Its name.
+        x: Tensor of activations that it reads.
+        weight: Its constant.
+        axis: The axis of output channels in that constant.
     """
 
-    layer: str
+    node: str
     x: str
     weight: str
+    axis: int
 
 
-def quantized_sites(graph: onnx.ModelProto) -> list[Site]:
+def quantized_sites(graph: Graph, islands: Set[str], kept: Set[str]) -> list[Site]:
     """Return the sites in order of execution.
 
-    They are all products but two kinds. The sum over patches in a norm branch is no product of
-    weights. And the first product reads the image, which 255 steps would round: an image of low
-    contrast, which a compact layer brings back to full scale, would come through as nothing, and
-    small adversarial changes would be rounded away, which looks like robustness. It is one to two
-    hundredths of the work.
+    They are all products of activations with a constant but three kinds. Those in islands: the
+    sum over patches in a norm branch is no product of weights. Those that read the image, with no
+    product above them: 255 steps would round an image of low contrast, which a compact layer
+    brings back to full scale, to nothing, and small adversarial changes would be rounded away,
+    which looks like robustness; they are a small part of the work. And transposed convolutions and
+    products with more than one matrix, for which runtimes have no such kernels.
+
+    Args:
+        graph: Forward, float32.
+        islands: Names of the nodes that stay float32 by structure.
+        kept: Names of the nodes that a user keeps in float32.
     """
-    branch = {name for norm in find_norms(graph) for name in norm.nodes}
-    products = [
-        node
-        for node in graph.graph.node
-        if node.op_type in ("Conv", "Gemm") and node.name not in branch
-    ]
-    return [
-        Site(node.name.partition(".")[0], node.input[0], node.input[1]) for node in products[1:]
-    ]
+    wide = first_products(graph, islands) | islands | kept
+    sites = []
+    for node in graph.above():
+        axis = channel_axis(graph, node)
+        if axis is not None and node.name not in wide:
+            sites.append(Site(node.name, node.inputs[0], node.inputs[1], axis))
+    return sites
+
+
+def first_products(graph: Graph, islands: Set[str]) -> frozenset[str]:
+    """Return the names of the products with weights that have no other one above them.
+
+    Args:
+        graph: Forward.
+        islands: Names of nodes that do not count as products: norm branches.
+    """
+    behind: set[str] = set()
+    first = set()
+    for node in graph.above():
+        is_product = channel_axis(graph, node) is not None and node.name not in islands
+        below = any(tensor in behind for tensor in node.inputs)
+        if is_product and not below:
+            first.add(node.name)
+        if is_product or below:
+            behind.update(node.outputs)
+    return frozenset(first)
+
+
+def channel_axis(graph: Graph, node: Node) -> int | None:
+    """Return the axis of output channels in the weight of a product; None of any other node."""
+    if node.op not in PRODUCTS or node.inputs[0] in graph.constants:
+        return None
+    weight = graph.constants.get(node.inputs[1])
+    if weight is None:
+        return None
+    if node.op == "Conv":
+        return 0
+    if weight.ndim != 2 or node.attributes.get("transA", 0):
+        return None
+    return 0 if node.op == "Gemm" and node.attributes.get("transB", 0) else 1

@@ -22,7 +22,7 @@ from ccn_deploy.runtimes.base import (
     check_cotangents,
     check_images,
 )
-from ccn_deploy.runtimes.compatibility import HEAD, check_engine, choose_engine, engines
+from ccn_deploy.runtimes.compatibility import HEAD, check_engine, choose_engine
 from ccn_deploy.runtimes.tensorrt.cuda import Device
 from ccn_deploy.runtimes.tensorrt.engine import Engine, Execution
 from ccn_deploy.runtimes.tensorrt.kernel_cache import cache_directory, kernel_path
@@ -38,8 +38,7 @@ from ccn_deploy.runtimes.tensorrt.shapes import (
     gradient_signature,
     pieces,
 )
-
-GRADIENT_ENGINE = "gradient-engine"
+from ccn_deploy.targets import Role, Target
 
 
 class TensorRtRuntime(Closing):
@@ -59,8 +58,7 @@ class TensorRtRuntime(Closing):
 
     Args:
         bundle: An open bundle.
-        name: ``"tensorrt"`` or ``"tensorrt-rtx"``.
-        precision: Of the engine.
+        target: A TensorRT runtime and the engine's precision.
         options: Device, batch limit, CUDA graphs, range check.
 
     Raises:
@@ -70,24 +68,22 @@ class TensorRtRuntime(Closing):
         IntegrityError: An engine is not what the manifest says.
     """
 
-    def __init__(
-        self, bundle: Bundle, *, name: str, precision: str, options: RuntimeOptions
-    ) -> None:
-        machine = this_machine()
-        record = choose_engine(bundle, name, precision, machine, device=options.device)
+    def __init__(self, bundle: Bundle, target: Target, options: RuntimeOptions) -> None:
+        machine, name = this_machine(), target.runtime
+        record = choose_engine(bundle, target, machine, device=options.device)
         self._bundle, self._machine, self._options = bundle, machine, options
-        self._name = name
-        self._image = bundle.manifest.input_shape
-        self._classes = len(bundle.manifest.class_names)
+        self._target, self._name = target, name
+        self._image = bundle.card.input_shape
+        self._classes = bundle.card.classes
         self._device = Device(options.device, LIBRARIES[name].extra)
-        self._gradient_record = _gradient_engine(bundle, name, precision, machine, options.device)
+        self._gradient_record = _gradient_engine(bundle, target, machine, options.device)
         self._gradient: _Loaded | None = None
         self._lock = threading.Lock()
         self._forward = self._load(record, forward_signature(self._image, self._classes))
         gpu = machine.gpus[options.device]
         self._spec = RuntimeSpec(
             name=name,
-            precision=precision,
+            precision=target.precision,
             input_shape=self._image,
             classes=self._classes,
             max_batch=self._forward.limits[BATCH].high,
@@ -180,11 +176,10 @@ class TensorRtRuntime(Closing):
         if record is None:  # this says why there is none, or why none fits
             record = choose_engine(
                 self._bundle,
-                self._name,
-                self._spec.precision,
+                self._target,
                 self._machine,
                 device=self._options.device,
-                role=GRADIENT_ENGINE,
+                role=Role.GRADIENT_ENGINE,
             )
         with self._lock:
             if self._forward.closed:
@@ -244,7 +239,7 @@ class _Loaded:
 def kernels_file(record: FileRecord, name: str, machine: Machine, device: int) -> Path | None:
     """Return where the kernels that a runtime compiles for an engine are kept; None if nowhere."""
     directory = cache_directory()
-    if name != "tensorrt-rtx" or directory is None:
+    if not LIBRARIES[name].portable or directory is None:
         return None
     return kernel_path(
         directory,
@@ -256,12 +251,10 @@ def kernels_file(record: FileRecord, name: str, machine: Machine, device: int) -
 
 
 def _gradient_engine(
-    bundle: Bundle, name: str, precision: str, machine: Machine, device: int
+    bundle: Bundle, target: Target, machine: Machine, device: int
 ) -> FileRecord | None:
     """Return the gradient engine that fits; None if there is none or none of them fits."""
-    if not engines(bundle, name, precision, role=GRADIENT_ENGINE):
-        return None
     try:
-        return choose_engine(bundle, name, precision, machine, device=device, role=GRADIENT_ENGINE)
+        return choose_engine(bundle, target, machine, device=device, role=Role.GRADIENT_ENGINE)
     except EnvironmentUnfitError:
         return None
