@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -79,7 +80,8 @@ def _sums_by_group(
 
 def _divisor(g: GraphBuilder, layer: CompactConv2d | CompactLinear, name: str, sums: str) -> str:
     """Add the root of the sums, and delta to it."""
-    delta = g.constant(f"{name}.delta", np.float32(float(layer.effective_delta)))
+    value = torch.as_tensor(layer.effective_delta).item()
+    delta = g.constant(f"{name}.delta", np.float32(value))
     norm = g.node("Sqrt", [sums], f"{name}.norm")
     return g.node("Add", [norm, delta], f"{name}.divisor")
 

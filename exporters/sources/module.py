@@ -103,6 +103,11 @@ def _check(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
                 "An image's logits depend on the other images of its batch.",
                 "Normalise with running statistics (track_running_stats=True), not the batch's.",
             )
+    if torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2]):
+        raise UsageError(
+            "The module gives every image the same logits.",
+            "Load its trained weights: many networks start with zeros in their last layer.",
+        )
     return logits.shape[1]
 
 

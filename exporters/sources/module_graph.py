@@ -127,12 +127,9 @@ class _Rewriting:
         """Return the new name of what a node makes."""
         if not tensor:
             return ""
-        if tensor == self.output:
-            name = OUTPUT
-        else:
-            name = node if at == 0 else self._free(f"{node}.{at}")
-        self.tensors[tensor] = name
-        return name
+        name = node if at == 0 else self._free(f"{node}.{at}")
+        self.tensors[tensor] = OUTPUT if tensor == self.output else name
+        return self.tensors[tensor]
 
     def _free(self, name: str) -> str:
         """Return a name that nothing has, this one if possible."""

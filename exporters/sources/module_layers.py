@@ -8,7 +8,7 @@ sum for the squares, the floor under the root, alpha apart from the weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,19 +32,18 @@ def traceable(network: nn.Module) -> None:
     for name, layer in network.named_modules():
         forward = _FORWARDS.get(type(layer))
         if forward is not None:
-            layer.compact_name = name
-            layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
+            layer.forward = partial(forward, layer, name)
 
 
-def _conv(layer: CompactConv2d, x: Tensor) -> Tensor:
+def _conv(layer: CompactConv2d, name: str, x: Tensor) -> Tensor:
     x, _ = layer.pad(x)
     # Only the sizes are wanted, which the convolution itself knows best.
     height, width = _sizes(layer, x)
-    return _stand_in(layer, x, (x.shape[0], layer.out_channels, height, width))
+    return _stand_in(layer, name, x, (x.shape[0], layer.out_channels, height, width))
 
 
-def _linear(layer: CompactLinear, x: Tensor) -> Tensor:
-    return _stand_in(layer, x, (*x.shape[:-1], layer.out_features))
+def _linear(layer: CompactLinear, name: str, x: Tensor) -> Tensor:
+    return _stand_in(layer, name, x, (*x.shape[:-1], layer.out_features))
 
 
 _FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -65,11 +64,11 @@ def _sizes(layer: CompactConv2d, x: Tensor) -> tuple[int, int]:
     return shape[2], shape[3]
 
 
-def _stand_in(layer: nn.Module, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _stand_in(layer: nn.Module, name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     result: Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{type(layer).__name__}",
         (x,),
-        {"layer": layer.compact_name, "rank": x.dim()},
+        {"layer": name, "rank": x.dim()},
         dtype=x.dtype,
         shape=shape,
         version=1,
