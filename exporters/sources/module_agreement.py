@@ -93,5 +93,10 @@ def _difference(reference: nn.Module, program: GraphModule, images: Tensor) -> f
             f"The module does not run in float64: {str(error).splitlines()[0]}",
             "Let it follow the type of its input (x.dtype) where it makes tensors of its own.",
         ) from error
+    if not bool(expected.isfinite().all()):
+        raise LoweringError(
+            "The network itself gives logits that are not finite.",
+            "Train it again, or look for NaN in its weights.",
+        )
     scale = max(float(expected.abs().max()), 1e-30)
     return float((program(images) - expected).abs().max()) / scale

@@ -13,7 +13,7 @@ from ccn_deploy.bundle import MANIFEST, Bundle, open_bundle
 from ccn_deploy.bundle.card import ModelCard, Source
 from ccn_deploy.errors import UsageError
 from ccn_deploy.exporters.checks import check_plain, check_valid
-from ccn_deploy.exporters.sources.agreement import module_agreement
+from ccn_deploy.exporters.sources.module_agreement import check_agreement
 from ccn_deploy.exporters.sources.class_names import read_class_names
 from ccn_deploy.exporters.sources.intake import Intake
 from ccn_deploy.exporters.sources.onnx_file import OnnxFile, open_onnx_file
@@ -116,7 +116,7 @@ def of_run(run: TrainedRun) -> NetworkSource:
         kind="run",
         name=run.network,
         sha256=sha256(run.weights),
-        agreement=module_agreement(module, graph),
+        agreement=check_agreement(module, graph.model),
     )
     weights = run.weights if run.card.architecture else b""
     card = msgspec.structs.replace(run.card, source=source)
@@ -136,9 +136,7 @@ def _of_module(given: str, options: SourceOptions) -> NetworkSource:
     from ccn_deploy.exporters.sources.module import export_module
 
     module = load_factory(given)
-    notes: tuple[str, ...] = ()
-    if options.weights is not None:
-        notes = load_weights(module, options.weights)
+    notes = [] if options.weights is None else load_weights(module, options.weights)
     model = export_module(module, _input_shape(module, options.intake.input_size))
     opened = open_onnx_file(to_bytes(model), options.intake)
     source = Source(
@@ -150,7 +148,7 @@ def _of_module(given: str, options: SourceOptions) -> NetworkSource:
         preprocessing=opened.preprocessing,
         agreement={
             **opened.check().figures(),
-            **module_agreement(module, Graph(model)),
+            **check_agreement(module, model),
         },
     )
     found = _named(opened, source, options, given.rpartition(":")[2], Path(given))
