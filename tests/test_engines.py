@@ -26,11 +26,12 @@ from ccn_deploy.errors import (
     MissingExtraError,
     UsageError,
 )
-from ccn_deploy.exporters import CalibrationRequest, engines, export_run
+from ccn_deploy.exporters import CalibrationRequest, export_run
 from ccn_deploy.exporters.calibration import load_calibration
 from ccn_deploy.exporters.gradient import lower_gradient
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import PRECISIONS, Calibration, convert
+from ccn_deploy.exporters.tensorrt import build as engines
 from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, known_targets
 from ccn_deploy.exporters.tensorrt.log import read_log, worth_keeping
 from ccn_deploy.graph.builder import to_bytes

@@ -28,10 +28,11 @@ from ccn_deploy.errors import (
 from ccn_deploy.exporters import export_run
 from ccn_deploy.exporters.tensorrt.build import Batches, BuiltEngine
 from ccn_deploy.machine import Gpu, Machine, this_machine
-from ccn_deploy.runtimes import RuntimeOptions, engine, open_runtime
-from ccn_deploy.runtimes import cuda as cuda_module
+from ccn_deploy.runtimes import RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.compatibility import choose_engine
 from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
+from ccn_deploy.runtimes.tensorrt import cuda as cuda_module
+from ccn_deploy.runtimes.tensorrt import engine
 from ccn_deploy.runtimes.tensorrt.cuda import CudaError, Device, floats_at
 from ccn_deploy.runtimes.tensorrt.engine import Engine
 from ccn_deploy.runtimes.tensorrt.kernel_cache import (

@@ -23,7 +23,7 @@ from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, Library, load_library
 from ccn_deploy.storage import sha256
 
-WORKER = Path(__file__).with_name("engine_worker.py")
+WORKER = Path(__file__).with_name("worker.py")
 
 NOT_BY_DEFAULT = ("7.5",)
 """Compute capabilities that TensorRT-RTX builds for only if they are asked for by name."""
