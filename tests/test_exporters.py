@@ -476,12 +476,14 @@ def _truncated_before_hashing(path: Path) -> Path:
 
 def _of_another_network(path: Path) -> Path:
     run = as_run(random_network("mnist-cnn", "sm"), path / "run")
-    return write_run(replace(run, architecture="vgg11-cifar10"))
+    return write_run(
+        replace(run, card=msgspec.structs.replace(run.card, architecture="vgg11-cifar10"))
+    )
 
 
 def _of_another_defense(path: Path) -> Path:
     run = as_run(random_network("mnist-cnn", "sm"), path / "run")
-    return write_run(replace(run, defense="ccn"))
+    return write_run(replace(run, card=msgspec.structs.replace(run.card, defense="ccn")))
 
 
 @pytest.mark.parametrize(
