@@ -10,6 +10,7 @@ from ccn_deploy.bundle import Bundle, NewFile, write_bundle
 from ccn_deploy.data import load_dataset
 from ccn_deploy.exporters.precision import Calibration, convert
 from ccn_deploy.graph.builder import to_bytes
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.targets import Role
 
 SAMPLES = 128
@@ -35,7 +36,7 @@ def with_precision(
     gradient: bool = False,
 ) -> Bundle:
     """Write a copy of a bundle with one more forward graph, and one more gradient graph."""
-    converted = convert(forward_graph(bundle), precision, calibration)
+    converted = convert(Graph(forward_graph(bundle)), precision, calibration)
     details = {"layers": converted.layers}
     if converted.calibration is not None:
         details["calibration"] = converted.calibration
@@ -45,23 +46,7 @@ def with_precision(
     if gradient:
         slopes = onnx.load_model_from_string(bundle.read(bundle.file(Role.GRADIENT, "fp32")))
         path = f"graphs/gradient-{precision}.onnx"
-        data = to_bytes(convert(slopes, precision).graph)
+        data = to_bytes(convert(Graph(slopes), precision).graph)
         graphs.append(NewFile(path, data, Role.GRADIENT, precision))
-    manifest = bundle.manifest
-    return write_bundle(
-        output,
-        card=bundle.card,
-        files=[*(_copied(bundle, record.path) for record in manifest.files), *graphs],
-    )
-
-
-def _copied(bundle: Bundle, path: str) -> NewFile:
-    (record,) = (record for record in bundle.manifest.files if record.path == path)
-    return NewFile(
-        path,
-        bundle.read(record),
-        record.role,
-        record.precision,
-        record.made_by,
-        record.details,
-    )
+    kept = [NewFile.copy(bundle, record) for record in bundle.manifest.files]
+    return write_bundle(output, card=bundle.card, files=[*kept, *graphs])

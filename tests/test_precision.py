@@ -16,13 +16,13 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
+from benchmarks.handwritten_gradient import lower_gradient
 from ccn_deploy.architectures import Architecture
 from ccn_deploy.bundle import open_bundle
 from ccn_deploy.data import load_dataset
 from ccn_deploy.defenses import defense_named
 from ccn_deploy.errors import LoweringError, RuntimeUnavailableError, UsageError
 from ccn_deploy.exporters.checks import check_gradient_graph, check_shapes
-from benchmarks.handwritten_gradient import lower_gradient
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import (
     METHODS,

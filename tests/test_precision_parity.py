@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch.nn import functional as F
 
-from ccn_deploy.bundle import Bundle, open_bundle
+from ccn_deploy.bundle import Bundle, NewFile, open_bundle, write_bundle
 from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import Calibration, convert
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
 from ccn_deploy.parity.rounding import RoundingModel, rounding_units
 from ccn_deploy.parity.rounding_rules import Errors
@@ -134,18 +136,10 @@ def test_a_scale_doubled_in_a_plain_network_fails(
 def test_a_grid_without_its_ranges_is_no_measurement(
     in_precision: Callable[[str, str], Bundle], tmp_path: Path
 ) -> None:
-    from ccn_deploy.bundle import NewFile, write_bundle
-
     bundle = in_precision("sm", "int8")
-    manifest = bundle.manifest
-    files = [
-        NewFile(r.path, bundle.read(r), r.role, r.precision, r.made_by) for r in manifest.files
-    ]
-    bare = write_bundle(
-        tmp_path / "bare",
-        card=bundle.card,
-        files=files,
-    )
+    files = [NewFile.copy(bundle, record) for record in bundle.manifest.files]
+    files = [replace(file, details={}) for file in files]
+    bare = write_bundle(tmp_path / "bare", card=bundle.card, files=files)
     with pytest.raises(IntegrityError, match="ranges"):
         parity(bare, "int8")
 
@@ -164,7 +158,7 @@ def test_first_draw_is_the_deployed_grid(defense: str) -> None:
     """Against a network quantised by hand, in float64, where every rounding is written out."""
     model = random_network("mnist-cnn", defense)
     images = np.random.default_rng(0).random((2, 1, 28, 28), dtype=np.float32)
-    calibration = convert(lower(model), "int8", Calibration(images)).calibration
+    calibration = convert(Graph(lower(model)), "int8", Calibration(images)).calibration
     assert calibration is not None
     ranges = calibration["ranges"]
     arithmetic = Arithmetic(0.0, 0.0, 0.0, "int8")
@@ -204,7 +198,7 @@ def by_hand(
 def test_units_grow_with_the_coarseness_of_the_format() -> None:
     model = random_network("mnist-cnn", "ccn")
     images = np.random.default_rng(0).random((2, 1, 28, 28), dtype=np.float32)
-    calibration = convert(lower(model), "int8", Calibration(images)).calibration
+    calibration = convert(Graph(lower(model)), "int8", Calibration(images)).calibration
     assert calibration is not None
     exact = random_graph("mnist-cnn", "ccn")
     units = [
