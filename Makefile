@@ -16,7 +16,7 @@ TEST ?= --numprocesses 2 --dist loadfile
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu soak lint format bench clean
+.PHONY: help install quickstart test test-gpu test-wide soak lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ $(GPU_INSTALLED): pyproject.toml constraints.txt
 	$(GPU_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[rtx,train,test]' 'onnxruntime-gpu[cuda,cudnn]'
 	$(GPU_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]' || echo 'TensorRT could not be installed; its tests will be skipped.'
 	@touch $@
+
+test-wide: $(INSTALLED) ## Derive everything from every published network (20 minutes)
+	$(BIN)/python -m pytest -m wide
 
 soak: $(INSTALLED) ## Ask one loaded bundle from eight threads for a minute
 	$(BIN)/python -m pytest -m soak -s

@@ -27,6 +27,7 @@ PACKAGES = (
     "lightning-fabric",
     "matplotlib",
     "mlxtend",
+    "msgspec",
     "numpy",
     "onnx",
     "onnxruntime",

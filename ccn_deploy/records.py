@@ -7,10 +7,12 @@ is a digest of the content.
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -36,8 +38,24 @@ Text = Annotated[str, msgspec.Meta(max_length=4096)]
 """A name or a line for people."""
 
 
+if TYPE_CHECKING:
+    Extended: TypeAlias = float
+else:
+    Extended = float | None
+"""A float that need not be finite: JSON has null for it, which is read as infinity."""
+
+
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of every document and of its parts: immutable, without unknown fields."""
+
+
+class Measured(Record, frozen=True):
+    """Base of records whose every null is an :data:`Extended` number that was not finite."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if getattr(self, name) is None:
+                msgspec.structs.force_setattr(self, name, math.inf)
 
 
 R = TypeVar("R", bound=Record)
@@ -59,7 +77,7 @@ def encode_line(record: Record) -> bytes:
     Raises:
         TypeError, ValueError: As :func:`encode`.
     """
-    return _readable(_line(document(record)))
+    return _readable(json_line(document(record)))
 
 
 def document(record: Record) -> dict[str, Any]:
@@ -68,9 +86,7 @@ def document(record: Record) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: A value that its type does not allow.
     """
-    plain = msgspec.to_builtins(record)
-    checked: dict[str, Any] = msgspec.to_builtins(msgspec.convert(plain, type(record)))
-    return checked
+    return _plain(msgspec.convert(_plain(record), type(record)))
 
 
 def decode(data: bytes, record: type[R], what: str, hint: str, *, limit: int = LARGEST) -> R:
@@ -96,7 +112,7 @@ def decode_line(data: bytes, record: type[R], what: str, hint: str, *, limit: in
     Raises:
         IntegrityError: As :func:`decode`.
     """
-    return _decode(data, record, what, hint, limit=limit, form=_line)
+    return _decode(data, record, what, hint, limit=limit, form=json_line)
 
 
 def encode_sealed(record: Record) -> bytes:
@@ -120,7 +136,7 @@ def decode_sealed(data: bytes, record: type[R], what: str, hint: str) -> R:
         found = msgspec.convert(plain, record)
     except (msgspec.MsgspecError, ValueError, CcnDeployError) as error:
         raise _damaged(what, error, hint) from error
-    if canonical_json(msgspec.to_builtins(found)) != canonical_json(plain):
+    if canonical_json(_plain(found)) != canonical_json(plain):
         raise IntegrityError(f"{what} has numbers of another type than its schema.", hint)
     return found
 
@@ -129,22 +145,34 @@ def unseal(data: bytes, what: str, hint: str) -> dict[str, Any]:
     """Return the content of a sealed document as plain objects, whatever its schema.
 
     Raises:
-        IntegrityError: Too large or too deep, no JSON object, not in canonical form, or the
-            digest is not that of the content.
+        IntegrityError: As :func:`plain_object`, not in canonical form, or the digest is not that
+            of the content.
     """
-    _check_bounds(data, what, hint, LARGEST)
+    plain = plain_object(data, what, hint)
     try:
-        plain = msgspec.json.decode(data, type=dict[str, Any])
         canonical = canonical_json(plain) == data
-        sealed = plain.pop("digest", None) == sha256(canonical_json(plain))
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _damaged(what, error, hint) from error
-    if not (canonical and sealed):
+    if not canonical or plain.pop("digest", None) != sha256(canonical_json(plain)):
         raise IntegrityError(f"{what} does not match its own digest: it was changed.", hint)
     return plain
 
 
-def _line(document: Any) -> bytes:
+def plain_object(data: bytes, what: str, hint: str, *, limit: int = LARGEST) -> dict[str, Any]:
+    """Return a JSON object as it is, whatever is in it.
+
+    Raises:
+        IntegrityError: Too large, too deep, or no JSON object.
+    """
+    _check_bounds(data, what, hint, limit)
+    try:
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise _damaged(what, error, hint) from error
+
+
+def json_line(document: Any) -> bytes:
+    """Return plain objects as one line of JSON lines, keys sorted, with its newline."""
     return (json.dumps(document, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
 
 
@@ -160,12 +188,32 @@ def _decode(
     _check_bounds(data, what, hint, limit)
     try:
         found = msgspec.json.decode(data, type=record)
-        canonical = form(msgspec.to_builtins(found)) == data
+        canonical = form(_plain(found)) == data
     except (msgspec.MsgspecError, ValueError, RecursionError, CcnDeployError) as error:
         raise _damaged(what, error, hint) from error
     if not canonical:
         raise IntegrityError(f"{what} is not in the form that it was written in.", hint)
     return found
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.to_builtins(_with_nulls(record))
+    return plain
+
+
+def _with_nulls(value: Any) -> Any:
+    """Return a copy in which the :data:`Extended` numbers that are not finite are None."""
+    if isinstance(value, tuple):
+        return tuple(map(_with_nulls, value))
+    if not isinstance(value, Record):
+        return value
+    copied = copy.copy(value)  # does not call __post_init__
+    for name in value.__struct_fields__:
+        field = _with_nulls(getattr(value, name))
+        if isinstance(value, Measured) and isinstance(field, float) and not math.isfinite(field):
+            field = None
+        msgspec.structs.force_setattr(copied, name, field)
+    return copied
 
 
 def _readable(data: bytes) -> bytes:

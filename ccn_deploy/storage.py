@@ -8,12 +8,13 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ccn_deploy.errors import StorageError, UsageError
+from ccn_deploy.errors import EnvironmentUnfitError, IntegrityError, StorageError, UsageError
 
 _STORAGE_ERRNOS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
@@ -33,6 +34,37 @@ def sha256_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_regular(path: Path) -> bytes | None:
+    """Return the bytes of a file; None if there is none.
+
+    Raises:
+        IntegrityError: There is something else: a link, a directory, a pipe.
+        EnvironmentUnfitError: It cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            if not path.is_symlink() and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.read()
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return None
+    except IsADirectoryError:
+        pass
+    except OSError as error:
+        raise EnvironmentUnfitError(
+            f"Could not read {path}: {error.strerror or error}.", "Check its permissions."
+        ) from error
+    raise not_regular(path)
+
+
+def not_regular(path: Path) -> IntegrityError:
+    """Build the error for something else than a file where a file is to be."""
+    return IntegrityError(
+        f"{path} is no regular file.", "Remove it; a bundle holds its files itself."
+    )
 
 
 def canonical_json(document: Any) -> bytes:

@@ -117,60 +117,20 @@ class RuntimeKind:
         return self.family == "torch"
 
 
+_RUNTIMES: tuple[tuple[str, str, Family, bool, str, str], ...] = (
+    ("tensorrt", "a TensorRT engine on an NVIDIA GPU", "tensorrt", True, "tensorrt", "gpu"),
+    ("tensorrt-rtx", "a TensorRT-RTX engine on an NVIDIA RTX GPU", "tensorrt", True,
+     "tensorrt-rtx", "rtx"),
+    ("onnxruntime-cuda", "ONNX Runtime on an NVIDIA GPU", "onnxruntime", True,
+     "onnxruntime-gpu", "gpu"),
+    ("onnxruntime-cpu", "ONNX Runtime on the CPU", "onnxruntime", False, "onnxruntime", "cpu"),
+    ("torch-cuda", "the reference in PyTorch on an NVIDIA GPU", "torch", True, "torch", "train"),
+    ("torch", "the reference in PyTorch on the CPU, in fp64 or fp32", "torch", False,
+     "torch", "train"),
+)  # fmt: skip
+
 RUNTIMES: Mapping[str, RuntimeKind] = MappingProxyType(
-    {
-        kind.name: kind
-        for kind in (
-            RuntimeKind(
-                "tensorrt",
-                "a TensorRT engine on an NVIDIA GPU",
-                "tensorrt",
-                True,
-                "tensorrt",
-                "gpu",
-            ),
-            RuntimeKind(
-                "tensorrt-rtx",
-                "a TensorRT-RTX engine on an NVIDIA RTX GPU",
-                "tensorrt",
-                True,
-                "tensorrt-rtx",
-                "rtx",
-            ),
-            RuntimeKind(
-                "onnxruntime-cuda",
-                "ONNX Runtime on an NVIDIA GPU",
-                "onnxruntime",
-                True,
-                "onnxruntime-gpu",
-                "gpu",
-            ),
-            RuntimeKind(
-                "onnxruntime-cpu",
-                "ONNX Runtime on the CPU",
-                "onnxruntime",
-                False,
-                "onnxruntime",
-                "cpu",
-            ),
-            RuntimeKind(
-                "torch-cuda",
-                "the reference in PyTorch on an NVIDIA GPU",
-                "torch",
-                True,
-                "torch",
-                "train",
-            ),
-            RuntimeKind(
-                "torch",
-                "the reference in PyTorch on the CPU, in fp64 or fp32",
-                "torch",
-                False,
-                "torch",
-                "train",
-            ),
-        )
-    }
+    {row[0]: RuntimeKind(*row) for row in _RUNTIMES}
 )
 """Every runtime by name, in order of preference: the fastest first, the reference last."""
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import shape_inference
 
-from ccn_deploy.errors import LoweringError
+from ccn_deploy.errors import GraphError, LoweringError
 from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.graph.graph import Graph
-from ccn_deploy.graph.signature import GRADIENTS, INPUT, OUTPUT
+from ccn_deploy.graph.signature import BATCH, CANDIDATES, COTANGENTS, GRADIENTS, INPUT, OUTPUT
 
 LARGEST = 2**31 - 1
 """Bytes that a protobuf message may have."""
 
-TOLERANCE = 1e-3
-"""Allowed error of gradients in float64, over the largest slope. A wrong rule is orders of
-magnitude larger; the floor under the norm of empty patches is smaller."""
+EXACT = 1e-9
+"""Allowed difference in float64 of two graphs with the same constants, over the largest value."""
 
 CANDIDATES_PROBED = 2
 
@@ -84,13 +85,25 @@ def check_forward(graph: Graph) -> None:
     shape = graph.shapes[OUTPUT]
     if len(shape) != 2 or isinstance(shape[0], int) or not isinstance(shape[1], int):
         raise LoweringError(f"The logits have shape {list(shape)}, not [batch, classes].", HINT)
+    images, logits = (BATCH, *graph.input_shape), (BATCH, graph.classes)
+    _check_declared(graph.model, {INPUT: images, OUTPUT: logits})
     with torch.inference_mode():
-        logits = GraphModule(graph)(torch.from_numpy(probes(graph.input_shape)))
-    if not logits.isfinite().all():
+        found = GraphModule(graph)(torch.from_numpy(probes(graph.input_shape)))
+    if not found.isfinite().all():
         raise LoweringError(
             "The network gives logits that are not finite.",
             "Nothing was written. Train it again, or look for NaN in its weights.",
         )
+
+
+def _check_declared(graph: onnx.ModelProto, wanted: Mapping[str, tuple[int | str, ...]]) -> None:
+    """Assert the shapes of a graph's inputs and outputs, symbolic sizes by their names."""
+    declared = {
+        value.name: tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in (*graph.graph.input, *graph.graph.output)
+    }
+    if declared != wanted:
+        raise LoweringError(f"The graph declares {declared}, not {dict(wanted)}.", HINT)
 
 
 def check_gradient(gradient: onnx.ModelProto, forward: Graph) -> None:
@@ -105,20 +118,33 @@ def check_gradient(gradient: onnx.ModelProto, forward: Graph) -> None:
     """
     check_valid(gradient)
     check_plain(gradient)
-    images = torch.from_numpy(probes(forward.input_shape)).double()
+    image, classes = forward.input_shape, forward.classes
+    _check_declared(
+        gradient,
+        {
+            INPUT: (BATCH, *image),
+            COTANGENTS: (BATCH, CANDIDATES, classes),
+            OUTPUT: (BATCH, classes),
+            GRADIENTS: (BATCH, CANDIDATES, *image),
+        },
+    )
+    images = torch.from_numpy(probes(image)).double()
     network = GraphModule(forward, torch.float64)
     leaf = images.clone().requires_grad_(True)
     logits = network(leaf)
     generator = torch.Generator().manual_seed(1)
-    shape = (len(images), CANDIDATES_PROBED, logits.shape[1])
+    shape = (len(images), CANDIDATES_PROBED, classes)
     cotangents = torch.randn(shape, generator=generator, dtype=torch.float64)
     rows = cotangents.unbind(1)
     wanted = torch.stack(
         [torch.autograd.grad(logits, leaf, row, retain_graph=True)[0] for row in rows], 1
     )
-    with torch.inference_mode():
-        derived = GraphModule(Graph(gradient), torch.float64)
-        found = derived.values(images, (OUTPUT, GRADIENTS), cotangents)
+    try:
+        with torch.inference_mode():
+            derived = GraphModule(Graph(gradient), torch.float64)
+            found = derived.values(images, (OUTPUT, GRADIENTS), cotangents)
+    except GraphError as error:
+        raise LoweringError(f"The gradient graph: {error.what}", HINT) from error
     if not found[GRADIENTS].isfinite().all():
         raise LoweringError("The gradient graph gives gradients that are not finite.", HINT)
     # On the noise image alone: in float64 too, ties of a constant one are broken by rounding.
@@ -126,10 +152,10 @@ def check_gradient(gradient: onnx.ModelProto, forward: Graph) -> None:
         ("logits", found[OUTPUT], logits.detach()),
         ("gradients", found[GRADIENTS], wanted),
     ):
-        error = float((got[0] - truth[0]).abs().max() / truth[0].abs().max().clamp(min=1e-30))
-        if not error < TOLERANCE:
+        off = float((got[0] - truth[0]).abs().max() / truth[0].abs().max().clamp(min=1e-30))
+        if not off < EXACT:
             raise LoweringError(
-                f"The gradient graph's {what} are off by {error:.1e} of the largest from those of "
+                f"The gradient graph's {what} are off by {off:.1e} of the largest from those of "
                 "the forward graph.",
                 HINT,
             )

@@ -1,8 +1,6 @@
 """From a network to an ONNX graph: one short function per kind of layer.
 
-A compact layer becomes the ops of the paper's figure 4 and nothing else. Its scalar alpha is
-folded into the weights, and its root needs no floor: the floor in
-:func:`ccn_deploy.layers.guarded_sqrt` is there for gradients.
+Compact layers are in :mod:`ccn_deploy.exporters.compact_nodes`.
 """
 
 from __future__ import annotations
@@ -13,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from ccn_deploy.errors import LoweringError
+from ccn_deploy.exporters import compact_nodes
+from ccn_deploy.exporters.compact_nodes import add_compact_conv, add_compact_linear, as_array
 from ccn_deploy.graph.builder import GraphBuilder
 from ccn_deploy.graph.signature import BATCH, INPUT, OUTPUT
 from ccn_deploy.layers import MEAN, BoundedReLU, CompactConv2d, CompactLinear, SubtractMean
@@ -109,40 +108,14 @@ def _conv(g: GraphBuilder, layer: nn.Conv2d, name: str, x: str, y: str) -> None:
 
 
 def _compact_conv(g: GraphBuilder, layer: CompactConv2d, name: str, x: str, y: str) -> None:
-    window = sliding_window(layer, name)
-    axes = g.constant(f"{name}.axes", np.array([1], dtype=np.int64))
-    ones = g.constant(f"{name}.ones", np.ones((1, 1, *layer.kernel_size), dtype=np.float32))
-    delta = g.constant(f"{name}.delta", np.float32(layer.delta))
-    weight = g.constant(f"{name}.weight", as_array(layer.weight) * as_array(layer.alpha))
-    bias = g.constant(f"{name}.bias", as_array(layer.bias).reshape(-1, 1, 1))
-
-    squares = g.node("ReduceSumSquare", [x, axes], f"{name}.squares", keepdims=1)
-    patches = g.node("Conv", [squares, ones], f"{name}.patches", **window)
-    norm = g.node("Sqrt", [patches], f"{name}.norm")
-    divisor = g.node("Add", [norm, delta], f"{name}.divisor")
-    product = g.node("Conv", [x, weight], f"{name}.product", **window)
-    quotient = g.node("Div", [product, divisor], f"{name}.quotient")
-    g.node("Add", [quotient, bias], name, output=y)
+    _require(layer.padding_mode == "zeros", name, "a convolution with another padding than zeros")
+    add_compact_conv(g, layer, name, x, y)
 
 
 def _linear(g: GraphBuilder, layer: nn.Linear, name: str, x: str, y: str) -> None:
     weight = g.constant(f"{name}.weight", as_array(layer.weight))
     bias = g.constant(f"{name}.bias", as_array(layer.bias))
     g.node("Gemm", [x, weight, bias], name, output=y, transB=1)
-
-
-def _compact_linear(g: GraphBuilder, layer: CompactLinear, name: str, x: str, y: str) -> None:
-    axes = g.constant(f"{name}.axes", np.array([1], dtype=np.int64))
-    delta = g.constant(f"{name}.delta", np.float32(layer.delta))
-    weight = g.constant(f"{name}.weight", as_array(layer.weight) * as_array(layer.alpha))
-    bias = g.constant(f"{name}.bias", as_array(layer.bias))
-
-    squares = g.node("ReduceSumSquare", [x, axes], f"{name}.squares", keepdims=1)
-    norm = g.node("Sqrt", [squares], f"{name}.norm")
-    divisor = g.node("Add", [norm, delta], f"{name}.divisor")
-    product = g.node("Gemm", [x, weight], f"{name}.product", transB=1)
-    quotient = g.node("Div", [product, divisor], f"{name}.quotient")
-    g.node("Add", [quotient, bias], name, output=y)
 
 
 def _relu(g: GraphBuilder, layer: nn.ReLU, name: str, x: str, y: str) -> None:
@@ -176,7 +149,7 @@ LOWERINGS: dict[type[nn.Module], Lowering] = {
     nn.Conv2d: _conv,
     CompactConv2d: _compact_conv,
     nn.Linear: _linear,
-    CompactLinear: _compact_linear,
+    CompactLinear: add_compact_linear,
     nn.ReLU: _relu,
     BoundedReLU: _bounded_relu,
     nn.MaxPool2d: _max_pool,
@@ -190,21 +163,11 @@ def sliding_window(layer: nn.Conv2d, name: str) -> dict[str, Any]:
     plain = layer.groups == 1 and _pair(layer.dilation) == (1, 1) and layer.padding_mode == "zeros"
     _require(plain, name, "a convolution with groups, dilation or another padding than zeros")
     _require(not isinstance(layer.padding, str), name, "a convolution with padding by name")
-    return {
-        "kernel_shape": _pair(layer.kernel_size),
-        "strides": _pair(layer.stride),
-        "pads": _pair(layer.padding) * 2,  # begin of each axis, then end of each
-    }
+    return compact_nodes.sliding_window(layer)
 
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-def as_array(tensor: Tensor | None) -> NDArray[np.float32]:
-    """Return a parameter, which must be there, as float32."""
-    assert tensor is not None
-    return tensor.detach().cpu().numpy().astype(np.float32, copy=False)
 
 
 def _require(holds: bool, name: str, what: str) -> None:

@@ -11,7 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.errors import IntegrityError, LoweringError, UsageError
@@ -24,6 +26,8 @@ from ccn_deploy.targets import Role
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
 VERSION = "1"
+
+NonEmpty = Annotated[list[int], msgspec.Meta(min_length=1)]
 
 MANIFEST_PARAMETER = "ccn-deploy.manifest"
 """Parameter of a model with the digest of the manifest of the bundle it came from."""
@@ -225,25 +229,33 @@ def _of_engines(
     )
 
 
+class _Sizes(msgspec.Struct):
+    """Shapes of one input that a profile takes; the batch comes first."""
+
+    min: NonEmpty
+    opt: NonEmpty
+    max: NonEmpty
+
+
+class _Batches(msgspec.Struct):
+    """What the server must know of an engine, among the details of its line in the manifest."""
+
+    compute_capabilities: Annotated[list[str], msgspec.Meta(min_length=1)]
+    profiles: Annotated[list[dict[str, _Sizes]], msgspec.Meta(min_length=1)]
+
+
 def _described(record: FileRecord) -> tuple[str, list[str], list[tuple[int, int, int]]]:
     """Return an engine's file name, compute capabilities, and (min, opt, max) of its profiles."""
     try:
-        capabilities = [str(capability) for capability in record.details["compute_capabilities"]]
-        profiles = [
-            tuple(int(profile[INPUT][side][0]) for side in ("min", "opt", "max"))
-            for profile in record.details["profiles"]
-        ]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        said = msgspec.convert(record.details, _Batches)
+        sizes = [(p[INPUT].min[0], p[INPUT].opt[0], p[INPUT].max[0]) for p in said.profiles]
+    except (msgspec.ValidationError, KeyError) as error:
         raise IntegrityError(
             f"The manifest does not say which GPUs and batches {record.path} is for.",
             "Export the run again.",
         ) from error
-    if not capabilities or not profiles:
-        raise IntegrityError(
-            f"The manifest names no GPU or no batches for {record.path}.", "Export the run again."
-        )
-    names = "-".join(f"sm{capability.replace('.', '')}" for capability in capabilities)
-    return f"{names}.plan", capabilities, [(low, best, high) for low, best, high in profiles]
+    names = "-".join(f"sm{capability.replace('.', '')}" for capability in said.compute_capabilities)
+    return f"{names}.plan", said.compute_capabilities, sizes
 
 
 def _within(sizes: Sequence[int], limit: int) -> tuple[int, ...]:

@@ -142,7 +142,7 @@ class TestCommand:
         assert document["schema"] == "ccn-deploy/bench/1"
         assert document["setting"] == {"threads": 1, "seconds": None, "calls": 4, "warm_up": 1}
         assert {name: n["digest"] for name, n in document["networks"].items()} == {
-            bundle.manifest.defense: bundle.manifest.digest for bundle in pair
+            bundle.card.defense: bundle.manifest.digest for bundle in pair
         }
         rows = [row for row in document["rows"] if row["runtime"] == "onnxruntime-cpu"]
         assert [(r["latency"]["batch"], r["network"], r["precision"]) for r in rows] == [

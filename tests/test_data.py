@@ -701,10 +701,15 @@ def test_an_unknown_split_is_refused() -> None:
     assert "test" in refused(UsageError, ExitCode.USAGE, load).hint
 
 
-def test_the_examples_of_the_documentation_run() -> None:
+def test_the_examples_of_the_documentation_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
-    loading, downloading, arrays = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    loading, downloading, saving, arrays = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {"images": np.zeros((2, 3, 4, 4), np.uint8), "labels": np.array([0, 1])}
+    exec(saving, names)
+    assert load_dataset("pets.npz", "test").class_names == ("cat", "dog")
     exec(arrays, names)
     assert len(names["data"]) == 2
     exec(loading, names)

@@ -86,6 +86,18 @@ def test_a_directory_of_class_folders_is_a_data_set(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(data)).images([0]).shape == (1, 3, 8, 8)
 
 
+def test_name_and_digest_do_not_depend_on_how_the_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load(tree(tmp_path / "pets", "dog", "cat"))
+    monkeypatch.chdir(tmp_path / "pets")
+    for path in (".", "../pets/", "dog/.."):
+        data = load_dataset(path, "test", like=COLOUR)
+        assert (data.name, data.digest) == ("pets/", first.digest)
+    monkeypatch.chdir(tmp_path)
+    assert data.images([0]).shape == (1, 3, 8, 8)
+
+
 @pytest.mark.parametrize("test", ["test", "val", "Validation", "testing"])
 def test_the_split_is_taken_from_folders_of_its_name(tmp_path: Path, test: str) -> None:
     tree(tmp_path / "train", "a", "b", images=3)
@@ -146,6 +158,7 @@ def test_a_name_of_a_data_set_is_a_path_if_it_is_written_as_one(
         ("nowhere/", DatasetNotFoundError, "nowhere"),
         ("file.txt", UsageError, "neither a directory nor an .npz file"),
         ("petz", UsageError, "Unknown data set"),
+        ("", UsageError, "Unknown data set"),
         ("x" * 5000, UsageError, "cannot be opened"),
         ("a\0b", UsageError, "a"),
     ],

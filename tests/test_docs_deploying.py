@@ -179,7 +179,7 @@ def test_every_block_is_one_that_is_run() -> None:
 
 
 def test_every_runtime_and_precision_of_the_page_exists() -> None:
-    from ccn_deploy.runtimes import RUNTIMES
+    from ccn_deploy.targets import RUNTIMES
 
     named = re.findall(r"--runtime (\S+)", PAGE.read_text())
     assert set(named) <= set(RUNTIMES)

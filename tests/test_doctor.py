@@ -28,10 +28,9 @@ from ccn_deploy.bundle import Bundle
 from ccn_deploy.diagnosis import TRIED, Diagnosis, Requirement, read_requirements, satisfies
 from ccn_deploy.errors import ExitCode
 from ccn_deploy.machine import Gpu, release, this_machine
-from ccn_deploy.runtimes import RUNTIMES
 from ccn_deploy.runtimes.compatibility import check_engine
 from ccn_deploy.smoke_test import Trial, build, engine_file, try_runtime
-from ccn_deploy.targets import Role
+from ccn_deploy.targets import RUNTIMES, Role
 
 ROOT = Path(__file__).parent.parent
 STATES = {"works", "builds", "absent", "broken"}
@@ -148,7 +147,7 @@ def test_the_table() -> None:
 
 
 def test_the_base_install(installation: Installation) -> None:
-    """NumPy, typer and rich are enough to be told what to install."""
+    """The packages of the base install are enough to be told what to install."""
     python = installation()
     document = found(python)
     assert not document["healthy"]
@@ -162,7 +161,13 @@ def test_the_base_install(installation: Installation) -> None:
         ("torch", "train"),
     ):
         assert f"pip install 'ccn-deploy[{extra}]'" in document["by"][runtime]["fix"]
-    assert document["machine"]["packages"].keys() == {"ccn-deploy", "numpy", "typer", "rich"}
+    assert document["machine"]["packages"].keys() == {
+        "ccn-deploy",
+        "msgspec",
+        "numpy",
+        "typer",
+        "rich",
+    }
     assert document["machine"]["no_gpu_reason"].startswith("cuda-python is not installed")
     result = doctor(python)
     assert result.returncode == ExitCode.ENVIRONMENT

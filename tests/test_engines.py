@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,14 +26,16 @@ from ccn_deploy.errors import (
     MissingExtraError,
     UsageError,
 )
-from ccn_deploy.exporters import CalibrationRequest, engines, export_bundle
+from ccn_deploy.exporters import CalibrationRequest, export_bundle
 from ccn_deploy.exporters.calibration import load_calibration
-from benchmarks.handwritten_gradient import lower_gradient
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import PRECISIONS, Calibration, convert
+from ccn_deploy.exporters.tensorrt import build as engines
 from ccn_deploy.exporters.tensorrt.build import Batches, build_engine, known_targets
 from ccn_deploy.exporters.tensorrt.log import read_log, worth_keeping
+from ccn_deploy.exporters.vjp import gradient_graph
 from ccn_deploy.graph.builder import to_bytes
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, capture, load_library, logger
 from ccn_deploy.storage import sha256
@@ -62,7 +65,8 @@ def graph(architecture: str = "mnist-cnn", defense: str = "ccn", classes: int = 
 
 def run_of(defense: str, path: Path = Path("nowhere"), **training: Any) -> TrainedRun:
     run = as_run(random_network("mnist-cnn", defense), path)
-    return replace(run, training={"dataset": "mnist5k", "seed": 3, **training})
+    card = msgspec.structs.replace(run.card, training={"dataset": "mnist5k", "seed": 3, **training})
+    return replace(run, card=card)
 
 
 def targets_in(plan: bytes) -> set[str]:
@@ -111,7 +115,7 @@ EVERY_LOW = [
 def test_every_low_precision(architecture: str, defense: str, precision: str) -> None:
     model = random_network(architecture, defense)
     images = np.random.default_rng(0).random((4, *model.architecture.input_shape), np.float32)
-    low = convert(lower(model), precision, Calibration(images)).graph
+    low = convert(Graph(lower(model)), precision, Calibration(images)).graph
 
     built = build_engine(to_bytes(low), library=RTX, batch=SMALL)
 
@@ -125,7 +129,10 @@ def test_every_low_precision(architecture: str, defense: str, precision: str) ->
 def test_gradient_graph() -> None:
     model = random_network("mnist-cnn", "ccn")
     built = build_engine(
-        to_bytes(lower_gradient(model)), library=RTX, batch=SMALL, candidates=Batches(1, 10, 10)
+        to_bytes(gradient_graph(Graph(lower(model)))),
+        library=RTX,
+        batch=SMALL,
+        candidates=Batches(1, 10, 10),
     )
     (profile,) = built.details["profiles"]
     assert profile["images"]["max"] == [8, 1, 28, 28]
@@ -221,7 +228,7 @@ def test_unknown_gpu_is_refused_with_those_that_are_known() -> None:
 
 
 def test_missing_sizes_of_candidates() -> None:
-    backward = to_bytes(lower_gradient(random_network("mnist-cnn", "sm")))
+    backward = to_bytes(gradient_graph(Graph(lower(random_network("mnist-cnn", "sm")))))
     with pytest.raises(EngineBuildError, match="cotangents"):
         build_engine(backward, library=RTX, batch=SMALL)
 
@@ -359,23 +366,26 @@ def test_bundle_has_an_engine_of_every_graph(whole: Bundle) -> None:
     files = {(r.role, r.precision): r for r in whole.manifest.files}
     for precision in ("fp32", *PRECISIONS):
         assert files["forward", precision].path == f"graphs/forward-{precision}.onnx"
-        engine = files[f"engine:{RTX}", precision]
+        engine = files["engine", precision]
+        assert engine.runtime == RTX
         assert engine.path == f"engines/tensorrt-rtx-{precision}.engine"
         has_gradient = precision in ("fp32", "fp16", "bf16")
         assert (("gradient", precision) in files) is has_gradient
-        assert ((f"gradient-engine:{RTX}", precision) in files) is has_gradient
+        assert (("gradient-engine", precision) in files) is has_gradient
 
 
 def test_manifest_of_engines_is_true(whole: Bundle) -> None:
     by_path = {record.path: record for record in whole.manifest.files}
-    found = [r for r in whole.manifest.files if "engine:" in r.role]
+    found = [r for r in whole.manifest.files if r.role.is_engine]
     assert len(found) == 8
     for record in found:
         details = record.details
         plan = (whole.path / record.path).read_bytes()
-        source = by_path[details["source"]["path"]]
+        assert record.lineage is not None and record.lineage.step == "build"
+        (path,) = record.lineage.sources
+        source = by_path[path]
+        assert record.role is source.role.engine
         assert plan[:4] == details["magic"].encode() == LIBRARIES[RTX].magic
-        assert details["source"]["sha256"] == source.sha256
         assert (source.precision, record.precision) == (record.precision, source.precision)
         assert details["layers"] == source.details.get("layers", {})
         assert details["tf32"] is False
@@ -385,14 +395,14 @@ def test_manifest_of_engines_is_true(whole: Bundle) -> None:
 
 def test_engine_keeps_what_the_graph_computes_in(whole: Bundle) -> None:
     """Weights are the bulk of a plan: half of them in half precision, a quarter in int8."""
-    size = {r.precision: r.bytes for r in whole.manifest.files if r.role == f"engine:{RTX}"}
+    size = {r.precision: r.bytes for r in whole.manifest.files if r.role is Role.ENGINE}
     assert size["fp16"] < size["fp32"] and size["bf16"] < size["fp32"]
     assert size["int8"] < size["fp16"]
 
 
 def test_gpus_that_lack_a_precision_are_not_named(whole: Bundle) -> None:
     for record in whole.manifest.files:
-        if "engine:" in record.role:
+        if record.role.is_engine:
             oldest = "8.9" if record.precision == "fp8" else "8.0"
             assert record.details["compute_capabilities"][0] == oldest, record.path
     onnx_file = (whole.path / "graphs/forward-fp8.onnx").read_bytes()
@@ -406,7 +416,7 @@ def test_turing_runs_half_precision_and_no_other(tmp_path: Path) -> None:
         run_of("ccn"), tmp_path / "b", formats=(RTX,), precisions=("fp16",), gradient=False,
         batch=(1, 4, 8), compute_capabilities=("7.5",),
     )  # fmt: skip
-    assert [r.path for r in bundle.manifest.files if "engine" in r.role] == [
+    assert [r.path for r in bundle.manifest.files if r.role.is_engine] == [
         "engines/tensorrt-rtx-fp16-sm75.engine"
     ]
     assert targets_in((bundle.path / "engines/tensorrt-rtx-fp16-sm75.engine").read_bytes()) == {
@@ -421,7 +431,10 @@ def test_calibration_uses_the_training_split_and_says_so(whole: Bundle) -> None:
     assert said["digest"] == train.digest != test.digest
 
     model = random_network("mnist-cnn", "ccn")
-    loaded = load_calibration(CalibrationRequest(samples=16, seed=4), {"dataset": "mnist5k"}, model)
+    loaded = load_calibration(
+        CalibrationRequest(samples=16, seed=4),
+        msgspec.structs.replace(as_run(model).card, training={"dataset": "mnist5k"}),
+    )
     assert np.array_equal(loaded.images, train.images(train.order(4)[:16]))
 
 
@@ -453,11 +466,11 @@ def test_other_batches_get_an_engine_of_their_own(tmp_path: Path) -> None:
         run_of("sm"), tmp_path / "a", formats=(RTX,), gradient=False, batch=(1, 4, 8)
     )
     second = export_bundle(first, tmp_path / "b", formats=(RTX,), batch=(1, 1, 1))
-    assert [r.path for r in second.manifest.files if "engine" in r.role] == [
+    assert [r.path for r in second.manifest.files if r.role.is_engine] == [
         "engines/tensorrt-rtx-fp32.engine",
         "engines/tensorrt-rtx-fp32-2.engine",
     ]
-    assert not [r for r in second.manifest.files if "gradient" in r.role]
+    assert not [r for r in second.manifest.files if r.role.has_gradients]
 
 
 def test_triton_repository_stands_beside_the_bundle(whole: Bundle, tmp_path: Path) -> None:
@@ -505,7 +518,7 @@ def test_command_line_builds_adds_and_refuses(tmp_path: Path) -> None:
     made = ccn_deploy("export", run, "--output", tmp_path / "a", "--precision", "fp16", *options)
     assert made.returncode == 0, made.stderr
     document = json.loads(made.stdout)
-    assert [f["path"] for f in document["files"] if f["role"] == f"engine:{RTX}"] == [
+    assert [f["path"] for f in document["files"] if f["role"] == "engine"] == [
         "engines/tensorrt-rtx-fp16.engine",
     ]
     options = (*options, "--precision", "fp16")

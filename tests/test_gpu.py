@@ -27,7 +27,7 @@ from ccn_deploy.runtimes.compatibility import choose_engine
 from ccn_deploy.runtimes.tensorrt.cuda import CudaError, Device
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, load_library
 from ccn_deploy.runtimes.tensorrt.runtime import kernels_file
-from ccn_deploy.targets import Target
+from ccn_deploy.targets import Role, Target
 from tests.engines import engine_file, with_files
 
 pytestmark = pytest.mark.gpu
@@ -101,8 +101,7 @@ def on_the_cpu(bundle: Bundle, images: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_agrees_with_the_cpu(bundle: Bundle, library: str, precision: str) -> None:
-    if not any(f.role == f"engine:{library}" and f.precision == precision
-               for f in bundle.manifest.files):  # fmt: skip
+    if not bundle.files(Role.ENGINE, precision, library):
         pytest.skip(f"the export made no engine in {precision}")
     x = digits(HIGH)
     wanted = on_the_cpu(bundle, x)

@@ -419,7 +419,7 @@ def with_function() -> onnx.ModelProto:
         (detector, ["'pool'", f"[2, {HIDDEN}, 4, 4]", "detectors"]),
         (labels, ["int64", "labels"]),
         (two_inputs, ["2 inputs", "x, temperature"]),
-        (text, ["'tokens'", "[?, 7]"]),
+        (text, ["'tokens'", "int64", "images"]),
         (of_bytes, ["'x'", "uint8", "gradient"]),
         (over_the_batch, ["axis 0", "not over the classes"]),
         (lambda: classifier([("Sigmoid", {})], classes=1), ["single value", "behind a Sigmoid"]),

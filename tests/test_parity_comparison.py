@@ -17,6 +17,7 @@ from ccn_deploy.parity.comparison import (
     scale_of,
     top_two_margins,
 )
+from ccn_deploy.records import decode, encode
 
 LOGITS = hnp.arrays(
     np.float64,
@@ -98,6 +99,6 @@ def test_layers_are_compared_on_their_own_scale() -> None:
 def test_json_knows_no_nan_and_comes_back_as_it_was() -> None:
     expected = np.array([[1.0, 2.0], [3.0, 4.0]])
     got = compare(np.array([[np.nan, 2.0], [5.0, 4.0]]), expected)
-    text = json.dumps(got.document(), allow_nan=False)
+    text = encode(got)
     assert json.loads(text)["max_abs"] is None
-    assert Deviation.from_document(json.loads(text)) == got
+    assert decode(text, Deviation, "the deviation", "") == got

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ccn_deploy.graph.builder import GraphBuilder
@@ -299,7 +299,7 @@ def test_a_slope_that_is_not_finite_fails_near_kinks_too(
     assert judged.verdict is Verdict.FAIL
     json.dumps(judged.document(), allow_nan=False)
     judged.evidence.write(tmp_path / "evidence.json")
-    assert judge(ParityEvidence.read(tmp_path / "evidence.json")) == judged
+    assert judge(ParityEvidence.read(tmp_path / "evidence.json", judged.evidence.setting)) == judged
 
 
 def test_the_median_is_of_ratios_that_occurred() -> None:

@@ -171,7 +171,9 @@ class TestEvidenceFile:
             ),
         )
         written.write(tmp_path / "evidence.json")
-        assert ParityEvidence.read(tmp_path / "evidence.json") == written
+        assert ParityEvidence.read(tmp_path / "evidence.json", SETTING) == written
+        with pytest.raises(IntegrityError, match="another bundle or setting"):
+            ParityEvidence.read(tmp_path / "evidence.json", {**SETTING, "bundle": "1" * 64})
 
     def test_any_flipped_byte_is_an_integrity_error(self, tmp_path: Path) -> None:
         path = tmp_path / "evidence.json"
@@ -180,7 +182,7 @@ class TestEvidenceFile:
         for at in range(0, len(healthy), 7):
             path.write_bytes(healthy[:at] + bytes([healthy[at] ^ 1]) + healthy[at + 1 :])
             with pytest.raises(IntegrityError, match="--fresh"):
-                ParityEvidence.read(path)
+                ParityEvidence.read(path, SETTING)
 
 
 def test_an_unknown_precision_names_those_known() -> None:

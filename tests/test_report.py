@@ -24,6 +24,7 @@ from ccn_deploy.errors import StorageError
 from ccn_deploy.report import REPORT, Attacked, Example, examples_of, write_report
 from ccn_deploy.report.examples import data_uri
 from ccn_deploy.robustness import Evidence, Measurement, Pair, RobustnessResult, Sample, judge
+from ccn_deploy.robustness.evidence import Picture
 from tests.cards import a_card
 
 N = 60
@@ -45,7 +46,7 @@ def sample(
         linf=spec.epsilon,
         l2=1.0,
         rho=None if held else 0.25,
-        image=None if pixels is None else np.full((1, SIDE, SIDE), pixels, np.uint8),
+        image=None if pixels is None else Picture.of(np.full((1, SIDE, SIDE), pixels, np.uint8)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -14,10 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ccn_deploy.errors import IntegrityError, StorageError
+from ccn_deploy.records import json_line
 from ccn_deploy.robustness import Sample
-from ccn_deploy.robustness.evidence import SCHEMA, EvidenceWriter, read_evidence, writing
+from ccn_deploy.robustness.evidence import (
+    SCHEMA,
+    EvidenceWriter,
+    Picture,
+    read_evidence,
+    writing,
+)
+from ccn_deploy.storage import sha256
 
-HEADER = {"schema": SCHEMA, "target": {"runtime": "r", "precision": "fp32"}, "batch": 2}
+HEADER = {"schema": SCHEMA, "target": {"runtime": "torch", "precision": "fp32"}, "batch": 2}
 
 labels = st.integers(0, 9)
 maybe = st.none() | labels
@@ -49,7 +58,7 @@ def some(n: int, start: int = 0) -> list[Sample]:
             linf=0.1,
             l2=0.5 + k,
             rho=0.1 * k,
-            image=image if k == 0 else None,
+            image=Picture.of(image) if k == 0 else None,
         )
         for k in range(start, start + n)
     ]
@@ -131,6 +140,72 @@ def test_a_file_cut_anywhere_is_continued_to_the_same_bytes(tmp_path: Path) -> N
         assert path.read_bytes() == whole
 
 
+def resealed(path: Path, **fields: object) -> None:
+    """Change the first sample and compute the seal again, as anybody can."""
+    header, first, *_ = path.read_bytes().splitlines(keepends=True)
+    changed = json_line({**json.loads(first), **fields})
+    digest = sha256(header + changed + json_line({"sealed": 1, "seconds": 1.0}))
+    seal = json_line({"sealed": 1, "seconds": 1.0, "sha256": digest})
+    path.write_bytes(header + changed + seal)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"index": -1},
+        {"index": 1.0},
+        {"index": 10**30},
+        {"label": -1},
+        {"label": None},
+        {"clean": [3]},
+        {"clean": [3, -1]},
+        {"adversarial": {"runtime": 3, "reference": 3}},
+        {"status": "unknown"},
+        {"linf": -0.5},
+        {"l2": "0.5"},
+        {"rho": -1.0},
+        {"queries": [0, -1]},
+        {"image": {"shape": [1, 2, 2], "uint8": "AAAA"}},
+        {"image": {"shape": [1, 1, 3], "uint8": "no base64"}},
+        {"unknown": 1},
+        {"image": [[[[[]]]]]},
+    ],
+)
+def test_a_row_that_is_none_is_refused_though_its_seal_is_right(
+    tmp_path: Path, fields: dict[str, object]
+) -> None:
+    path = written(tmp_path / "e.jsonl", some(1, 1))
+    resealed(path)
+    assert len(read_evidence(path, HEADER)) == 1
+    resealed(path, **fields)
+    with pytest.raises(IntegrityError):
+        read_evidence(path, HEADER)
+
+
+@pytest.mark.parametrize("text", [b"[1]", b"[" * 100_000, b"NaN", b"null", b'{"a": ' * 50_000])
+def test_a_line_that_is_no_row_is_refused_at_once(tmp_path: Path, text: bytes) -> None:
+    path = written(tmp_path / "e.jsonl", some(1))
+    for data in (path.read_bytes() + text + b"\n", text + b"\n" + path.read_bytes()):
+        path.write_bytes(data)
+        with pytest.raises(IntegrityError):
+            read_evidence(path, HEADER)
+
+
+@pytest.mark.parametrize("what", ["link", "directory", "pipe"])
+def test_something_else_than_a_file_is_refused(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "e.jsonl"
+    if what == "link":
+        path.symlink_to(written(tmp_path / "other.jsonl", some(1)))
+    elif what == "directory":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    with pytest.raises(IntegrityError, match="no regular file"):
+        read_evidence(path, HEADER)
+    with pytest.raises((IntegrityError, StorageError)), writing(path, HEADER):
+        pass
+
+
 def test_evidence_of_something_else_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "e.jsonl", some(1))
     with pytest.raises(IntegrityError, match="header"):
@@ -141,7 +216,7 @@ def test_evidence_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "e.jsonl"
     path.write_text(json.dumps({**HEADER, "schema": "ccn-deploy/robustness-evidence/1"}) + "\n")
     with pytest.raises(IntegrityError, match=r"robustness-evidence/1.*this version reads"):
-        read_evidence(path)
+        read_evidence(path, HEADER)
 
 
 def test_a_writer_that_died_before_writing_leaves_no_file(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ccn_deploy.cli.main import app
 from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import ExitCode
 from ccn_deploy.exporters.precision import Calibration, convert
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.report import write_report
 from ccn_deploy.robustness import (
     Evidence,
@@ -200,7 +201,8 @@ def quantised(ccn_bundle: Bundle, tmp_path: Path) -> Bundle:
     images = data.images(np.arange(64))
     record = ccn_bundle.file(Role.FORWARD, "fp32")
     graph = onnx.load_model_from_string(ccn_bundle.read(record))
-    made = convert(graph, "int8", Calibration(images, "min-max", {"dataset": "mnist5k"})).graph
+    calibration = Calibration(images, "min-max", {"dataset": "mnist5k"})
+    made = convert(Graph(graph), "int8", calibration).graph
     files = [NewFile.copy(ccn_bundle, r) for r in ccn_bundle.manifest.files]
     return write_bundle(
         tmp_path / "quantised",

@@ -36,7 +36,7 @@ from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.compatibility import Candidate
 from ccn_deploy.serving import first_usable
-from ccn_deploy.targets import Role
+from ccn_deploy.targets import Role, Target
 from tests.engines import build_rtx, engine_file, with_files
 from tests.networks import as_run, random_network
 
@@ -161,7 +161,7 @@ class TestLife:
         bundle = open_bundle(path)
         with ccn_deploy.load(bundle) as model:
             assert model.digest == bundle.manifest.digest
-            assert model.class_names == bundle.manifest.class_names
+            assert model.class_names == bundle.card.class_names
             assert model.spec.input_shape == (1, 28, 28)
             json.dumps(dataclasses.asdict(model.choice))  # for a health endpoint
 
@@ -200,7 +200,7 @@ class TestChoice:
         bundle = open_bundle(path)
         graph = bundle.file(Role.FORWARD, "fp32")
         candidates = [
-            Candidate(name, "fp32", graph, None) for name in ("onnxruntime-cuda", "onnxruntime-cpu")
+            Candidate(Target(name), graph, None) for name in ("onnxruntime-cuda", "onnxruntime-cpu")
         ]
         with caplog.at_level(logging.WARNING, "ccn_deploy"):
             model = first_usable(bundle, candidates)
@@ -230,8 +230,8 @@ class TestChoice:
         bundle = open_bundle(path)
         graph = bundle.file(Role.FORWARD, "fp32")
         candidates = [
-            Candidate("tensorrt", "fp32", graph, IntegrityError("No engine.")),
-            Candidate("onnxruntime-cpu", "fp32", graph, None),
+            Candidate(Target("tensorrt"), graph, IntegrityError("No engine.")),
+            Candidate(Target("onnxruntime-cpu"), graph, None),
         ]
         with pytest.raises(IntegrityError, match="No engine"):
             first_usable(bundle, candidates)
@@ -242,8 +242,8 @@ class TestChoice:
         bundle = open_bundle(path)
         graph = bundle.file(Role.FORWARD, "fp32")
         candidates = [
-            Candidate("onnxruntime-cpu", "fp32", graph, RuntimeUnavailableError("Another GPU.")),
-            Candidate("onnxruntime-cpu", "fp32", graph, None),
+            Candidate(Target("onnxruntime-cpu"), graph, RuntimeUnavailableError("Another GPU.")),
+            Candidate(Target("onnxruntime-cpu"), graph, None),
         ]
         assert first_usable(bundle, candidates).choice.passed_over == ()
 
@@ -251,7 +251,7 @@ class TestChoice:
         bundle = open_bundle(path)
         graph = bundle.file(Role.FORWARD, "fp32")
         candidates = [
-            Candidate(name, "fp32", graph, RuntimeUnavailableError(f"No {name}.", "Do something."))
+            Candidate(Target(name), graph, RuntimeUnavailableError(f"No {name}.", "Do something."))
             for name in ("tensorrt", "onnxruntime-cpu")
         ]
         with pytest.raises(RuntimeUnavailableError) as error:
@@ -456,7 +456,7 @@ def test_a_loaded_bundle_takes_little_more_memory_than_a_bare_session(
 ) -> None:
     run = as_run(random_network(architecture, "ccn"))
     bundle = export_bundle(run, tmp_path / "b", gradient=False)
-    shape = [str(size) for size in bundle.manifest.input_shape]
+    shape = [str(size) for size in bundle.card.input_shape]
     graph = bundle.path / bundle.file(Role.FORWARD, "fp32").path
     ours = int(python(OURS, bundle.path, *shape).stdout)
     bare = int(python(BARE, graph, *shape).stdout)

@@ -239,6 +239,7 @@ BUNDLE_ON_A_FULL_DISK = """
     from pathlib import Path
     from ccn_deploy.bundle import ModelCard, NewFile, Source, write_bundle
     from ccn_deploy.errors import StorageError
+    from ccn_deploy.targets import Role
     try:
         source = Source(kind="run", sha256="0" * 64)
         card = ModelCard(name="", input_shape=(1, 28, 28), class_names=("0", "1"), source=source)

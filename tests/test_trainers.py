@@ -166,7 +166,11 @@ def test_the_run_holds_what_the_exporter_reads(
     events: list[Event] = []
     run = train(CONFIG, *data, tmp_path / "run", watcher=events.append)
     assert run == open_run(tmp_path / "run")
-    assert (run.architecture, run.defense, run.class_names) == ("tiny", "ccn", ("a", "b", "c"))
+    assert (run.card.architecture, run.card.defense, run.card.class_names) == (
+        "tiny",
+        "ccn",
+        ("a", "b", "c"),
+    )
     assert sorted(f.name for f in run.path.iterdir()) == [
         "metrics.csv",
         "run.json",
@@ -175,8 +179,8 @@ def test_the_run_holds_what_the_exporter_reads(
     model = build_model("tiny", "ccn", classes=3)
     model.load_state_dict(load(run.weights))
     predicted = model.eval()(torch.from_numpy(data[1].images(range(TEST)))).argmax(1).numpy()
-    assert run.training["test_accuracy"] == np.mean(predicted == data[1].labels)
-    assert json.dumps(dict(run.training))
+    assert run.card.training["test_accuracy"] == np.mean(predicted == data[1].labels)
+    assert json.dumps(dict(run.card.training))
 
     assert events[0] == Started(step=0, steps=3 * STEPS, epochs=3)
     steps = [event.step for event in events if isinstance(event, Stepped)]
@@ -358,7 +362,7 @@ def test_threads_not_given_are_those_of_the_run(
             replace(CONFIG, threads=2), *data, tmp_path / "run", watcher=interrupt_after(STEPS + 3)
         )
     run = train(replace(CONFIG, threads=None), *data, tmp_path / "run")
-    assert run.training["threads"] == 2
+    assert run.card.training["threads"] == 2
 
 
 def test_a_finished_run_is_left_alone_unless_overwritten(
@@ -488,7 +492,7 @@ def test_cuda_without_a_gpu_is_an_error_and_auto_is_the_cpu(
         train(replace(CONFIG, device="cuda"), *data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     run = train(replace(CONFIG, device="auto", epochs=1), *data, tmp_path / "run")
-    assert run.training["device"] == "cpu"
+    assert run.card.training["device"] == "cpu"
 
 
 # 33 images in batches of 16: shares of 8 and 8, twice, then 1 and none.

@@ -1,92 +1,27 @@
 """A Foolbox model over any runtime: its logits forward, true gradients backward.
 
-Every Foolbox attack on such a model sees the deployed program's own logits. Where the gradient
-comes from is one object, a :class:`GradientSource`.
+Every Foolbox attack on such a model sees the deployed program's own logits. Gradients come from a
+:class:`~ccn_deploy.attacks.passes.Pass` begun at the same images: the runtime's own, or autograd
+through the reference network.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
 from foolbox.models.pytorch import PyTorchModel
 from torch import Tensor, nn
 
-from ccn_deploy.attacks.passes import NativePass
+from ccn_deploy.attacks.passes import AutogradPass, NativePass, Pass
 from ccn_deploy.attacks.source import Gradient, no_gradients
 from ccn_deploy.errors import RuntimeUnavailableError
 from ccn_deploy.runtimes.base import Runtime
 
 BOUNDS = (0.0, 1.0)
-
-
-class Tape(Protocol):
-    """What one forward pass leaves behind for backward passes through it."""
-
-    def vjp(self, cotangent: Tensor) -> Tensor:
-        """Return the input gradient [N, C, H, W] of ``sum(cotangent * logits)``."""
-        ...
-
-
-class GradientSource(Protocol):
-    """Where the gradients of an attack come from."""
-
-    def record(self, images: Tensor) -> Tape:
-        """Prepare backward passes at ``images`` [N, C, H, W]."""
-        ...
-
-
-class ReferenceGradient:
-    """Gradients of the PyTorch network that the runtime's graph was lowered from.
-
-    Args:
-        reference: The network, in evaluation mode with frozen parameters.
-    """
-
-    def __init__(self, reference: nn.Module) -> None:
-        self.reference = frozen(reference)
-
-    def record(self, images: Tensor) -> Tape:
-        """Run the reference once; any number of backward passes follow."""
-        with torch.enable_grad():
-            inputs = images.detach().requires_grad_()
-            return _ReferenceTape(inputs, self.reference(inputs))
-
-
-class _ReferenceTape:
-    def __init__(self, inputs: Tensor, logits: Tensor) -> None:
-        self.inputs = inputs
-        self.logits = logits
-
-    def vjp(self, cotangent: Tensor) -> Tensor:
-        (gradient,) = torch.autograd.grad(
-            self.logits, self.inputs, cotangent.to(self.logits.dtype), retain_graph=True
-        )
-        return gradient
-
-
-class NativeGradient:
-    """Gradients computed by the runtime itself.
-
-    Args:
-        runtime: A differentiable runtime.
-    """
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-
-    def record(self, images: Tensor) -> Tape:
-        """Keep the images; the runtime computes forward and backward together."""
-        return _NativeTape(NativePass(self.runtime, images), len(images))
-
-
-class _NativeTape:
-    def __init__(self, native: NativePass, images: int) -> None:
-        self.native = native
-        self.images = images
-
-    def vjp(self, cotangent: Tensor) -> Tensor:
-        return self.native.gradients(torch.arange(self.images), cotangent[:, None])[:, 0]
 
 
 class NativeModel(PyTorchModel):
@@ -100,7 +35,7 @@ class NativeModel(PyTorchModel):
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        module = _RuntimeModule(runtime, NativeGradient(runtime)).eval()
+        module = _RuntimeModule(runtime, partial(NativePass, runtime)).eval()
         super().__init__(module, bounds=BOUNDS, device=torch.device("cpu"))
         self.runtime = runtime
 
@@ -139,16 +74,20 @@ def foolbox_model(
             f"{runtime.spec.target} cannot be attacked by gradient: no reference was given.",
             "Give the network it was lowered from, as load_reference(bundle) returns it.",
         )
-    module = _RuntimeModule(runtime, ReferenceGradient(reference)).eval()
+    begin = partial(AutogradPass, frozen(reference))
+    module = _RuntimeModule(runtime, begin).eval()
     # The device is said, always: left out, Foolbox takes cuda:0 where there is one.
-    return PyTorchModel(module, bounds=BOUNDS, device=next(reference.parameters()).device)
+    return PyTorchModel(module, bounds=BOUNDS, device=device_of(reference))
 
 
 def reference_model(reference: nn.Module) -> PyTorchModel:
     """Return a Foolbox model of a PyTorch network itself, on the device where it is."""
-    return PyTorchModel(
-        frozen(reference), bounds=BOUNDS, device=next(reference.parameters()).device
-    )
+    return PyTorchModel(frozen(reference), bounds=BOUNDS, device=device_of(reference))
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Return where a network is: the device of its first parameter or constant."""
+    return next(chain(network.parameters(), network.buffers())).device
 
 
 def frozen(network: nn.Module) -> nn.Module:
@@ -164,30 +103,38 @@ def frozen(network: nn.Module) -> nn.Module:
 
 
 class _RuntimeModule(nn.Module):
-    """The runtime as a differentiable torch function."""
+    """The runtime as a differentiable torch function.
 
-    def __init__(self, runtime: Runtime, source: GradientSource) -> None:
+    Args:
+        runtime: Gives the logits.
+        begin: Begins the pass at the same images that the gradients are asked of.
+    """
+
+    def __init__(self, runtime: Runtime, begin: Callable[[Tensor], Pass]) -> None:
         super().__init__()
         self.runtime = runtime
-        self.source = source
+        self.begin = begin
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = _RuntimeLogits.apply(  # type: ignore[no-untyped-call]
-            images, self.runtime, self.source
+            images, self.runtime, self.begin
         )
         return logits
 
 
 class _RuntimeLogits(torch.autograd.Function):
-    """Forward: the runtime. Backward: the gradient source, at the same images."""
+    """Forward: the runtime. Backward: a pass at the same images."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, runtime: Runtime, source: GradientSource) -> Tensor:
+    def forward(
+        ctx: Any, images: Tensor, runtime: Runtime, begin: Callable[[Tensor], Pass]
+    ) -> Tensor:
         if ctx.needs_input_grad[0]:
-            ctx.tape = source.record(images)
+            ctx.begun, ctx.images = begin(images), len(images)
         logits = runtime.logits(images.detach().contiguous().cpu().numpy())
         return torch.from_numpy(logits).to(images)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.tape.vjp(cotangents[0]), None, None
+        rows = torch.arange(ctx.images, device=cotangents[0].device)
+        return ctx.begun.gradients(rows, cotangents[0][:, None])[:, 0], None, None

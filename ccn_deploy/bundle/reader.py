@@ -45,6 +45,19 @@ class Bundle:
             raise _link(EVIDENCE)
         return path
 
+    def evidence_file(self, *parts: str) -> Path:
+        """Return a path below :attr:`evidence`; nothing needs to be there.
+
+        Raises:
+            IntegrityError: A link on the way: what is written there would land outside.
+        """
+        path = self.evidence
+        for part in parts:
+            path = path / part
+            if path.is_symlink():
+                raise _link(path.relative_to(self.path).as_posix())
+        return path
+
     @property
     def card(self) -> ModelCard:
         """What is known of the network."""

@@ -16,18 +16,19 @@ def open_regular(path: str | Path) -> BinaryIO:
     Raises:
         InputError: It is not there, cannot be read, or is a pipe, device, socket or directory.
     """
-    shown = printable(path)
     try:
         # A pipe without a writer would otherwise block for ever.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise InputError(
-            f"{shown} cannot be opened: {reason}.", "Check the file and who may read it."
+            f"{printable(path)} cannot be opened: {reason}.", "Check the file and who may read it."
         ) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise InputError(f"{shown} is no regular file.", "Remove it, or put a file in its place.")
+        raise InputError(
+            f"{printable(path)} is no regular file.", "Remove it, or put a file in its place."
+        )
     return os.fdopen(descriptor, "rb")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ccn_deploy.data.dataset import Dataset, check_labels
+from ccn_deploy.data.dataset import Dataset, Labels, check_labels
 from ccn_deploy.data.options import ModelInput
 from ccn_deploy.errors import UsageError
 
@@ -65,7 +65,8 @@ def match_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
     theirs, ours = ([_normal(name) for name in each] for each in (names, dataset.class_names))
     _check_known(dataset, ours, theirs)
     _check_unique(dataset, ours, theirs)
-    number = np.array([theirs.index(name) for name in ours], dtype=np.int64)
+    at = {name: number for number, name in enumerate(theirs)}
+    number = np.array([at[name] for name in ours], dtype=np.int64)
     whole = len(ours) == len(theirs)
     how = "by name, another order" if whole else f"by name, {len(ours)} of {len(theirs)}"
     if ours == theirs:
@@ -124,7 +125,7 @@ def _check_unique(dataset: Dataset, ours: list[str], theirs: list[str]) -> None:
             )
 
 
-def _renumbered(dataset: Dataset, names: tuple[str, ...], labels: np.ndarray, how: str) -> Dataset:
+def _renumbered(dataset: Dataset, names: tuple[str, ...], labels: Labels, how: str) -> Dataset:
     """Return the data set with other labels, and a digest that tells it from the first."""
     digest = hashlib.sha256(f"{dataset.digest}\n".encode())
     digest.update(labels.astype("<i8").tobytes())

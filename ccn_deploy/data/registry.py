@@ -143,6 +143,8 @@ def _path(name: str | Path) -> Path:
         UsageError: It is neither, nor looks as if it were meant to be.
         DatasetNotFoundError: It is not there.
     """
+    if name == "":  # which would be the working directory
+        raise unknown("data set", name, DATASETS)
     path = Path(name)
     try:
         is_directory, exists = path.is_dir(), path.exists()

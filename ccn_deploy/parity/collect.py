@@ -7,8 +7,9 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import numpy as np
 
 import ccn_deploy
@@ -18,7 +19,14 @@ from ccn_deploy.errors import IntegrityError, UsageError
 from ccn_deploy.evaluation import check_fits
 from ccn_deploy.extras import require
 from ccn_deploy.parity.comparison import compare_logits, compare_values, scale_of
-from ccn_deploy.parity.evidence import KINDS, InputRow, LayerRow, ParityEvidence, setting_key
+from ccn_deploy.parity.evidence import (
+    KINDS,
+    REFERENCE,
+    InputRow,
+    LayerRow,
+    ParityEvidence,
+    setting_key,
+)
 from ccn_deploy.parity.gradients import (
     CANDIDATES,
     GradientEvidence,
@@ -121,11 +129,12 @@ def collect(
     with open_runtime(bundle, request.runtime, request.precision, options) as runtime:
         setting = _setting(bundle, request, data, samples, runtime)
         target = runtime.spec.target
-        path = bundle.evidence / "parity" / f"{target}-{setting_key(setting)}.json"
-        if path.exists() and not fresh:
-            return ParityEvidence.read(path)
+        path = bundle.evidence_file("parity", f"{target}-{setting_key(setting)}.json")
+        kept = None if fresh else ParityEvidence.read(path, setting)
+        if kept is not None:
+            return kept
         torch = require("torch", "train", "for the float64 reference")
-        setting["reference"] = {
+        setting[REFERENCE] = {
             "name": "torch",
             "precision": "fp64",
             "version": str(torch.__version__),
@@ -246,7 +255,8 @@ class _Measurement:
         """Return the calibrated ranges, which stand in the manifest apart from the graph."""
         record = self.bundle.file(Role.FORWARD, self.request.precision)
         try:
-            return dict(record.details["calibration"]["ranges"])
+            ranges = record.details["calibration"]["ranges"]
+            return msgspec.convert(ranges, dict[str, Annotated[float, msgspec.Meta(ge=0)]])
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(
                 f"The manifest does not say which ranges {record.path} was calibrated to.",

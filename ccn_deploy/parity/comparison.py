@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ccn_deploy.records import Count, Extended, Measured
 from ccn_deploy.runtimes.base import Array
 
 FLIPS_KEPT = 10
 """Label flips that are described one by one, largest margin first; all are counted."""
 
 
-@dataclass(frozen=True)
-class Flip:
+class Flip(Measured, frozen=True):
     """An image whose label differs.
 
     Attributes:
@@ -26,14 +25,13 @@ class Flip:
         margin: The reference's largest logit less its second largest.
     """
 
-    index: int
-    expected: int
-    found: int
-    margin: float
+    index: Count
+    expected: Count
+    found: Count
+    margin: Extended
 
 
-@dataclass(frozen=True)
-class Deviation:
+class Deviation(Measured, frozen=True):
     """How far some values are from those they should be.
 
     Attributes:
@@ -47,14 +45,14 @@ class Deviation:
         unit: Largest absolute error that the rounding model produced on that kind of input.
     """
 
-    n: int
-    max_abs: float
-    p99_abs: float
-    argmax_flips: int
+    n: Count
+    max_abs: Extended
+    p99_abs: Extended
+    argmax_flips: Count
     flips: tuple[Flip, ...]
-    nonfinite: int
-    scale: float
-    unit: float
+    nonfinite: Count
+    scale: Extended
+    unit: Extended = msgspec.field(name="rounding_unit")
 
     @property
     def relative(self) -> float:
@@ -65,38 +63,6 @@ class Deviation:
     def units(self) -> float:
         """Largest error over what rounding explains; 0 for no error, whatever the unit."""
         return _ratio(self.max_abs, self.unit)
-
-    def document(self) -> dict[str, Any]:
-        """Return the JSON form; numbers that are not finite become null."""
-        return {
-            "n": self.n,
-            "max_abs": finite_or_none(self.max_abs),
-            "p99_abs": finite_or_none(self.p99_abs),
-            "argmax_flips": self.argmax_flips,
-            "flips": [
-                {**flip.__dict__, "margin": finite_or_none(flip.margin)} for flip in self.flips
-            ],
-            "nonfinite": self.nonfinite,
-            "scale": finite_or_none(self.scale),
-            "rounding_unit": finite_or_none(self.unit),
-        }
-
-    @classmethod
-    def from_document(cls, document: dict[str, Any]) -> Deviation:
-        """Read the JSON form; null becomes infinity."""
-        return cls(
-            n=document["n"],
-            max_abs=or_infinite(document["max_abs"]),
-            p99_abs=or_infinite(document["p99_abs"]),
-            argmax_flips=document["argmax_flips"],
-            flips=tuple(
-                Flip(**{**flip, "margin": or_infinite(flip["margin"])})
-                for flip in document["flips"]
-            ),
-            nonfinite=document["nonfinite"],
-            scale=or_infinite(document["scale"]),
-            unit=or_infinite(document["rounding_unit"]),
-        )
 
 
 def compare_logits(
@@ -179,8 +145,3 @@ def _ratio(error: float, by: float) -> float:
     if by == 0.0 or math.isinf(error) or math.isinf(by):  # nothing vouches for an infinite scale
         return math.inf
     return error / by
-
-
-def or_infinite(value: float | None) -> float:
-    """Return what :func:`finite_or_none` was given; null becomes infinity."""
-    return math.inf if value is None else float(value)

@@ -2,50 +2,38 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ccn_deploy.errors import IntegrityError
 from ccn_deploy.parity.comparison import Deviation
 from ccn_deploy.parity.gradients import GradientEvidence
 from ccn_deploy.parity.invariance import Claim
-from ccn_deploy.storage import canonical_json, sha256, write_atomic
+from ccn_deploy.records import Count, Record, Text, decode_sealed, encode_sealed
+from ccn_deploy.storage import canonical_json, read_regular, sha256, write_atomic
 
-SCHEMA = "ccn-deploy/parity-evidence/2"
+SCHEMA = "ccn-deploy/parity-evidence/3"
 
 KINDS = ("clean", "adversarial", "noise", "zero", "one", "near-mean")
 """Every kind of input, in the order of reports."""
 
 
-@dataclass(frozen=True)
-class InputRow:
+class InputRow(Record, frozen=True):
     """One kind of input at one batch size.
 
     Attributes:
-        kind: ``"clean"``, ``"adversarial"``, ``"noise"``, ``"zero"``, ``"one"``, ``"near-mean"``.
+        kind: One of :data:`KINDS`.
         batch: Images of one call; the last call may have fewer.
         deviation: From the reference.
     """
 
-    kind: str
-    batch: int
+    kind: Text
+    batch: Count
     deviation: Deviation
 
-    def document(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {"kind": self.kind, "batch": self.batch, **self.deviation.document()}
 
-    @classmethod
-    def from_document(cls, document: dict[str, Any]) -> InputRow:
-        """Read the JSON form."""
-        return cls(document["kind"], document["batch"], Deviation.from_document(document))
-
-
-@dataclass(frozen=True)
-class LayerRow:
+class LayerRow(Record, frozen=True):
     """One layer on one kind of input.
 
     Attributes:
@@ -54,25 +42,12 @@ class LayerRow:
         deviation: Of its outputs from the reference's.
     """
 
-    layer: str
-    kind: str
+    layer: Text
+    kind: Text
     deviation: Deviation
 
-    def document(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        document = self.deviation.document()
-        del document["argmax_flips"], document["flips"]  # a layer has no labels
-        return {"layer": self.layer, "kind": self.kind, **document}
 
-    @classmethod
-    def from_document(cls, document: dict[str, Any]) -> LayerRow:
-        """Read the JSON form."""
-        deviation = Deviation.from_document({"argmax_flips": 0, "flips": [], **document})
-        return cls(document["layer"], document["kind"], deviation)
-
-
-@dataclass(frozen=True)
-class ParityEvidence:
+class ParityEvidence(Record, frozen=True):
     """A measurement of one runtime.
 
     Attributes:
@@ -83,11 +58,12 @@ class ParityEvidence:
         layers: In order of execution, kinds within a layer; None if not asked for.
     """
 
-    setting: Mapping[str, Any]
+    setting: dict[str, Any]
     inputs: tuple[InputRow, ...]
     invariance: tuple[Claim, ...]
     gradients: GradientEvidence | None = None
     layers: tuple[LayerRow, ...] | None = None
+    schema: Literal["ccn-deploy/parity-evidence/3"] = "ccn-deploy/parity-evidence/3"
 
     @property
     def runtime(self) -> str:
@@ -105,51 +81,36 @@ class ParityEvidence:
         Raises:
             StorageError: The disk is full or not writable.
         """
-        document = self._document()
-        write_atomic(path, canonical_json({**document, "digest": sha256(canonical_json(document))}))
+        write_atomic(path, encode_sealed(self))
 
     @classmethod
-    def read(cls, path: Path) -> ParityEvidence:
-        """Read what :meth:`write` wrote.
+    def read(cls, path: Path, setting: Mapping[str, Any]) -> ParityEvidence | None:
+        """Read what :meth:`write` wrote; None if there is no file.
+
+        Args:
+            path: The file.
+            setting: What it must be a measurement of; which reference it was compared with is
+                known to the file alone.
 
         Raises:
-            IntegrityError: The file was changed.
+            IntegrityError: The file was changed, is a measurement of something else, or no file.
         """
-        data = path.read_bytes()
-        try:
-            document = json.loads(data)
-            digest = document.pop("digest")
-            whole = digest == sha256(canonical_json(document)) and data == canonical_json(
-                {**document, "digest": digest}
-            )
-            if not whole:
-                raise ValueError("its digest does not match")
-            return cls(
-                setting=document["setting"],
-                inputs=tuple(map(InputRow.from_document, document["inputs"])),
-                invariance=tuple(map(Claim.from_document, document["invariance"])),
-                gradients=None
-                if document["gradients"] is None
-                else GradientEvidence.from_document(document["gradients"]),
-                layers=None
-                if document["layers"] is None
-                else tuple(map(LayerRow.from_document, document["layers"])),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        hint = "Measure again with: ccn-deploy verify-parity BUNDLE --fresh"
+        data = read_regular(path)
+        if data is None:
+            return None
+        found = decode_sealed(data, cls, f"The parity evidence {path}", hint)
+        stored = {key: value for key, value in found.setting.items() if key != REFERENCE}
+        if canonical_json(stored) != canonical_json(setting):
             raise IntegrityError(
-                f"The parity evidence {path} was changed or is damaged: {error}.",
-                "Measure again with: ccn-deploy verify-parity BUNDLE --fresh",
-            ) from error
+                f"The parity evidence {path} is of another bundle or setting than its name says.",
+                hint,
+            )
+        return found
 
-    def _document(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "setting": self.setting,
-            "inputs": [row.document() for row in self.inputs],
-            "invariance": [claim.document() for claim in self.invariance],
-            "gradients": None if self.gradients is None else self.gradients.document(),
-            "layers": None if self.layers is None else [row.document() for row in self.layers],
-        }
+
+REFERENCE = "reference"
+"""Key of the setting for what the runtime was compared with."""
 
 
 def setting_key(setting: Mapping[str, Any]) -> str:

@@ -14,19 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ccn_deploy.data import Images
-from ccn_deploy.parity.comparison import (
-    Deviation,
-    compare_logits,
-    finite_or_none,
-    or_infinite,
-    scale_of,
-)
+from ccn_deploy.parity.comparison import Deviation, compare_logits, scale_of
+from ccn_deploy.records import Count, Extended, Measured, Record, Text
 from ccn_deploy.runtimes.base import Array
 
 CANDIDATES = 5
@@ -39,8 +34,7 @@ Vjp = Callable[[Images, Array], tuple[Array, Array]]
 """A runtime's ``vjp``: images [N, ...], cotangents [N, K, classes] -> logits and gradients."""
 
 
-@dataclass(frozen=True)
-class SlopeDeviation:
+class SlopeDeviation(Measured, frozen=True):
     """How far gradients are from those they should be, once freed of ties.
 
     Attributes:
@@ -55,14 +49,19 @@ class SlopeDeviation:
         scale: Largest slope of the reference on the same kind of input.
     """
 
-    n: int
-    near: int
-    max_abs: float
-    cosine: float
-    of_rounding: float
-    max_abs_near: float
-    nonfinite: int
-    scale: float
+    n: Count
+    near: Count = msgspec.field(name="near_a_kink")
+    max_abs: Extended
+    cosine: Extended
+    of_rounding: Extended
+    max_abs_near: Extended = msgspec.field(name="max_abs_near_a_kink")
+    nonfinite: Count
+    scale: Extended
+
+    def __post_init__(self) -> None:
+        if self.cosine is None:  # the worst there is
+            msgspec.structs.force_setattr(self, "cosine", -math.inf)
+        super().__post_init__()
 
     @property
     def judged(self) -> int:
@@ -77,37 +76,8 @@ class SlopeDeviation:
         sound = 0.0 < self.scale < math.inf
         return self.max_abs / self.scale if sound else math.inf
 
-    def document(self) -> dict[str, Any]:
-        """Return the JSON form; numbers that are not finite become null."""
-        return {
-            "n": self.n,
-            "near_a_kink": self.near,
-            "max_abs": finite_or_none(self.max_abs),
-            "cosine": finite_or_none(self.cosine),
-            "of_rounding": finite_or_none(self.of_rounding),
-            "max_abs_near_a_kink": finite_or_none(self.max_abs_near),
-            "nonfinite": self.nonfinite,
-            "scale": finite_or_none(self.scale),
-        }
 
-    @classmethod
-    def from_document(cls, document: dict[str, Any]) -> SlopeDeviation:
-        """Read the JSON form."""
-        cosine = document["cosine"]
-        return cls(
-            n=document["n"],
-            near=document["near_a_kink"],
-            max_abs=or_infinite(document["max_abs"]),
-            cosine=-math.inf if cosine is None else float(cosine),
-            of_rounding=or_infinite(document["of_rounding"]),
-            max_abs_near=or_infinite(document["max_abs_near_a_kink"]),
-            nonfinite=document["nonfinite"],
-            scale=or_infinite(document["scale"]),
-        )
-
-
-@dataclass(frozen=True)
-class GradientRow:
+class GradientRow(Record, frozen=True):
     """Gradients on one kind of input, at one batch size and number of candidates.
 
     Attributes:
@@ -118,36 +88,14 @@ class GradientRow:
         slopes: From the reference.
     """
 
-    kind: str
-    batch: int
-    candidates: int
+    kind: Text
+    batch: Count
+    candidates: Count
     logits: Deviation
     slopes: SlopeDeviation
 
-    def document(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {
-            "kind": self.kind,
-            "batch": self.batch,
-            "candidates": self.candidates,
-            "logits": self.logits.document(),
-            "slopes": self.slopes.document(),
-        }
 
-    @classmethod
-    def from_document(cls, document: dict[str, Any]) -> GradientRow:
-        """Read the JSON form."""
-        return cls(
-            document["kind"],
-            document["batch"],
-            document["candidates"],
-            Deviation.from_document(document["logits"]),
-            SlopeDeviation.from_document(document["slopes"]),
-        )
-
-
-@dataclass(frozen=True)
-class KinkRow:
+class KinkRow(Measured, frozen=True):
     """All images near a kink, whatever their kind.
 
     Attributes:
@@ -158,9 +106,9 @@ class KinkRow:
         largest: The largest such ratio.
     """
 
-    n: int
-    median: float
-    largest: float
+    n: Count
+    median: Extended = msgspec.field(name="median_of_rounding")
+    largest: Extended = msgspec.field(name="largest_of_rounding")
 
     @classmethod
     def of(cls, ratios: Sequence[float]) -> KinkRow:
@@ -172,26 +120,8 @@ class KinkRow:
         median = float(np.quantile(found, 0.5, method="lower"))
         return cls(found.size, median, float(found.max()))
 
-    def document(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {
-            "n": self.n,
-            "median_of_rounding": finite_or_none(self.median),
-            "largest_of_rounding": finite_or_none(self.largest),
-        }
 
-    @classmethod
-    def from_document(cls, document: dict[str, Any]) -> KinkRow:
-        """Read the JSON form."""
-        return cls(
-            document["n"],
-            or_infinite(document["median_of_rounding"]),
-            or_infinite(document["largest_of_rounding"]),
-        )
-
-
-@dataclass(frozen=True)
-class GradientEvidence:
+class GradientEvidence(Record, frozen=True):
     """Everything measured about gradients.
 
     Attributes:
@@ -201,16 +131,6 @@ class GradientEvidence:
 
     rows: tuple[GradientRow, ...]
     kinks: KinkRow
-
-    def document(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {"rows": [row.document() for row in self.rows], "kinks": self.kinks.document()}
-
-    @classmethod
-    def from_document(cls, document: dict[str, Any]) -> GradientEvidence:
-        """Read the JSON form."""
-        rows = tuple(map(GradientRow.from_document, document["rows"]))
-        return cls(rows, KinkRow.from_document(document["kinks"]))
 
 
 @dataclass(frozen=True)

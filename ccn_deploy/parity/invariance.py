@@ -7,14 +7,13 @@ for the same image in another batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ccn_deploy.data import Images
 from ccn_deploy.parity.comparison import Deviation, compare_logits, scale_of, top_two_margins
+from ccn_deploy.records import Count, Record, Text
 from ccn_deploy.runtimes.base import Array
 
 SIZES = (2, 3, 5, 8, 13)
@@ -25,8 +24,7 @@ REPEATS = 3
 """Runs that must agree bit by bit."""
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(Record, frozen=True):
     """The same images under other circumstances.
 
     Attributes:
@@ -36,18 +34,9 @@ class Claim:
         differing: Logits whose bits differ; counted for every claim, demanded by the last.
     """
 
-    claim: str
+    claim: Text
     deviation: Deviation
-    differing: int
-
-    def document(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {"claim": self.claim, **self.deviation.document(), "differing": self.differing}
-
-    @classmethod
-    def from_document(cls, document: dict[str, Any]) -> Claim:
-        """Read the JSON form."""
-        return cls(document["claim"], Deviation.from_document(document), document["differing"])
+    differing: Count
 
 
 def measure_invariance(

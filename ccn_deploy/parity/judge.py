@@ -11,6 +11,7 @@ from ccn_deploy.parity.evidence import InputRow, LayerRow, ParityEvidence
 from ccn_deploy.parity.gradients import GradientEvidence, GradientRow, KinkRow
 from ccn_deploy.parity.invariance import DETERMINISTIC, Claim
 from ccn_deploy.parity.tolerances import Tolerance, tolerance_for
+from ccn_deploy.records import document
 from ccn_deploy.verdict import Verdict
 
 SCHEMA = "ccn-deploy/parity/2"
@@ -64,9 +65,12 @@ class Finding:
 
     def document(self) -> dict[str, Any]:
         """Return the evidence with the verdict beside it."""
-        deviation = self.row.deviation
+        deviation, row = self.row.deviation, document(self.row)
+        row |= row.pop("deviation")
+        if isinstance(self.row, LayerRow):
+            del row["argmax_flips"], row["flips"]  # a layer has no labels
         return {
-            **self.row.document(),
+            **row,
             "relative": finite_or_none(deviation.relative),
             "rounding_units": finite_or_none(deviation.units),
             "stated_error": finite_or_none(self.stated_error),
@@ -106,7 +110,7 @@ class GradientFinding:
     def document(self) -> dict[str, Any]:
         """Return the evidence with the verdict beside it."""
         return {
-            **self.row.document(),
+            **document(self.row),
             "relative": finite_or_none(self.row.slopes.relative),
             "verdict": self.verdict.value,
             "reasons": list(self.reasons),
@@ -132,7 +136,7 @@ class KinkFinding:
     def document(self) -> dict[str, Any]:
         """Return the evidence with the verdict beside it."""
         return {
-            **self.row.document(),
+            **document(self.row),
             "verdict": self.verdict.value,
             "reasons": list(self.reasons),
         }
@@ -188,7 +192,7 @@ class ParityResult:
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document of the command; no NaN, no infinity (null instead)."""
-        document: dict[str, Any] = {
+        told: dict[str, Any] = {
             "schema": SCHEMA,
             "verdict": self.verdict.value,
             "runtime": self.evidence.runtime,
@@ -206,9 +210,9 @@ class ParityResult:
         }
         if self.layers is not None:
             first = self.first_departure
-            document["layers"] = [finding.document() for finding in self.layers]
-            document["first_departure"] = first.subject if first else None
-        return document
+            told["layers"] = [finding.document() for finding in self.layers]
+            told["first_departure"] = first.subject if first else None
+        return told
 
 
 def judge(evidence: ParityEvidence, policy: Tolerance | None = None) -> ParityResult:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ccn_deploy.errors import unknown
+from ccn_deploy.errors import UsageError
+from ccn_deploy.targets import precision_named
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,9 @@ def tolerance_for(precision: str) -> Tolerance:
     Raises:
         UsageError: There is none; the hint lists those known.
     """
-    try:
-        return TOLERANCES[precision]
-    except KeyError:
-        raise unknown("precision", precision, TOLERANCES) from None
+    if precision_named(precision).name not in TOLERANCES:
+        raise UsageError(
+            f"Nothing is deployed in {precision}: it is the reference's own.",
+            f"Choose one of: {', '.join(TOLERANCES)}.",
+        )
+    return TOLERANCES[precision]

@@ -6,24 +6,25 @@ evaluation with the reference's gradients attacks another function than the one 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ccn_deploy.attacks.spec import AttackSpec
+from ccn_deploy.bundle import Bundle
 from ccn_deploy.errors import IntegrityError
 from ccn_deploy.extras import require
+from ccn_deploy.records import Count, Record, decode_sealed, encode_sealed
 from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession
 from ccn_deploy.runtimes.base import Runtime
-from ccn_deploy.storage import canonical_json, sha256, write_atomic
+from ccn_deploy.storage import canonical_json, read_regular, sha256, write_atomic
 from ccn_deploy.targets import Target
 
-SCHEMA = "ccn-deploy/gradient-agreement/1"
+SCHEMA = "ccn-deploy/gradient-agreement/2"
 
 SAMPLES = 64
 """Images that are compared at most."""
@@ -35,9 +36,11 @@ PROBE = AttackSpec(
 
 Array = NDArray[Any]
 
+Cosine = Annotated[float, msgspec.Meta(ge=-1, le=1)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
-@dataclass(frozen=True)
-class Agreement:
+
+class Agreement(Record, frozen=True):
     """Two gradients of the loss at each of some points.
 
     Attributes:
@@ -50,12 +53,12 @@ class Agreement:
         sign_min: The worst point's.
     """
 
-    n: int
-    vanished: int
-    cosine_mean: float
-    cosine_min: float
-    sign_mean: float
-    sign_min: float
+    n: Count
+    vanished: Count
+    cosine_mean: Cosine
+    cosine_min: Cosine
+    sign_mean: Fraction
+    sign_min: Fraction
 
     @classmethod
     def between(cls, ours: Array, theirs: Array) -> Agreement:
@@ -79,8 +82,7 @@ class Agreement:
         )
 
 
-@dataclass(frozen=True)
-class GradientAgreement:
+class GradientAgreement(Record, frozen=True):
     """Native against reference gradients of the cross-entropy, each at its own logits.
 
     Attributes:
@@ -91,53 +93,51 @@ class GradientAgreement:
     clean: Agreement
     adversarial: Agreement
 
-    def document(self) -> dict[str, Any]:
-        """Return this as JSON."""
-        return {"clean": asdict(self.clean), "adversarial": asdict(self.adversarial)}
-
-    @classmethod
-    def from_document(cls, document: Mapping[str, Any]) -> GradientAgreement:
-        """Read the JSON form; raises KeyError or TypeError if it is none."""
-        return cls(Agreement(**document["clean"]), Agreement(**document["adversarial"]))
-
     def write(self, path: Path, setting: Mapping[str, Any]) -> None:
         """Keep this with everything it depends on, and a digest of both.
 
         Raises:
             StorageError: The disk is full or not writable.
         """
-        content = {"schema": SCHEMA, "setting": setting, "agreement": self.document()}
-        digest = sha256(canonical_json(content))
-        write_atomic(path, canonical_json({**content, "digest": digest}))
+        write_atomic(path, encode_sealed(_Kept(dict(setting), self)))
 
     @classmethod
-    def read(cls, path: Path, setting: Mapping[str, Any]) -> GradientAgreement:
-        """Read what :meth:`write` wrote.
+    def read(cls, path: Path, setting: Mapping[str, Any]) -> GradientAgreement | None:
+        """Read what :meth:`write` wrote; None if there is no file.
 
         Raises:
             IntegrityError: The file was changed, or is of something else.
         """
-        data = path.read_bytes()
-        try:
-            document = json.loads(data)
-            content = {key: document[key] for key in ("schema", "setting", "agreement")}
-            whole = {**content, "digest": sha256(canonical_json(content))}
-            if data != canonical_json(whole):
-                raise ValueError("its digest does not match")
-            if canonical_json(content["setting"]) != canonical_json(setting):
-                raise ValueError("it is of another setting than its name stands for")
-            return cls.from_document(content["agreement"])
-        except (ValueError, KeyError, TypeError) as error:
+        data = read_regular(path)
+        if data is None:
+            return None
+        hint = f"Delete {path} and measure again."
+        kept = decode_sealed(data, _Kept, f"The evidence {path.name}", hint)
+        if canonical_json(kept.setting) != canonical_json(setting):
             raise IntegrityError(
-                f"The evidence {path.name} was changed after it was written: {error}.",
-                f"Delete {path} and measure again.",
-            ) from error
+                f"The evidence {path.name} was changed: it is of another setting than its name "
+                "stands for.",
+                hint,
+            )
+        return kept.agreement
 
 
-def agreement_path(directory: Path, setting: Mapping[str, Any], target: Target) -> Path:
-    """Return where the agreement is kept, below ``BUNDLE/evidence``."""
+class _Kept(Record, frozen=True):
+    """The file of an agreement."""
+
+    setting: dict[str, Any]
+    agreement: GradientAgreement
+    schema: Literal["ccn-deploy/gradient-agreement/2"] = "ccn-deploy/gradient-agreement/2"
+
+
+def agreement_path(bundle: Bundle, setting: Mapping[str, Any], target: Target) -> Path:
+    """Return where the agreement is kept, below ``BUNDLE/evidence``.
+
+    Raises:
+        IntegrityError: There is a link on the way.
+    """
     key = sha256(canonical_json({"schema": SCHEMA, **setting}))[:16]
-    return directory / "robustness" / str(target) / f"gradients-{key}.json"
+    return bundle.evidence_file("robustness", str(target), f"gradients-{key}.json")
 
 
 def compare_gradients(

@@ -13,7 +13,7 @@ from ccn_deploy.attacks.source import Gradient
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.extras import require
 from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession
-from ccn_deploy.robustness.evidence import Sample, Status
+from ccn_deploy.robustness.evidence import Picture, Sample, Status
 from ccn_deploy.runtimes.base import Runtime
 from ccn_deploy.targets import Target
 
@@ -131,7 +131,7 @@ def attack(
                 l2=float(l2[at]) if measured else None,
                 rho=float(l2[at] / max(size[at], 1e-12)) if changed else None,
                 queries=(int(queries[at, 0]), int(queries[at, 1])),
-                image=_pixels(adversarial[at]) if keep else None,
+                image=Picture.of(_pixels(adversarial[at])) if keep else None,
             )
         )
     return samples

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,11 +14,11 @@ from ccn_deploy.attacks import AttackSpec, suite
 from ccn_deploy.attacks.source import Gradient, no_gradients, source
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data.dataset import Dataset
-from ccn_deploy.errors import UsageError
+from ccn_deploy.errors import IntegrityError, UsageError
 from ccn_deploy.evaluation import check_fits
 from ccn_deploy.robustness import agreement
 from ccn_deploy.robustness.agreement import GradientAgreement
-from ccn_deploy.robustness.attack_job import Trial, attack
+from ccn_deploy.robustness.attack_job import TOLERANCE, Trial, attack
 from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession
 from ccn_deploy.robustness.cache_key import cache_key, differentiable
 from ccn_deploy.robustness.evidence import (
@@ -144,13 +145,13 @@ def collect(
         for job in jobs:
             spec, target = job.trial.spec, job.trial.target
             what = f"{spec.label} on {target}"
-            path = evidence_path(bundle.evidence, job.header, spec.label)
-            evidence = read_evidence(path, job.header, n)
+            path = evidence_path(bundle, job.header, spec.label)
+            evidence = _read(path, job, request)
             if len(evidence) < n:
                 for count in _extend(session, request, job):
                     if progress is not None:
                         progress(what, done + spec.cost * count, total)
-                evidence = read_evidence(path, job.header, n)
+                evidence = _read(path, job, request)
             found[spec.label, target] = evidence
             done += spec.cost * n
         compared = _agreement(session, request)
@@ -200,9 +201,44 @@ def _plan(bundle: Bundle, request: RobustnessRequest) -> tuple[Gradient, list[_J
     return gradient, [_Job(trial, _header(bundle, request, trial)) for trial in trials]
 
 
+def _read(path: Path, job: _Job, request: RobustnessRequest) -> Evidence:
+    """Return the evidence that is there, of the very images and within the attack's bounds.
+
+    A seal shows that nobody changed a byte by mistake; anybody can compute a new one. What a row
+    says must at least be possible.
+
+    Raises:
+        IntegrityError: It is damaged, or says what cannot be.
+    """
+    evidence, spec = read_evidence(path, job.header, request.n), job.trial.spec
+    wanted = request.dataset.order(request.seed)[: len(evidence)]
+    classes = len(request.dataset.class_names)
+    clean, adversarial = evidence.clean_runtime, evidence.adversarial_runtime
+    given = np.concatenate([clean, adversarial, evidence.clean_reference])
+    status = evidence.status
+    size = {"linf": evidence.linf, "l2": evidence.l2}[spec.norm]
+    legal = (status == "fooled") | (status == "held")
+    possible = (
+        np.array_equal(evidence.index, wanted)
+        and np.array_equal(evidence.label, request.dataset.labels[wanted])
+        and (given < classes).all()
+        and np.array_equal(status == "already-wrong", clean != evidence.label)
+        and (adversarial[status == "held"] == clean[status == "held"]).all()
+        and (adversarial[status == "fooled"] != clean[status == "fooled"]).all()
+        and (spec.epsilon is None or (size[legal] <= spec.epsilon + TOLERANCE).all())
+    )
+    if not possible:
+        raise IntegrityError(
+            f"The evidence {path.name} says what cannot be: other images, labels or distances "
+            "than the attack could give.",
+            f"Delete {path} and measure again.",
+        )
+    return evidence
+
+
 def _extend(session: AttackSession, request: RobustnessRequest, job: _Job) -> Iterator[int]:
     """Measure what is missing of one job, yielding the count of samples after every batch."""
-    path = evidence_path(session.bundle.evidence, job.header, job.trial.spec.label)
+    path = evidence_path(session.bundle, job.header, job.trial.spec.label)
     order = request.dataset.order(request.seed)
     with writing(path, job.header) as writer:
         yield min(writer.count, request.n)
@@ -258,9 +294,10 @@ def _agreement(session: AttackSession, request: RobustnessRequest) -> GradientAg
         "samples": len(indices),
         "probe": agreement.PROBE.document(),
     }
-    path = agreement.agreement_path(bundle.evidence, setting, target)
-    if path.is_file():
-        return GradientAgreement.read(path, setting)
+    path = agreement.agreement_path(bundle, setting, target)
+    kept = GradientAgreement.read(path, setting)
+    if kept is not None:
+        return kept
     images, labels = dataset.images(indices), dataset.labels[indices]
     found = agreement.compare_gradients(session, target, images, labels)
     found.write(path, setting)

@@ -2,11 +2,11 @@
 
 A file of JSON lines, one attack on one target::
 
-    {"schema": "ccn-deploy/robustness-evidence/2", "attack": {...}, "target": {...}, ...}
-    {"index": 17, "label": 3, "clean": {"runtime": 3, "reference": 3}, "status": "fooled", ...}
+    {"attack": {...}, "schema": "ccn-deploy/robustness-evidence/3", "target": {...}, ...}
+    {"adversarial": [5, 3], "clean": [3, 3], "index": 17, "label": 3, "status": "fooled", ...}
     ...
     {"sealed": 100, "seconds": 4.2, "sha256": "..."}
-    {"index": 402, ...}
+    {"adversarial": [1, 1], "index": 402, ...}
 
 The first line says everything that the numbers depend on. A seal follows every batch: how many
 images are above it, how long they took, and the SHA-256 of that and of every byte above. So a
@@ -16,24 +16,39 @@ again.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
-import json
+import math
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ccn_deploy.bundle import Bundle
 from ccn_deploy.errors import IntegrityError, StorageError
-from ccn_deploy.storage import canonical_json, sha256
+from ccn_deploy.records import (
+    Count,
+    Digest,
+    Record,
+    decode_line,
+    encode_line,
+    json_line,
+    plain_object,
+)
+from ccn_deploy.storage import canonical_json, not_regular, read_regular, sha256
+from ccn_deploy.targets import Target
 
-SCHEMA = "ccn-deploy/robustness-evidence/2"
+SCHEMA = "ccn-deploy/robustness-evidence/3"
+
+LONGEST = 8 << 20
+"""Bytes of the longest line that is parsed; a kept image is in one."""
 
 Status = Literal["already-wrong", "fooled", "held", "invalid"]
 """What became of an image: wrong before the attack; label lost; label kept; or the attack
@@ -46,8 +61,38 @@ NO_LABEL = -1
 """In columns, for a label that is not there: not attacked, or logits that are not finite."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+Label = Annotated[int, msgspec.Meta(ge=0, lt=2**31)] | None
+Length = Annotated[float, msgspec.Meta(ge=0)] | None
+
+
+class Picture(Record, frozen=True):
+    """An attacked image that is kept for people to look at.
+
+    Attributes:
+        shape: (channels, height, width).
+        uint8: Its pixels.
+    """
+
+    shape: tuple[Count, Count, Count]
+    uint8: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.uint8) != math.prod(self.shape):
+            raise ValueError(f"{len(self.uint8)} pixels are no image of shape {self.shape}")
+
+    @classmethod
+    def of(cls, pixels: NDArray[np.uint8]) -> Picture:
+        """Keep pixels [C, H, W]."""
+        channels, height, width = pixels.shape
+        return cls((channels, height, width), pixels.tobytes())
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """uint8 [C, H, W]."""
+        return np.frombuffer(self.uint8, np.uint8).reshape(self.shape)
+
+
+class Sample(Record, frozen=True):
     """One image under one attack.
 
     Attributes:
@@ -63,60 +108,19 @@ class Sample:
             adversarial image was found, which stands for infinity.
         queries: How often the attack asked for this image's logits, and for an input gradient of
             it. What only decides the status, before and after the attack, is not counted.
-        image: The attacked image as uint8 [C, H, W], kept for a few.
+        image: The attacked image, kept for a few.
     """
 
-    index: int
-    label: int
-    clean: tuple[int | None, int | None]
-    adversarial: tuple[int | None, int | None]
+    index: Count
+    label: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+    clean: tuple[Label, Label]
+    adversarial: tuple[Label, Label]
     status: Status
-    linf: float | None = None
-    l2: float | None = None
-    rho: float | None = None
-    queries: tuple[int, int] = (0, 0)
-    image: NDArray[np.uint8] | None = None
-
-    def to_document(self) -> dict[str, Any]:
-        """Return the JSON line of this sample."""
-        document: dict[str, Any] = {
-            "index": self.index,
-            "label": self.label,
-            "clean": {"runtime": self.clean[0], "reference": self.clean[1]},
-            "adversarial": {"runtime": self.adversarial[0], "reference": self.adversarial[1]},
-            "status": self.status,
-            "linf": self.linf,
-            "l2": self.l2,
-            "rho": self.rho,
-            "queries": {"forward": self.queries[0], "backward": self.queries[1]},
-        }
-        if self.image is not None:
-            document["image"] = {
-                "shape": list(self.image.shape),
-                "uint8": base64.b64encode(self.image.tobytes()).decode("ascii"),
-            }
-        return document
-
-    @classmethod
-    def from_document(cls, document: Mapping[str, Any]) -> Sample:
-        """Read a JSON line; raises KeyError, TypeError or ValueError if it is none of ours."""
-        image = document.get("image")
-        clean, adversarial = document["clean"], document["adversarial"]
-        queries = document["queries"]
-        return cls(
-            index=document["index"],
-            label=document["label"],
-            clean=(clean["runtime"], clean["reference"]),
-            adversarial=(adversarial["runtime"], adversarial["reference"]),
-            status=document["status"],
-            linf=document["linf"],
-            l2=document["l2"],
-            rho=document["rho"],
-            queries=(queries["forward"], queries["backward"]),
-            image=None
-            if image is None
-            else np.frombuffer(base64.b64decode(image["uint8"]), np.uint8).reshape(image["shape"]),
-        )
+    linf: Length = None
+    l2: Length = None
+    rho: Length = None
+    queries: tuple[Count, Count] = (0, 0)
+    image: Picture | None = None
 
 
 @dataclass(frozen=True)
@@ -196,35 +200,40 @@ class Evidence:
             rho=floats([s.rho for s in samples]),
             forward=integers([s.queries[0] for s in samples]),
             backward=integers([s.queries[1] for s in samples]),
-            images={at: s.image for at, s in enumerate(samples) if s.image is not None},
+            images={at: s.image.pixels for at, s in enumerate(samples) if s.image is not None},
             seconds=seconds,
             path=path,
         )
 
 
-def evidence_path(directory: Path, header: Mapping[str, Any], label: str) -> Path:
-    """Return where the evidence with this header is kept, below ``BUNDLE/evidence``."""
-    target = f"{header['target']['runtime']}-{header['target']['precision']}"
+def evidence_path(bundle: Bundle, header: Mapping[str, Any], label: str) -> Path:
+    """Return where the evidence with this header is kept, below ``BUNDLE/evidence``.
+
+    Raises:
+        IntegrityError: There is a link on the way.
+    """
+    target = Target(**header["target"])
     key = sha256(canonical_json(header))[:16]
-    return directory / "robustness" / target / f"{label}-{key}.jsonl"
+    return bundle.evidence_file("robustness", str(target), f"{label}-{key}.jsonl")
 
 
-def read_evidence(path: Path, header: Mapping[str, Any] | None = None, limit: int = -1) -> Evidence:
+def read_evidence(path: Path, header: Mapping[str, Any], limit: int = -1) -> Evidence:
     """Read the sealed part of a file; none of it if there is no file.
 
     Args:
         path: The file.
-        header: What its first line must be, if that is known.
+        header: What its first line must be.
         limit: Read so many samples at most; all if negative.
 
     Raises:
-        IntegrityError: The file was changed after it was written.
+        IntegrityError: The file was changed after it was written, or is no regular file.
+        EnvironmentUnfitError: It cannot be read.
     """
-    data = path.read_bytes() if path.is_file() else b""
+    data = read_regular(path) or b""
     content = _verified(data, path, header)
     samples = content.samples if limit < 0 else content.samples[:limit]
     share = len(samples) / len(content.samples) if content.samples else 0.0
-    return Evidence.of(samples, content.header or header, content.seconds * share, path)
+    return Evidence.of(samples, header, content.seconds * share, path)
 
 
 class EvidenceWriter:
@@ -251,9 +260,8 @@ class EvidenceWriter:
         Raises:
             StorageError: The disk is full; the file is as it was before.
         """
-        documents = [s.to_document() for s in samples]
-        lines = [self._header, *documents] if self._size == 0 else documents
-        data = b"".join(_line(line) for line in lines)
+        data = json_line(self._header) if self._size == 0 else b""
+        data += b"".join(map(encode_line, samples))
         digest = self._digest.copy()
         digest.update(data)
         seal = _seal(self.count + len(samples), round(seconds, 3), digest)
@@ -297,7 +305,11 @@ def writing(path: Path, header: Mapping[str, Any]) -> Iterator[EvidenceWriter]:
 def _open_locked(path: Path) -> FileIO:
     """Open a file, made if need be, with an exclusive lock that lasts until it is closed."""
     while True:
-        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = FileIO(os.open(path, flags, 0o666), "r+")
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise not_regular(path)
         try:
             import fcntl
         except ImportError:  # Windows: two evaluations of one bundle at a time are not guarded
@@ -312,88 +324,92 @@ def _open_locked(path: Path) -> FileIO:
 class _Content:
     """The sealed part of a file."""
 
-    header: Mapping[str, Any] | None = None
     samples: list[Sample] = field(default_factory=list)
     seconds: float = 0.0
     sealed: int = 0  # bytes
     digest: Any = field(default_factory=hashlib.sha256)  # of those bytes
 
 
-def _verified(data: bytes, path: Path, expected: Mapping[str, Any] | None) -> _Content:
+class _Seal(Record, frozen=True):
+    """The line that vouches for itself and, by their digest, for all bytes above it."""
+
+    sealed: Count
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    sha256: Digest
+
+
+def _seal(count: int, seconds: float, above: Any) -> bytes:
+    digest = above.copy()
+    digest.update(json_line({"sealed": count, "seconds": seconds}))
+    return encode_line(_Seal(count, seconds, digest.hexdigest()))
+
+
+def _verified(data: bytes, path: Path, header: Mapping[str, Any]) -> _Content:
     """Read everything up to the last seal, checking every seal on the way.
 
     A process that is killed leaves a beginning of what it meant to write: whole lines, then at
     most a part of one without its newline. Anything else was changed.
     """
     content = _Content()
-    header: Mapping[str, Any] | None = None
     pending: list[Sample] = []
     digest = hashlib.sha256()
     offset = 0
+    what, hint = f"A line of {path.name}", _hint(path)
     *lines, rest = data.split(b"\n")
-    for line in lines:
-        try:
-            document = json.loads(line)
-            if offset == 0:
-                header = document
-                if document["schema"] != SCHEMA:
-                    raise _of_another_version(path, document["schema"])
-            elif "sha256" in document:
-                count = len(content.samples) + len(pending)
-                if line + b"\n" != _seal(count, document["seconds"], digest):
-                    raise ValueError("a seal does not match what is above it")
-                content.samples += pending
-                content.seconds += document["seconds"]
-                pending = []
-            else:
-                pending.append(Sample.from_document(document))
-        except (ValueError, KeyError, TypeError) as error:
-            raise _changed(path, error) from error
-        offset += len(line) + 1
-        digest.update(line + b"\n")
+    for text in lines:
+        whole = text + b"\n"
+        if offset == 0:
+            _check_header(whole, path, header)
+        elif text.startswith(_SEAL):
+            seal = decode_line(whole, _Seal, what, hint)
+            if whole != _seal(len(content.samples) + len(pending), seal.seconds, digest):
+                raise _changed(path, "a seal does not match what is above it")
+            content.samples += pending
+            content.seconds += seal.seconds
+            pending = []
+        else:
+            pending.append(decode_line(whole, Sample, what, hint, limit=LONGEST))
+        offset += len(whole)
+        digest.update(whole)
         if content.samples and not pending:
-            content.header, content.sealed, content.digest = header, offset, digest.copy()
-    if _is_whole_object(rest):
-        raise _changed(path, ValueError("its last line does not end"))
-    if header is not None and expected is not None and header != json.loads(_line(expected)):
-        raise _changed(path, ValueError("its header is not the one its name stands for"))
+            content.sealed, content.digest = offset, digest.copy()
+    if _is_whole_object(rest[:-1]):
+        raise _changed(path, "its last line does not end")
     return content
 
 
-def _is_whole_object(rest: bytes) -> bool:
-    """Whether what follows the last newline is a whole line whose newline became something else."""
+_SEAL = b'{"sealed": '
+
+
+def _check_header(text: bytes, path: Path, header: Mapping[str, Any]) -> None:
+    if text == json_line(header):
+        return
+    schema = plain_object(text, f"The header of {path.name}", _hint(path)).get("schema")
+    if schema != SCHEMA:
+        raise IntegrityError(
+            f"The evidence {path.name} has schema {schema!r}; this version reads {SCHEMA!r}.",
+            f"Delete {path} and measure again, or read it with the version that wrote it.",
+        )
+    raise _changed(path, "its header is not the one its name stands for")
+
+
+def _is_whole_object(text: bytes) -> bool:
+    """Whether what follows the last newline was a line whose newline became something else."""
     try:
-        _, end = json.JSONDecoder().raw_decode(rest.decode("latin-1"))
-    except ValueError:
+        plain_object(text, "", "")
+    except IntegrityError:
         return False
-    return end < len(rest)
+    return True
 
 
-def _seal(count: int, seconds: float, above: Any) -> bytes:
-    """Return the line that vouches for itself and, by their digest, for all bytes above it."""
-    said = {"sealed": count, "seconds": seconds}
-    digest = above.copy()
-    digest.update(_line(said))
-    return _line({**said, "sha256": digest.hexdigest()})
-
-
-def _line(document: Mapping[str, Any]) -> bytes:
-    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
-    return text.encode("ascii") + b"\n"
-
-
-def _changed(path: Path, error: Exception) -> IntegrityError:
+def _changed(path: Path, why: str) -> IntegrityError:
     return IntegrityError(
-        f"The evidence {path.name} was changed after it was written: {error}.",
-        f"Delete {path} and measure again.",
+        f"The evidence {path.name} was changed after it was written: {why}.", _hint(path)
     )
 
 
-def _of_another_version(path: Path, schema: object) -> IntegrityError:
-    return IntegrityError(
-        f"The evidence {path.name} has schema {schema!r}; this version reads {SCHEMA!r}.",
-        f"Delete {path} and measure again, or read it with the version that wrote it.",
-    )
+def _hint(path: Path) -> str:
+    return f"Delete {path} and measure again."
 
 
 def _storage_error(path: Path, error: OSError) -> StorageError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ccn_deploy.records import document
 from ccn_deploy.robustness.attack_session import REFERENCE
 from ccn_deploy.robustness.collect import Measurement
 from ccn_deploy.robustness.non_inferiority import NonInferiorityTest
@@ -81,7 +82,7 @@ class RobustnessResult:
             "precision": measurement.precision,
             "reference": str(REFERENCE),
             "gradient": measurement.gradient,
-            "gradient_agreement": agreement.document() if agreement is not None else None,
+            "gradient_agreement": document(agreement) if agreement is not None else None,
             "dataset": measurement.dataset,
             "samples": measurement.n,
             "seed": measurement.seed,

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.errors import (
     CcnDeployError,
@@ -132,17 +134,24 @@ def check_engine(record: FileRecord, head: bytes, machine: Machine, *, device: i
         raise refusal[1]
 
 
+class _Built(msgspec.Struct, frozen=True):
+    """What an engine was built with and for, among the details of its line in the manifest."""
+
+    library: str
+    version: str
+    system: str
+    machine: str
+    magic: str
+    compute_capabilities: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class _Engine:
     """What the manifest says of an engine, with its types checked."""
 
     path: str
     target: Target
-    version: str
-    system: str
-    architecture: str
-    capabilities: tuple[str, ...]
-    magic: str
+    built: _Built
 
     @property
     def library(self) -> Library:
@@ -168,26 +177,15 @@ def _read(record: FileRecord) -> _Engine:
     Raises:
         IntegrityError: It lacks or mistypes a field, or contradicts its role.
     """
-    details = record.details
-    strings = [details.get(name) for name in ("library", "version", "system", "machine", "magic")]
-    capabilities = details.get("compute_capabilities")
-    whole = isinstance(capabilities, list) and all(
-        isinstance(value, str) for value in (*strings, *capabilities)
-    )
-    if not whole or strings[0] != record.runtime or not release(str(strings[1])):
+    try:
+        built = msgspec.convert(record.details, _Built)
+    except msgspec.ValidationError:
+        built = None
+    if built is None or built.library != record.runtime or not release(built.version):
         raise IntegrityError(
             f"The manifest does not say what {record.path} was built with and for.", _REPLACE
         )
-    _, version, system, architecture, magic = map(str, strings)
-    return _Engine(
-        path=record.path,
-        target=Target(record.runtime, record.precision),
-        version=version,
-        system=system,
-        architecture=architecture,
-        capabilities=tuple(capabilities or ()),
-        magic=magic,
-    )
+    return _Engine(record.path, Target(record.runtime, record.precision), built)
 
 
 def _refusal(
@@ -209,7 +207,7 @@ def _refusal(
 
 def _other_magic(engine: _Engine, head: bytes) -> IntegrityError | None:
     wanted = engine.library.magic
-    if engine.magic == wanted.decode() and head[:HEAD] == wanted:
+    if engine.built.magic == wanted.decode() and head[:HEAD] == wanted:
         return None
     found = next((lib.title for lib in LIBRARIES.values() if head[:HEAD] == lib.magic), "")
     return IntegrityError(
@@ -232,12 +230,12 @@ def _no_library(engine: _Engine, machine: Machine, device: int) -> CcnDeployErro
 def _other_release(engine: _Engine, machine: Machine, device: int) -> CcnDeployError | None:
     distribution = engine.library.distribution
     here = machine.packages[distribution]
-    built, have = release(engine.version), release(here)
+    built, have = release(engine.built.version), release(here)
     if built == have:
         return None
-    install = f"pip install '{distribution}=={engine.version}'"
+    install = f"pip install '{distribution}=={engine.built.version}'"
     return EngineUnfitError(
-        f"{engine.path} was built with {engine.library.title} {engine.version}; installed is "
+        f"{engine.path} was built with {engine.library.title} {engine.built.version}; installed is "
         f"{here}, which is {'older' if built > have else 'newer'}, and an engine runs only with "
         "the release that built it.",
         f"Upgrade with: {install}"
@@ -247,7 +245,7 @@ def _other_release(engine: _Engine, machine: Machine, device: int) -> CcnDeployE
 
 
 def _other_system(engine: _Engine, machine: Machine, device: int) -> CcnDeployError | None:
-    built = (engine.system, engine.architecture)
+    built = (engine.built.system, engine.built.machine)
     here = (machine.system, machine.architecture)
     if built == here:
         return None
@@ -263,7 +261,7 @@ def _no_gpu(engine: _Engine, machine: Machine, device: int) -> CcnDeployError | 
 
 def _other_gpu(engine: _Engine, machine: Machine, device: int) -> CcnDeployError | None:
     gpu = machine.gpus[device]
-    if gpu.compute_capability in engine.capabilities:
+    if gpu.compute_capability in engine.built.compute_capabilities:
         return None
     target = (
         f"Build one for it: {engine.export} --compute-capability {gpu.compute_capability}"
@@ -272,7 +270,7 @@ def _other_gpu(engine: _Engine, machine: Machine, device: int) -> CcnDeployError
     )
     return EngineUnfitError(
         f"{engine.path} was built for GPUs of compute capability "
-        f"{', '.join(engine.capabilities) or '(none)'}; {_called(gpu)} has "
+        f"{', '.join(engine.built.compute_capabilities) or '(none)'}; {_called(gpu)} has "
         f"{gpu.compute_capability}.",
         target,
     )

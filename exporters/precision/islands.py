@@ -28,6 +28,8 @@ EXPONENTIALS = frozenset({"Exp", "Log", "LogSoftmax", "ReduceLogSumExp", "Softma
 
 WIDE_OPS = NORMALISATIONS | EXPONENTIALS | {"QuantizeLinear", "DequantizeLinear"}
 
+MEANS = ("GlobalAveragePool", "ReduceMean")
+
 ENTRANCE = frozenset(
     {
         "Add", "Cast", "Clip", "Concat", "Div", "Gather", "Identity", "Mul", "Neg", "Reshape",
@@ -87,7 +89,7 @@ def entrance_nodes(graph: Graph) -> frozenset[str]:
 def divisions(graph: Graph, root: Node) -> Iterable[str]:
     """Yield the names of the nodes from a root or an exponential to what it divides.
 
-    Nothing, if it divides nothing.
+    If what it divides is a tensor less its mean, those too; nothing, if it divides nothing.
     """
     forward = {node.name for node in graph.above()}
     if root.op not in ("Exp", "Sqrt", "ReduceL2", "Pow"):
@@ -97,13 +99,24 @@ def divisions(graph: Graph, root: Node) -> Iterable[str]:
     while ahead:
         tensor, path = ahead.pop()
         for node in graph.readers.get(tensor, ()):
-            if node.name in seen or node.name not in forward:
+            if (node.name, tensor) in seen or node.name not in forward:
                 continue
-            seen.add(node.name)
+            seen.add((node.name, tensor))
             if node.op == "Div" or (node.op == "Mul" and _inverted(graph, root, path)):
                 yield from (*path, node.name)
+                yield from _centring(graph, node, tensor)
             elif node.op in BEHIND_ROOTS:
                 ahead += [(output, (*path, node.name)) for output in node.outputs]
+
+
+def _centring(graph: Graph, division: Node, divisor: str) -> Iterable[str]:
+    """Yield the names of the subtraction, and the mean, that a dividend comes from."""
+    for tensor in division.inputs:
+        node = graph.made_by.get(tensor)
+        if tensor != divisor and node is not None and node.op == "Sub":
+            mean = graph.made_by.get(node.inputs[1])
+            if mean is not None and mean.op in MEANS:
+                yield from (node.name, mean.name)
 
 
 def squares(graph: Graph, root: Node) -> Iterable[str]:
@@ -140,7 +153,7 @@ def _mean_before(graph: Graph, square: Node) -> Iterable[str]:
     if node is not None and node.op == "Sub":
         yield node.name
         node = graph.made_by.get(node.inputs[1])
-    if node is not None and node.op in ("ReduceMean", "GlobalAveragePool"):
+    if node is not None and node.op in MEANS:
         yield node.name
 
 

@@ -127,7 +127,7 @@ class _TypedGraph:
     def check_norms(self) -> None:
         """Assert that every norm, from its squares to its division, is float32 throughout."""
         for root in self._forward.values():
-            if not self._is_root(root):
+            if not self._is_root(root) and root.op != "Exp":
                 continue
             for path in self._paths_up(root):
                 self._require_wide_path(root, path)
@@ -169,7 +169,7 @@ class _TypedGraph:
 
     def _paths_up(self, root: Node) -> Iterator[tuple[Node, ...]]:
         """Yield the nodes from a root's operand up to each square under it."""
-        if root.op == "ReduceL2":
+        if root.op in ("ReduceL2", "Exp"):
             return
         ahead: list[tuple[str, tuple[Node, ...]]] = [(root.inputs[0], ())]
         seen = set()
@@ -192,9 +192,9 @@ class _TypedGraph:
         while ahead:
             tensor, path, inverted = ahead.pop()
             for node in self._graph.readers.get(tensor, ()):
-                if node.name in seen or node.name not in self._forward:
+                if (node.name, tensor) in seen or node.name not in self._forward:
                     continue
-                seen.add(node.name)
+                seen.add((node.name, tensor))
                 if (node.op == "Div" and node.inputs[1] == tensor) or (
                     node.op == "Mul" and inverted
                 ):
@@ -208,24 +208,25 @@ class _TypedGraph:
         self._in_norms.update(node.name for node in path)
         for node in path:
             if node.op in ROUNDING:
-                raise LoweringError(
-                    f"Node {node.name!r} rounds the norm of {root.name!r}; it must be float32 in "
-                    "every precision.",
-                    HINT,
-                )
+                raise self._rounds(node, f"what {root.name!r} is the root of or leads to")
             self._require_wide_node(node)
         if path[-1].op == "Div":
             self._check_same_numbers(root, path[-1])
 
     def _check_mean(self, square: Node) -> None:
-        """Assert that a mean subtracted before squaring is float32."""
-        made_by = self._graph.made_by.get(square.inputs[0])
-        if made_by is None or made_by.op != "Sub":
-            return
-        mean = self._graph.made_by.get(made_by.inputs[1])
+        """Assert that a mean that is squared, or subtracted before, is float32."""
+        node = self._graph.made_by.get(square.inputs[0])
+        operand = square.inputs[0]
+        if node is not None and node.op == "Sub":
+            self._require_wide_node(node)
+            operand = node.inputs[1]
+        mean = self._graph.made_by.get(self._unrounded(operand))
         if mean is not None and mean.op in ("ReduceMean", "GlobalAveragePool"):
-            self._require_wide_node(made_by)
             self._require_wide_node(mean)
+            if operand not in mean.outputs:
+                raise self._rounds(
+                    self._graph.made_by[operand], f"the mean that {square.name!r} needs"
+                )
 
     def _check_same_numbers(self, root: Node, division: Node) -> None:
         """Assert that a norm is taken of what is multiplied, not of what it was rounded from."""
@@ -235,7 +236,7 @@ class _TypedGraph:
         grid = self._graph.made_by.get(product.inputs[0])
         if grid is None or grid.op != "DequantizeLinear":
             return
-        unrounded = self._graph.made_by[grid.inputs[0]].inputs[0]
+        unrounded = self._unrounded(product.inputs[0])
         squares = [path[-1] for path in self._paths_up(root)]
         if root.op == "ReduceL2":
             squares.append(root)
@@ -283,8 +284,16 @@ class _TypedGraph:
 
     def _is_square(self, node: Node) -> bool:
         if node.op == "Mul":
-            return node.inputs[0] == node.inputs[1]
+            return self._unrounded(node.inputs[0]) == self._unrounded(node.inputs[1])
         return node.op == "ReduceSumSquare" or (node.op == "Pow" and self._power(node) == 2)
+
+    def _unrounded(self, tensor: str) -> str:
+        """Return what a tensor was before it was cast or put on a grid."""
+        made_by = self._graph.made_by.get(tensor)
+        while made_by is not None and made_by.op in ROUNDING:
+            tensor = made_by.inputs[0]
+            made_by = self._graph.made_by.get(tensor)
+        return tensor
 
     def _adds_up(self, node: Node) -> bool:
         """Whether a node multiplies by a constant that has no negative number."""
@@ -310,6 +319,11 @@ class _TypedGraph:
                 "every precision.",
                 HINT,
             )
+
+    def _rounds(self, node: Node, what: str) -> LoweringError:
+        return LoweringError(
+            f"Node {node.name!r} rounds {what}; it must be float32 in every precision.", HINT
+        )
 
     def _wrong(self, node: Node, tensor: str, low: int) -> LoweringError:
         return LoweringError(

@@ -160,7 +160,7 @@ def _choose_output(graph: onnx.GraphProto, name: str) -> str:
         raise UsageError("The file has no output.", "Export the network again.")
     if name and name not in names:
         raise UsageError(
-            f"The file has no output {name!r}.", f"--output-name takes one of: {_listed(names)}."
+            f"The file has no output {name!r}.", f"--output-name takes one of: {listed(names)}."
         )
     return name or names[0]
 
@@ -176,11 +176,11 @@ def _choose_input(graph: onnx.GraphProto, read: set[str], name: str) -> onnx.Val
         )
     if name and name not in names:
         raise UsageError(
-            f"The output depends on no input {name!r}.", f"It depends on: {_listed(names)}."
+            f"The output depends on no input {name!r}.", f"It depends on: {listed(names)}."
         )
     if len(fed) > 1:
         raise UsageError(
-            f"The network takes {len(fed)} inputs: {_listed(names)}. One is fed, the images.",
+            f"The network takes {len(fed)} inputs: {listed(names)}. One is fed, the images.",
             "Give the others a constant value: add an initializer of the same name to the file.",
         )
     image: onnx.ValueInfoProto = fed[0]
@@ -211,5 +211,7 @@ def _is_head(node: onnx.NodeProto) -> bool:
     return node.op_type != "Dropout" or not any(node.input[2:])
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+def listed(names: Sequence[str]) -> str:
+    """Return the first names, for a sentence; a foreign file's may be of any length and number."""
+    shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in names[:8]]
+    return ", ".join(shown) + (", ..." if len(names) > 8 else "")

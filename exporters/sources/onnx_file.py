@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from ccn_deploy.graph.reader import LIMITS, parse_model, read_graph
 from numpy.typing import NDArray
 from onnx import TensorProto
 
@@ -23,7 +22,7 @@ from ccn_deploy.bundle.preprocessing import Preprocessing
 from ccn_deploy.errors import UsageError
 from ccn_deploy.exporters.sources.agreement import Agreement, check_agreement, probe_images
 from ccn_deploy.exporters.sources.intake import Intake, image_shape
-from ccn_deploy.exporters.sources.onnx_cut import Cut, cut
+from ccn_deploy.exporters.sources.onnx_cut import Cut, cut, listed
 from ccn_deploy.exporters.sources.original import (
     SOFT,
     Original,
@@ -37,6 +36,7 @@ from ccn_deploy.exporters.sources.rebatch import rebatch
 from ccn_deploy.exporters.sources.take_in import Format, take_in
 from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.graph.graph import Graph
+from ccn_deploy.graph.reader import LIMITS, parse_model, read_graph
 from ccn_deploy.graph.signature import INPUT, OUTPUT
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
@@ -118,11 +118,11 @@ def open_onnx_file(
     data, name = _read(source)
     model = parse_model(data, name)
     kept = cut(model, intake.input, intake.output)
-    read_graph(to_bytes(kept.model), name)  # refuses by name before anything runs
     sizes = declared_sizes(kept.input)
     input_type = kept.input.type.tensor_type.elem_type
-    layout, shape = image_shape(sizes, intake, kept.input.name)
     _check_input_type(input_type, kept.input.name)
+    layout, shape = image_shape(sizes, intake, kept.input.name)
+    read_graph(to_bytes(kept.model), name)  # refuses by name before anything runs
     original = Original(
         session=(opened := session(data, "The file")),
         logits_session=session(with_output(model, kept.output), "The file")
@@ -250,8 +250,7 @@ def _any_batch(
                 f"A batch of {batch or 1} is built into the file and cannot be opened: {left}",
                 "Export it with a symbolic batch (dynamic_axes, dynamic_shapes).",
             )
-        shown = ", ".join(targets[:8]) + (", ..." if len(targets) > 8 else "")
-        changed = (f"{len(targets)} targets of Reshape take any batch: {shown}.",)
+        changed = (f"Targets of Reshape that take any batch now: {listed(targets)}.",)
     return read_graph(to_bytes(model), "the forward graph"), changed
 
 
@@ -279,8 +278,7 @@ def _changes(model: onnx.ModelProto, kept: Cut, batch: int | None) -> list[str]:
         )
     others = [output.name for output in model.graph.output if output.name != kept.source_output]
     if others:
-        shown = ", ".join(others[:8]) + (", ..." if len(others) > 8 else "")
-        changes.append(f"Other outputs were dropped: {shown}.")
+        changes.append(f"Other outputs were dropped: {listed(others)}.")
     return changes
 
 

@@ -8,6 +8,7 @@ from ccn_deploy.errors import IntegrityError
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.extras import require
 from ccn_deploy.graph.graph import Graph
+from ccn_deploy.layers import compactify
 from ccn_deploy.models import Classifier, build_model
 from ccn_deploy.runs import TrainedRun
 
@@ -24,8 +25,18 @@ def network_from(architecture: str, defense: str, classes: int, weights: bytes) 
     Raises:
         IntegrityError: No safetensors, or tensors of other names, shapes or types.
     """
-    safetensors = require("safetensors.torch", "train", "to read weights")
     model = build_model(architecture, defense, classes=classes)
+    _load(model, weights, f"{architecture} with {defense}")
+    return model.eval().requires_grad_(False)
+
+
+def _load(model: nn.Module, weights: bytes, name: str) -> None:
+    """Load trained weights.
+
+    Raises:
+        IntegrityError: No safetensors, or tensors of other names, shapes or types.
+    """
+    safetensors = require("safetensors.torch", "train", "to read weights")
     try:
         state: dict[str, Tensor] = safetensors.load(weights)
     except Exception as error:  # its own error, or whatever a damaged header makes it raise
@@ -33,19 +44,17 @@ def network_from(architecture: str, defense: str, classes: int, weights: bytes) 
             f"The weights are no safetensors file: {' '.join(str(error).split())[:200]}.",
             "Train the run again, or restore the file.",
         ) from error
-    _check_fit(model, state)
+    _check_fit(model, state, name)
     model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
 
 
-def _check_fit(model: Classifier, state: dict[str, Tensor]) -> None:
+def _check_fit(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
     """Refuse weights of another network.
 
     Raises:
         IntegrityError: Names the first tensor that is missing, spare, or of another form.
     """
     wanted = model.state_dict()
-    name = f"{model.architecture.name} with {model.defense.name}"
     for key in sorted(wanted.keys() ^ state.keys()):
         what = "lack" if key in wanted else "have a spare"
         raise IntegrityError(
@@ -75,7 +84,10 @@ def run_network(run: TrainedRun) -> tuple[nn.Module, Graph]:
     if not run.network:
         model = network_from(card.architecture, card.defense, card.classes, run.weights)
         return model, Graph(lower(model))
-    from ccn_deploy.exporters.sources.module import export_module, trained_module
+    from ccn_deploy.exporters.sources.factory import load_factory
+    from ccn_deploy.exporters.sources.module import export_module
 
-    module = trained_module(run)
-    return module, Graph(export_module(module, card.input_shape))
+    module = load_factory(run.network, classes=card.classes)
+    compactify(module, list(run.compact))
+    _load(module, run.weights, run.network)
+    return module.eval().requires_grad_(False), Graph(export_module(module, card.input_shape))

@@ -21,6 +21,9 @@ NO_FLOATS = frozenset(
 NO_IMAGES = frozenset({"Constant", "ConstantOfShape", "EyeLike", "OneHot", "Range"})
 """Ops whose floats come from constants and integers."""
 
+RAISED = {"Upsample": "Resize"}
+"""Ops of old opsets, which the canonical graph has under another name."""
+
 REASONS = {
     "ReduceProd": "divides by zero at zeros",
     "Mod": "jumps at every multiple",
@@ -47,7 +50,7 @@ page is made from the table of rules (`python -m ccn_deploy.exporters.vjp.operat
   gradients too. "0" is an operator whose slope is 0 wherever it has one; "not needed" one that
   gives integers or truth values, which count as fixed, or that sees no image.
 
-A network with an operator that has no rule between its images and its logits is exported
+A network with an operator without a rule between its images and its logits can only be exported
 without a gradient graph; the message names the operator and its node.
 
 | operator | evaluated | gradient | limits of the rule |
@@ -68,6 +71,8 @@ def _row(op: str) -> str:
 def _gradient(op: str) -> tuple[str, str]:
     if op in RULES:
         return "rule", RULES[op].limits
+    if op in RAISED:
+        return "rule", f"becomes {RAISED[op]}"
     if op in FLAT:
         return "0", ""
     if op in NO_FLOATS or op in NO_IMAGES:

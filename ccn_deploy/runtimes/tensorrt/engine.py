@@ -21,7 +21,7 @@ from ccn_deploy.errors import EngineUnfitError, RuntimeUnavailableError
 from ccn_deploy.runtimes.base import Array
 from ccn_deploy.runtimes.tensorrt.cuda import Device, floats_at
 from ccn_deploy.runtimes.tensorrt.kernel_cache import load_kernels, store_kernels
-from ccn_deploy.runtimes.tensorrt.library import Log, capture, load_library, logger
+from ccn_deploy.runtimes.tensorrt.library import LIBRARIES, Log, capture, load_library, logger
 from ccn_deploy.runtimes.tensorrt.shapes import Range, Shape, Signature, Sizes, Tensor, read_limits
 
 GRAPHS = 8
@@ -72,7 +72,7 @@ class Engine:
         self.device, self.ends, self.path = device, ends, record.path
         self._library = library
         self._trt = load_library(library, f"for the runtime {library}")
-        self._portable = library == "tensorrt-rtx"
+        self._portable = LIBRARIES[library].portable
         self.cuda_graphs = cuda_graphs and not self._portable
         self._lock = threading.Lock()
         device.use()

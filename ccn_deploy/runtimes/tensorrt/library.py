@@ -17,6 +17,7 @@ from typing import Any
 
 from ccn_deploy.errors import unknown
 from ccn_deploy.extras import require
+from ccn_deploy.targets import RUNTIMES
 
 SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
 """Of a line of the log, worst first; the libraries' own names."""
@@ -30,8 +31,6 @@ class Library:
         name: Of the runtime, and what the manifest calls it.
         title: What its maker calls it.
         module: To import.
-        distribution: Name of the package that is installed.
-        extra: Of this package, which brings it.
         magic: First bytes of every engine that it writes.
         portable: Whether an engine is built for compute capabilities that one names, without a
             GPU. Otherwise it is built on, and for, the GPU that is here.
@@ -40,26 +39,29 @@ class Library:
     name: str
     title: str
     module: str
-    distribution: str
-    extra: str
     magic: bytes
     portable: bool
+
+    @property
+    def distribution(self) -> str:
+        """Name of the package that is installed."""
+        return RUNTIMES[self.name].distribution
+
+    @property
+    def extra(self) -> str:
+        """Of this package, which brings it."""
+        return RUNTIMES[self.name].extra
 
 
 LIBRARIES: Mapping[str, Library] = MappingProxyType(
     {
         library.name: library
         for library in (
-            Library(
-                "tensorrt", "TensorRT", "tensorrt", "tensorrt", "gpu", b"ftrt", portable=False
-            ),
-            Library(
-                "tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx", "rtx", b"vtrt",
-                portable=True,
-            ),
+            Library("tensorrt", "TensorRT", "tensorrt", b"ftrt", portable=False),
+            Library("tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx", b"vtrt", portable=True),
         )
     }
-)  # fmt: skip
+)
 """By name, in order of preference."""
 
 

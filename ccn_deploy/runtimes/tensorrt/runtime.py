@@ -239,7 +239,7 @@ class _Loaded:
 def kernels_file(record: FileRecord, name: str, machine: Machine, device: int) -> Path | None:
     """Return where the kernels that a runtime compiles for an engine are kept; None if nowhere."""
     directory = cache_directory()
-    if name != "tensorrt-rtx" or directory is None:
+    if not LIBRARIES[name].portable or directory is None:
         return None
     return kernel_path(
         directory,

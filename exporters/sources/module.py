@@ -1,0 +1,197 @@
+"""A torch module as a forward graph, by way of ``torch.onnx``."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from ccn_deploy.errors import UsageError
+from ccn_deploy.exporters.sources.module_graph import readable_graph
+from ccn_deploy.exporters.sources.module_layers import WRAPPED, traceable
+from ccn_deploy.extras import require
+from ccn_deploy.graph.builder import OPSET
+from ccn_deploy.graph.signature import BATCH, INPUT, OUTPUT
+
+_RELATIVE = 1e-3
+"""Allowed difference between an image's logits alone and in a batch, relative to the largest.
+Rounding of float32 stays orders below; statistics of a batch are orders above."""
+
+
+class _Network(nn.Module):
+    """The module under a fixed name, so that its own names can be told from torch's."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.add_module(WRAPPED, network)
+
+    def forward(self, images: Tensor) -> Tensor:
+        result: Tensor = getattr(self, WRAPPED)(images)
+        return result
+
+
+def export_module(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
+    """Return the forward graph of a module: ``images`` [batch, C, H, W] to ``logits``.
+
+    The module is exported as it is in evaluation mode, in float32, from a copy: nothing of it
+    changes. Compact layers become the nodes of the paper's figure 4
+    (:mod:`ccn_deploy.exporters.compact_nodes`); all else is what ``torch.onnx`` makes of it, which
+    folds batch normalisation into the convolution before it. Nodes and tensors are named after
+    the module's own layers, and the bytes depend on nothing but the module and torch's version.
+
+    Args:
+        module: Takes float32 [N, C, H, W] in [0, 1] and returns float [N, classes].
+        input_shape: (C, H, W).
+
+    Raises:
+        UsageError: The module raises, returns anything else than logits, is random in evaluation,
+            lets the images of a batch depend on each other, or cannot be traced.
+        MissingExtraError: onnxscript is not installed.
+    """
+    require("onnxscript", "train", "to export a module")
+    network = _copy_of(module)
+    with torch.no_grad():
+        classes = _check(network, input_shape)
+    traceable(network)
+    with quiet():
+        model = _trace(network, input_shape)
+    return readable_graph(
+        model,
+        network,
+        {INPUT: [BATCH, *input_shape]},
+        {OUTPUT: [BATCH, classes]},
+    )
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    """Return the module in float32 on the CPU, in evaluation mode."""
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            f"What is to be exported is a {type(module).__name__}, not a torch.nn.Module.",
+            "Give a module that takes images and returns logits.",
+        )
+    try:
+        return copy.deepcopy(module).to("cpu", torch.float32).eval()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise UsageError(
+            f"The module cannot be copied: {first_line(error)}",
+            "Keep no tensors with a history, open files or locks as attributes of a module.",
+        ) from error
+
+
+def _check(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    """Return the number of classes, once the module is known to be a classifier."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, *input_shape, generator=generator)
+    logits = _logits(network, images)
+    scale = max(float(logits.abs().max()), 1e-30)
+    if not _close(_logits(network, images), logits, scale):
+        raise UsageError(
+            "The module is random in evaluation mode: the same images got other logits.",
+            "Let its random layers act in training mode only, as torch.nn.Dropout does.",
+        )
+    for count in (1, 2):
+        if not _close(_logits(network, images[:count]), logits[:count], scale):
+            raise UsageError(
+                "An image's logits depend on the other images of its batch.",
+                "Normalise with running statistics (track_running_stats=True), not the batch's.",
+            )
+    if torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2]):
+        raise UsageError(
+            "The module gives every image the same logits.",
+            "Load its trained weights: many networks start with zeros in their last layer.",
+        )
+    return logits.shape[1]
+
+
+def _logits(network: nn.Module, images: Tensor) -> Tensor:
+    """Return what the module makes of images, if that is logits."""
+    shape = list(images.shape)
+    try:
+        logits = network(images.clone())
+    except Exception as error:  # a module may raise anything
+        raise UsageError(
+            f"The module raises on images of shape {shape}: {first_line(error)}",
+            "It must take float32 images [N, C, H, W] in [0, 1], with any N.",
+        ) from error
+    hint = "Let it return one tensor of logits [N, classes]; a small wrapper module can pick it."
+    if not isinstance(logits, Tensor):
+        raise UsageError(f"The module returns a {type(logits).__name__}, not a tensor.", hint)
+    if not logits.is_floating_point():
+        raise UsageError(f"The module returns {logits.dtype}, not floating-point logits.", hint)
+    if logits.dim() != 2 or len(logits) != len(images):
+        raise UsageError(
+            f"The module returns shape {list(logits.shape)} for images of shape {shape}.", hint
+        )
+    if not bool(logits.isfinite().all()):
+        raise UsageError(
+            "The module returns logits that are no numbers for images of noise in [0, 1].",
+            "Check its weights and what it divides by.",
+        )
+    return logits
+
+
+def _close(a: Tensor, b: Tensor, scale: float) -> bool:
+    return float((a - b).abs().max()) <= _RELATIVE * scale
+
+
+def _trace(network: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
+    """Run torch's exporter with a symbolic batch."""
+    try:
+        program = torch.onnx.export(
+            _Network(network),
+            (torch.rand(2, *input_shape),),
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim(BATCH)},),
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
+        )
+    except Exception as error:  # torch raises errors of a dozen kinds here
+        raise UsageError(
+            f"torch.onnx cannot export the module: {_reason(error)}",
+            "Avoid branches and loops on values of tensors, and sizes of the batch as numbers.",
+        ) from error
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what went wrong at the bottom."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what torch's exporter prints, warns and logs to itself."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
