@@ -74,7 +74,7 @@ def open_source(given: str, options: SourceOptions | None = None) -> NetworkSour
             take.
         CcnDeployError: As :func:`ccn_deploy.runs.open_run`, :func:`ccn_deploy.bundle.open_bundle`,
             :func:`~ccn_deploy.exporters.sources.onnx_file.open_onnx_file` and
-            :mod:`ccn_deploy.exporters.sources.factory` say.
+            :mod:`ccn_deploy.factory` say.
     """
     options = options or SourceOptions()
     path = Path(given)
@@ -128,8 +128,8 @@ def _of_onnx_file(path: Path, options: SourceOptions) -> NetworkSource:
 
 def _of_module(given: str, options: SourceOptions) -> NetworkSource:
     """Export a module, then take the export in as an ONNX file is."""
-    from ccn_deploy.exporters.sources.factory import load_factory, load_weights
     from ccn_deploy.exporters.sources.module import export_module
+    from ccn_deploy.factory import load_factory, load_weights
 
     module = load_factory(given)
     notes: tuple[str, ...] = ()
