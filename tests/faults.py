@@ -7,6 +7,7 @@ something else. Every check of function must catch each of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,22 +143,14 @@ def edited(
     """Write a copy of a bundle with the graphs of a role edited, and a manifest that agrees."""
     files = []
     for record in bundle.manifest.files:
-        data = bundle.read(record)
+        file = NewFile.copy(bundle, record)
         if record.role == role:
-            model = onnx.load_model_from_string(data)
+            model = onnx.load_model_from_string(file.data)
             edit(model.graph)
             onnx.checker.check_model(model, full_check=True)
-            data = model.SerializeToString(deterministic=True)
-        files.append(
-            NewFile(
-                record.path, data, record.role, record.precision, record.made_by, record.details
-            )
-        )
-    return write_bundle(
-        output,
-        card=bundle.card,
-        files=files,
-    )
+            file = replace(file, data=model.SerializeToString(deterministic=True))
+        files.append(file)
+    return write_bundle(output, card=bundle.card, files=files)
 
 
 def _reverse(graph: onnx.GraphProto, output: str, axis: int) -> None:

@@ -22,14 +22,19 @@ from ccn_deploy.data import load_dataset
 from ccn_deploy.defenses import DEFENSES as BY_NAME
 from ccn_deploy.errors import LoweringError, UsageError
 from ccn_deploy.exporters import export_bundle
-from ccn_deploy.exporters.checks import check_optimized_graph
-from ccn_deploy.exporters.optimized import lower_optimized, window_sums
+from ccn_deploy.exporters.canonical import canonical
+from ccn_deploy.exporters.compact import Window
+from ccn_deploy.exporters.lowering import lower
+from ccn_deploy.exporters.optimized import check_optimized, differs, optimize
+from ccn_deploy.graph.evaluate import GraphModule
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear
 from ccn_deploy.models import Classifier
 from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
 from ccn_deploy.runtimes import open_runtime
 from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
 from ccn_deploy.verdict import Verdict
+from tests.modules import MODULES, exported, foreign_graph
 from tests.networks import DEFENSES, as_run, difficult_images, random_network
 
 TARGET = "onnxruntime-cpu"
@@ -87,8 +92,10 @@ def test_any_window_and_activation(
     x = np.random.default_rng(seed).normal(size=(2, *shape)).astype(np.float32)
     if silent:
         x[:, :, :4] = 0.0
-    graph = lower_optimized(model)
-    check_optimized_graph(graph, model)
+    forward = Graph(lower(model))
+    graph = optimize(forward)
+    check_optimized(graph, forward)
+    assert not {"ReduceSumSquare", "Div"} & {n.op_type for n in graph.graph.node if "fc" not in n.name}
 
     (got,) = ReferenceEvaluator(graph).run(None, {"images": x})
 
@@ -98,7 +105,7 @@ def test_any_window_and_activation(
 
 def test_an_empty_patch_gives_the_bias() -> None:
     model = random_network("mnist-cnn", "ccn")
-    graph = lower_optimized(model)
+    graph = optimize(Graph(lower(model)))
     graph.graph.output.append(onnx.ValueInfoProto(name="act1"))
     mean = np.full((1, 1, 28, 28), 0.5, dtype=np.float32)
 
@@ -108,14 +115,81 @@ def test_an_empty_patch_gives_the_bias() -> None:
     assert act1[0] == pytest.approx(np.broadcast_to(bias, act1[0].shape), rel=1e-6)
 
 
-@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("pads", [(0, 0), (1, 1), (2, 0)])
+@pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("stride", [1, 2, 3])
-def test_window_sums_add_up_windows(stride: int, padding: int) -> None:
+def test_window_sums_add_up_windows(stride: int, dilation: int, pads: tuple[int, int]) -> None:
     x = np.arange(1.0, 8.0)
-    padded = np.pad(x, padding)
-    starts = range(0, len(padded) - 2, stride)
+    padded = np.pad(x, pads)
+    starts = range(0, len(padded) - 2 * dilation, stride)
+    window = Window((7, 1), (3, 1), (stride, 1), (pads[0], 0, pads[1], 0), (dilation, 1))
 
-    assert list(window_sums(7, 3, stride, padding) @ x) == [padded[i : i + 3].sum() for i in starts]
+    wanted = [padded[i : i + 2 * dilation + 1 : dilation].sum() for i in starts]
+    assert list(window.sums(0) @ x) == wanted
+
+
+# Graphs of others
+
+
+def squares_by_power(x: torch.Tensor, kernel: int, **window: int) -> torch.Tensor:
+    ones = torch.ones(1, 1, kernel, kernel)
+    return nn.functional.conv2d((x**2).sum(dim=1, keepdim=True), ones, **window)
+
+
+class Foreign(nn.Module):
+    """Compact convolutions written by somebody else, among other layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3, bias=False)
+        self.two, self.three = nn.Conv2d(6, 6, 3, bias=False), nn.Conv2d(6, 6, 1, bias=False)
+        self.four = nn.Conv2d(6, 6, 3, groups=2, padding=1, bias=False)
+        self.bias = nn.Parameter(torch.randn(6, 1, 1))
+        self.head, self.out = nn.Linear(6 * 6 * 6, 20, bias=False), nn.Linear(20, 4)
+        self.offset = nn.Parameter(torch.randn(20))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.stem(x))
+        x = torch.relu(self.one(x) / (squares_by_power(x, 3).sqrt() + 0.1) + self.bias)
+        # strides and dilation; no bias, no ReLU; the result is read twice
+        y = nn.functional.conv2d(x, self.two.weight, stride=2, dilation=2, padding=1)
+        x = y / (squares_by_power(x, 3, stride=2, dilation=2, padding=1).sqrt() + 0.2)
+        x = x + torch.sigmoid(x)
+        x = self.three(x) / ((x * x).sum(1, keepdim=True).sqrt() + 0.3) + self.bias
+        # groups with one norm for all: left alone
+        x = self.four(x) / (squares_by_power(x, 3, padding=1).sqrt() + 0.3) + self.bias
+        x = x.flatten(1)
+        x = self.head(x) / (x.pow(2).sum(1, keepdim=True).sqrt() + 0.4) + self.offset
+        return self.out(torch.relu(x))
+
+
+def test_compact_layers_of_others_are_found_by_structure() -> None:
+    torch.manual_seed(0)
+    module = Foreign().eval().requires_grad_(False)
+    forward = canonical(Graph(exported(module, (3, 18, 18))))
+    assert differs(forward)
+    graph = optimize(forward)
+    check_optimized(graph, forward)
+    images = torch.rand(3, 3, 18, 18)
+    truth = module.double()(images.double())
+    found = GraphModule(Graph(graph), torch.float64)(images)
+    assert float((found - truth).abs().max()) < 1e-6 * float(truth.abs().max())  # deltas in float32
+    (deployed,) = ReferenceEvaluator(graph).run(None, {"images": images.numpy()})
+    assert deployed == pytest.approx(truth.numpy(), rel=1e-4, abs=1e-5)
+
+    ops = [node.op_type for node in graph.graph.node]
+    assert ops.count("Reciprocal") == 3  # convolutions rewritten: all but the one with groups
+    assert sum(node.name.endswith(".unit") for node in graph.graph.node) == 1
+    before = {node.name: node.proto for node in forward.nodes}
+    others = [n for n in graph.graph.node if n.op_type in ("Tanh", "Sigmoid") or "four" in n.name]
+    assert len(others) >= 2 and all(before[node.name] == node for node in others)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_graphs_without_compact_layers_keep_their_nodes(name: str) -> None:
+    forward = foreign_graph(name)
+    assert not differs(forward)
+    assert list(optimize(forward).graph.node) == list(forward.model.graph.node)
 
 
 # The graph
@@ -180,20 +254,12 @@ def _stack_trace(g: onnx.GraphProto) -> None:
     ],
 )  # fmt: skip
 def test_structural_checks_find(tamper: Callable[[onnx.GraphProto], None]) -> None:
-    model = random_network("mnist-cnn", "ccn")
-    graph = lower_optimized(model)
-    check_optimized_graph(graph, model)
+    forward = Graph(lower(random_network("mnist-cnn", "ccn")))
+    graph = optimize(forward)
+    check_optimized(graph, forward)
     tamper(graph.graph)
     with pytest.raises(LoweringError):
-        check_optimized_graph(graph, model)
-
-
-def test_the_default_graph_is_not_an_optimised_one() -> None:
-    from ccn_deploy.exporters.lowering import lower
-
-    model = random_network("mnist-cnn", "ccn")
-    with pytest.raises(LoweringError, match="'conv1' has"):
-        check_optimized_graph(lower(model), model)
+        check_optimized(graph, forward)
 
 
 # The bundle

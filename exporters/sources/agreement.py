@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import nn
 
-from ccn_deploy.errors import LoweringError
+from ccn_deploy.errors import LoweringError, UsageError, first_line
 from ccn_deploy.exporters.sources.original import Original, run, session
 from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.graph.evaluate import GraphModule
@@ -192,11 +192,18 @@ def module_agreement(module: nn.Module, graph: Graph) -> dict[str, float]:
 
     Raises:
         LoweringError: They differ by more than the rounding of folded weights.
+        UsageError: The module does not run in float64.
     """
     images = torch.from_numpy(probe_images(graph.input_shape)).double()
     exact = copy.deepcopy(module).double().eval()
     with torch.inference_mode():
-        wanted = exact(images)
+        try:
+            wanted = exact(images).double()
+        except RuntimeError as raised:
+            raise UsageError(
+                f"The module does not run in float64: {first_line(raised)}",
+                "Let it follow the type of its input (x.dtype) where it makes tensors of its own.",
+            ) from raised
         found = GraphModule(graph, torch.float64)(images)
     scale = float(wanted.abs().max())
     error = float((found - wanted).abs().max())

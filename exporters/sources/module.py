@@ -7,18 +7,23 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor, nn
 
-from ccn_deploy.errors import UsageError
+from ccn_deploy.errors import IntegrityError, UsageError, first_line
 from ccn_deploy.exporters.sources.module_graph import readable_graph
 from ccn_deploy.exporters.sources.module_layers import WRAPPED, traceable
 from ccn_deploy.extras import require
+from ccn_deploy.factory import load_factory
 from ccn_deploy.graph.builder import OPSET
 from ccn_deploy.graph.signature import BATCH, INPUT, OUTPUT
+from ccn_deploy.layers import compactify
+from ccn_deploy.runs import TrainedRun
 
 _RELATIVE = 1e-3
 """Allowed difference between an image's logits alone and in a batch, relative to the largest.
@@ -68,6 +73,60 @@ def export_module(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.
         {INPUT: [BATCH, *input_shape]},
         {OUTPUT: [BATCH, classes]},
     )
+
+
+def input_shape_of(
+    module: nn.Module, input_size: tuple[int, int] | None = None
+) -> tuple[int, int, int]:
+    """Return the (C, H, W) that a module takes.
+
+    Args:
+        module: The channels are those of its first convolution. Where no size is given, the whole
+            shape is its ``input_shape``, or ``input_size`` in timm's ``pretrained_cfg``.
+        input_size: (height, width).
+
+    Raises:
+        UsageError: It cannot be known; the hint says how to give it.
+    """
+    config = getattr(module, "pretrained_cfg", None)
+    known = getattr(module, "input_shape", None)
+    if known is None and isinstance(config, dict):
+        known = config.get("input_size")
+    known = tuple(known) if isinstance(known, Sequence) and len(known) == 3 else None
+    if input_size is None and known is not None:
+        return known
+    if input_size is None:
+        raise UsageError(
+            "The module does not say which size its images have.", "Give it as --input-size HxW."
+        )
+    convolutions = (m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
+    channels = known[0] if known is not None else next(convolutions, None)
+    if channels is None:
+        raise UsageError(
+            "The module has no convolution that would tell how many channels its images have.",
+            "Give the module an attribute input_shape = (channels, height, width).",
+        )
+    return (channels, *input_size)
+
+
+def trained_module(run: TrainedRun) -> nn.Module:
+    """Return the network of a run whose network is the user's own, with its trained weights.
+
+    Raises:
+        UsageError: The factory is not there any more, or makes another network.
+        IntegrityError: The weights do not fit it.
+    """
+    module = load_factory(run.network, classes=run.card.classes)
+    compactify(module, run.compact)
+    try:
+        module.load_state_dict(load(run.weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise IntegrityError(
+            f"The weights of {run.path} do not fit what {run.network} makes now: "
+            f"{' '.join(str(error).split())[:200]}.",
+            "Bring the factory back to what it was in training, or train again.",
+        ) from error
+    return module.eval().requires_grad_(False)
 
 
 def _copy_of(module: nn.Module) -> nn.Module:
@@ -171,13 +230,6 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of its text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 @contextlib.contextmanager

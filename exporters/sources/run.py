@@ -24,8 +24,18 @@ def network_from(architecture: str, defense: str, classes: int, weights: bytes) 
     Raises:
         IntegrityError: No safetensors, or tensors of other names, shapes or types.
     """
-    safetensors = require("safetensors.torch", "train", "to read weights")
     model = build_model(architecture, defense, classes=classes)
+    _load(model, weights, f"{architecture} with {defense}")
+    return model.eval().requires_grad_(False)
+
+
+def _load(model: nn.Module, weights: bytes, name: str) -> None:
+    """Load trained weights.
+
+    Raises:
+        IntegrityError: No safetensors, or tensors of other names, shapes or types.
+    """
+    safetensors = require("safetensors.torch", "train", "to read weights")
     try:
         state: dict[str, Tensor] = safetensors.load(weights)
     except Exception as error:  # its own error, or whatever a damaged header makes it raise
@@ -33,19 +43,17 @@ def network_from(architecture: str, defense: str, classes: int, weights: bytes) 
             f"The weights are no safetensors file: {' '.join(str(error).split())[:200]}.",
             "Train the run again, or restore the file.",
         ) from error
-    _check_fit(model, state)
+    _check_fit(model, state, name)
     model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
 
 
-def _check_fit(model: Classifier, state: dict[str, Tensor]) -> None:
+def _check_fit(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
     """Refuse weights of another network.
 
     Raises:
         IntegrityError: Names the first tensor that is missing, spare, or of another form.
     """
     wanted = model.state_dict()
-    name = f"{model.architecture.name} with {model.defense.name}"
     for key in sorted(wanted.keys() ^ state.keys()):
         what = "lack" if key in wanted else "have a spare"
         raise IntegrityError(
