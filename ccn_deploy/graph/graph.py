@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from ccn_deploy.errors import GraphError
-from ccn_deploy.graph.signature import OUTPUT
+from ccn_deploy.graph.signature import BATCH, OUTPUT
 
 if TYPE_CHECKING:
     from ccn_deploy.graph.shapes import Probe
@@ -182,7 +182,7 @@ class Graph:
         """
         name = OUTPUT if OUTPUT in self.outputs else self.outputs[0]
         shape = self.shapes[name]
-        if len(shape) != 2 or not isinstance(shape[1], int):
+        if len(shape) != 2 or shape[0] != BATCH or not isinstance(shape[1], int):
             raise GraphError(
                 f"The output {name!r} has shape {list(shape)}, not [batch, classes].",
                 "Choose an output that holds one score a class.",

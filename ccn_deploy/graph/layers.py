@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ccn_deploy.graph.graph import Graph, Node
 from ccn_deploy.graph.signature import OUTPUT
+from ccn_deploy.graph.structure import find_norms
 
 UNSHOWN = frozenset(
     {
@@ -31,17 +32,20 @@ def layer_outputs(graph: Graph) -> dict[str, str]:
     """Return the layers that lead to the logits: name -> tensor, in order of execution.
 
     A node ``conv1.norm`` is a part of the layer ``conv1`` where there is a node ``conv1``, and is
-    not shown; nor are nodes that compute nothing. The last layer's tensor is the graph's output.
+    not shown; nor are the inner nodes of normalisations, nor nodes that compute nothing. The last
+    layer's tensor is the graph's output.
 
     Raises:
         GraphError: The graph does not run; see :attr:`Graph.shapes`.
     """
     output = OUTPUT if OUTPUT in graph.outputs else graph.outputs[0]
     names = {node.name for node in graph.nodes}
+    inner = {name for norm in find_norms(graph) for name in norm.nodes if name != norm.name}
     found: dict[str, str] = {}
     for node in graph.above(output):
         tensor = output if output in node.outputs else node.outputs[0]
-        if tensor == output or (tensor in graph.floats and _shown(node, names)):
+        visible = tensor in graph.floats and node.name not in inner and _shown(node, names)
+        if tensor == output or visible:
             found[node.name] = tensor
     return found
 

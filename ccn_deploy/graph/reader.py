@@ -118,7 +118,7 @@ def _parse(data: bytes, name: str, limits: Limits) -> onnx.ModelProto:
 
 def _check_model(model: onnx.ModelProto, limits: Limits) -> None:
     graph = model.graph
-    versions = [o.version for o in model.opset_import if o.domain in DOMAINS]
+    versions = sorted({o.version for o in model.opset_import if o.domain in DOMAINS})
     newest = onnx.defs.onnx_opset_version()
     if len(versions) != 1 or not 1 <= versions[0] <= newest:
         raise GraphError(

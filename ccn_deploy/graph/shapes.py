@@ -48,7 +48,7 @@ def probe(graph: Graph) -> Probe:
     """
     module = GraphModule(graph)
     two, three = (_run(module, batch) for batch in (2, 3))
-    touched = _depend_on_images(graph)
+    touched = reached_by_images(graph)
     shapes = {name: _shape(name, tensor, three[name]) for name, tensor in two.items()}
     fixed = {
         name: tensor.numpy()
@@ -70,7 +70,8 @@ def input_shapes(graph: Graph) -> dict[str, tuple[int | str, ...]]:
         if value.name in graph.inputs:
             dims = value.type.tensor_type.shape.dim
             found[value.name] = tuple(
-                d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims
+                d.dim_value if d.dim_value > 0 else d.dim_param or "?"  # some write -1 for any size
+                for d in dims
             )
     return found
 
@@ -92,8 +93,8 @@ def _run(module: GraphModule, batch: int) -> dict[str, Tensor]:
         return module.values(given[0], None, *given[1:])
 
 
-def _depend_on_images(graph: Graph) -> set[str]:
-    """Return the tensors that what the graph is given can reach, other than by its size."""
+def reached_by_images(graph: Graph) -> set[str]:
+    """Return the tensors that depend on what the graph is given, other than by its size."""
     touched = set(graph.inputs)
     for node in graph.nodes:
         if node.op not in _SHAPES_ONLY and not touched.isdisjoint(node.inputs):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ccn_deploy.graph.graph import Graph, Node
+from ccn_deploy.graph.shapes import reached_by_images
 
 FUSED = {
     "GroupNormalization": "group",
@@ -28,7 +29,7 @@ FUSED = {
 """Operators that are a whole normalisation, and its kind."""
 
 _PLACES = frozenset(
-    {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+    {"Cast", "Expand", "Flatten", "Identity", "Pad", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
 _SUMS = frozenset({"AveragePool", "Conv", "GlobalAveragePool", "MatMul", "ReduceMean", "ReduceSum"})
 _WITH_CONSTANT = frozenset({"Add", "Clip", "Div", "Max", "Mul", "Sub"})
@@ -53,8 +54,10 @@ class Norm:
             product that a compact layer divides is not among them.
         squared: Tensor that is squared; the input of a fused operator.
         summed: Tensor of sums under the root; ``""`` where one operator does it all.
-        divisor: Tensor that is divided by; ``""`` where there is none.
-        product: Tensor that is divided; ``""`` where there is none.
+        divisor: Tensor that is divided by, or that stands for its reciprocal in a product; ``""``
+            where there is none.
+        product: Tensor that is divided (a compact layer's product with its weights); ``""`` where
+            there is none.
         result: Tensor that the last node makes.
     """
 
@@ -97,17 +100,16 @@ class _Search:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.order = {node.name: at for at, node in enumerate(graph.nodes)}
-        self.still = set(graph.constants)
-        for node in graph.nodes:  # what constants alone lead to is constant
-            if self.still.issuperset(name for name in node.inputs if name):
-                self.still.update(node.outputs)
+        self.moving = reached_by_images(graph)
 
     def at(self, node: Node) -> Iterator[Norm]:
         """Yield the normalisation whose operator, root or division by a sum this node is."""
         if node.op in FUSED:
-            yield Norm(
-                FUSED[node.op], node.name, (node.name,), node.inputs[0], "", "", "", node.outputs[0]
-            )
+            kind = FUSED[node.op]
+            maker = self.graph.made_by.get(node.inputs[0])
+            if kind == "instance" and maker is not None and maker.op == "Reshape":
+                kind = "group"  # groups as channels, which is how exporters write it
+            yield Norm(kind, node.name, (node.name,), node.inputs[0], "", "", "", node.outputs[0])
         elif node.op == "Div":
             yield from self._softmax(node)
         elif self._is_root(node):
@@ -119,15 +121,15 @@ class _Search:
         return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
 
     def _moving(self, node: Node) -> list[str]:
-        """Return the inputs of a node that are not constant."""
-        return [name for name in node.inputs if name and name not in self.still]
+        """Return the inputs of a node that depend on the images."""
+        return [name for name in node.inputs if name in self.moving]
 
     def _is_root(self, node: Node) -> bool:
         if self._moving(node)[:1] != [node.inputs[0]]:
             return False
         if node.op in ("ReduceL2", "Sqrt"):
             return True
-        return node.op == "Pow" and self._value(node.inputs[1]) in (0.5, -0.5)
+        return node.op == "Pow" and 0 < abs(self._value(node.inputs[1]) or 0) < 1
 
     def _is_square(self, node: Node) -> bool:
         if node.op == "Pow":
@@ -162,7 +164,9 @@ class _Search:
         down = self._descend(root)
         centre = self._centre(climb.squared)
         kind = self._kind(climb, down, root, centre) if down else "root"
-        nodes = [*climb.nodes, root, *(down.nodes if down else ()), *centre]
+        nodes = [*climb.nodes, root, *centre]
+        if down:
+            nodes += [*down.nodes, *(self._centre(down.product) if centre else ())]
         if kind == "compact" and (bias := self._bias(nodes)):
             nodes.append(bias)
         nodes.sort(key=lambda node: self.order[node.name])
@@ -192,7 +196,7 @@ class _Search:
 
     def _descend(self, root: Node) -> _Descent | None:
         """Follow a root to the nearest division by it, or product with its reciprocal."""
-        inverse = root.op == "Pow" and self._value(root.inputs[1]) == -0.5
+        inverse = root.op == "Pow" and (self._value(root.inputs[1]) or 0) < 0
         ahead: list[tuple[str, tuple[Node, ...], bool]] = [(root.outputs[0], (), inverse)]
         while ahead:
             tensor, nodes, inverse = ahead.pop(0)
@@ -224,9 +228,11 @@ class _Search:
             return "compact"
         if centre:
             return self._centred_kind(centre)
-        if any(node.op in _MEANS for node in climb.nodes):
-            return "rms"
-        return "lp" if self._origin(down.product) == self._origin(climb.squared) else "root"
+        if self._origin(down.product) != self._origin(climb.squared):
+            return "root"
+        if root.op == "Pow" and abs(self._value(root.inputs[1]) or 0) != 0.5:
+            return "lrn"
+        return "rms" if any(node.op in _MEANS for node in climb.nodes) else "lp"
 
     def _centred_kind(self, centre: list[Node]) -> str:
         mean, difference = centre
