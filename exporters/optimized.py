@@ -97,7 +97,7 @@ def check_optimized(model: onnx.ModelProto, forward: Graph) -> None:
     error = float((found - wanted).abs().max()) if found.shape == wanted.shape else np.inf
     if not error <= CLOSE * scale:
         raise LoweringError(
-            f"The optimised graph is another function: logits of {scale:.1e} differ by {error:.1e}.",
+            f"The optimised graph is another function: its logits are off by {error / scale:.1e}.",
             HINT,
         )
 

@@ -95,7 +95,9 @@ def test_any_window_and_activation(
     forward = Graph(lower(model))
     graph = optimize(forward)
     check_optimized(graph, forward)
-    assert not {"ReduceSumSquare", "Div"} & {n.op_type for n in graph.graph.node if "fc" not in n.name}
+    assert not {"ReduceSumSquare", "Div"} & {
+        n.op_type for n in graph.graph.node if "fc" not in n.name
+    }
 
     (got,) = ReferenceEvaluator(graph).run(None, {"images": x})
 

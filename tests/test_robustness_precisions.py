@@ -200,7 +200,9 @@ def quantised(ccn_bundle: Bundle, tmp_path: Path) -> Bundle:
     images = data.images(np.arange(64))
     record = ccn_bundle.file("forward", "fp32")
     graph = onnx.load_model_from_string(ccn_bundle.read(record))
-    made = convert(Graph(graph), "int8", Calibration(images, "min-max", {"dataset": "mnist5k"})).graph
+    made = convert(
+        Graph(graph), "int8", Calibration(images, "min-max", {"dataset": "mnist5k"})
+    ).graph
     files = [
         NewFile(r.path, ccn_bundle.read(r), r.role, r.precision, r.made_by, r.details)
         for r in ccn_bundle.manifest.files

@@ -19,7 +19,6 @@ from ccn_deploy.exporters.precision.types import Signatures
 from ccn_deploy.graph.graph import Graph, Node
 from ccn_deploy.graph.signature import OUTPUT
 
-
 NO_KERNELS = {"fp16": frozenset[str](), "bf16": frozenset({"HardSwish", "Mish"})}
 """Ops that TensorRT refuses in a precision though ONNX has them in it."""
 
