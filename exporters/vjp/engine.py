@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
@@ -71,8 +72,17 @@ def _live(forward: Graph) -> frozenset[str]:
     live = {INPUT}
     for node in forward.nodes:
         if node.op not in FLAT and any(tensor in live for tensor in node.inputs):
+            _check_precision(forward, node)
             live.update(tensor for tensor in node.outputs if tensor in forward.floats)
     return frozenset(live)
+
+
+def _check_precision(forward: Graph, node: Node) -> None:
+    """Raise if a node has constants of other floats than float32: so it computes in them."""
+    for name in node.inputs:
+        kind = forward.constants[name].dtype if name in forward.constants else None
+        if kind is not None and kind.kind == "f" and kind != np.float32:
+            raise no_gradient(node, f"computes in {kind}")
 
 
 def _step_back(
