@@ -202,6 +202,7 @@ def test_an_op_without_a_rule_is_named_with_its_node_and_what_still_works() -> N
         ("m = ReduceMax<keepdims = 0>(images) i = Cast<to = 7>(m) y = Gather<axis = 1>(images, i)",
          "indices that are computed"),
         ("y = Einsum<equation = \"bij->bi\">(images)", "adds up one input alone"),
+        ("a, m = LayerNormalization(images, h) y = Add(a, m)", "another output than the first"),
         ("a = Floor(images) y = Mul(a, h)", "do not depend on the images"),
     ],
 )  # fmt: skip
