@@ -7,6 +7,7 @@ something else. Every check of function must catch each of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -148,11 +149,7 @@ def edited(
             edit(model.graph)
             onnx.checker.check_model(model, full_check=True)
             data = model.SerializeToString(deterministic=True)
-        files.append(
-            NewFile(
-                record.path, data, record.role, record.precision, record.made_by, record.details
-            )
-        )
+        files.append(replace(NewFile.copy(bundle, record), data=data))
     return write_bundle(
         output,
         card=bundle.card,

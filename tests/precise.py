@@ -47,21 +47,8 @@ def with_precision(
         path = f"graphs/gradient-{precision}.onnx"
         data = to_bytes(convert(slopes, precision).graph)
         graphs.append(NewFile(path, data, Role.GRADIENT, precision))
-    manifest = bundle.manifest
     return write_bundle(
         output,
         card=bundle.card,
-        files=[*(_copied(bundle, record.path) for record in manifest.files), *graphs],
-    )
-
-
-def _copied(bundle: Bundle, path: str) -> NewFile:
-    (record,) = (record for record in bundle.manifest.files if record.path == path)
-    return NewFile(
-        path,
-        bundle.read(record),
-        record.role,
-        record.precision,
-        record.made_by,
-        record.details,
+        files=[*(NewFile.copy(bundle, record) for record in bundle.manifest.files), *graphs],
     )
