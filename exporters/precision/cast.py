@@ -56,10 +56,8 @@ def round_constants(forward: Graph, to: Format, low: Set[str]) -> onnx.ModelProt
         low: Names of the nodes that compute in it.
 
     Raises:
-        LoweringError: A constant overflows the format, or an op has another meaning in the opset
-            that the format needs.
+        LoweringError: A constant overflows the format.
     """
-    _check_opset(forward, to)
     signatures = Signatures(forward, to)
     values: dict[str, NDArray[np.float32]] = {}
     reads_low: dict[str, frozenset[int]] = {}
@@ -193,17 +191,6 @@ class _Caster:
             name += "_"
         self._taken.add(name)
         return name
-
-
-def _check_opset(forward: Graph, to: Format) -> None:
-    """Refuse the one op that a higher opset reads otherwise."""
-    for node in forward.nodes:
-        if node.op == "GroupNormalization" and forward.opset < 21 <= to.opset:
-            raise LoweringError(
-                f"{to.precision} needs opset {to.opset}, in which {node.name!r} "
-                "(GroupNormalization) reads its scale by channel and not by group.",
-                "Export the network in opset 21 or later, or choose fp16.",
-            )
 
 
 def _vanishes(value: NDArray[np.generic], to: Format) -> bool:

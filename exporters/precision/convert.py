@@ -68,8 +68,7 @@ def convert(
     Raises:
         UsageError: An unknown precision, one that needs a calibration and has none, one that
             a gradient graph cannot have, a name that no node has, or nothing to quantise.
-        LoweringError: A constant overflows fp16, a layer's input has no range, or an op has
-            another meaning in the opset that the precision needs.
+        LoweringError: A constant overflows fp16, or a layer's input has no range.
         MissingExtraError: ONNX Runtime is needed to calibrate and is not installed.
     """
     if precision not in PRECISIONS:
