@@ -100,7 +100,6 @@ class GraphError(UsageError):
     """An ONNX graph that this package does not take; names the node where there is one."""
 
 
-
 class EnvironmentUnfitError(CcnDeployError):
     """This machine lacks something that the command needs."""
 
@@ -153,3 +152,10 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     guess = f"Did you mean {near[0]!r}? " if near else ""
     return UsageError(f"Unknown {kind} {name!r}.", f"{guess}Known: {', '.join(known)}.")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error that somebody else's code raised, and its text's first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ccn_deploy.bundle import Bundle, FileRecord, NewFile, write_bundle
+from ccn_deploy.bundle import Bundle, NewFile, write_bundle
 from ccn_deploy.exporters.tensorrt.build import Batches, BuiltEngine, build_engine
 from ccn_deploy.targets import Role
 
@@ -35,13 +35,5 @@ def engine_file(
 
 def with_files(bundle: Bundle, path: Path, *files: NewFile) -> Bundle:
     """Return a copy of a bundle with more files, and a manifest that vouches for them."""
-    manifest = bundle.manifest
-
-    def kept(record: FileRecord) -> NewFile:
-        return NewFile.copy(bundle, record)
-
-    return write_bundle(
-        path,
-        card=bundle.card,
-        files=[*map(kept, manifest.files), *files],
-    )
+    kept = [NewFile.copy(bundle, record) for record in bundle.manifest.files]
+    return write_bundle(path, card=bundle.card, files=[*kept, *files])

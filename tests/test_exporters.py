@@ -258,11 +258,6 @@ def _layer_bypassed(g: onnx.GraphProto) -> None:
     _node(g, "act1").input[0] = "conv1.quotient"
 
 
-def _op_appended(g: onnx.GraphProto) -> None:
-    _node(g, "fc3").output[0] = "before"
-    g.node.append(helper.make_node("Identity", ["before"], ["logits"], name="fc3.more"))
-
-
 def _other_delta(g: onnx.GraphProto) -> None:
     _constant(g, "conv2.delta", np.array(0.02))
 
@@ -299,7 +294,7 @@ def _metadata(g: onnx.GraphProto) -> None:
     "tamper",
     [
         _another_op, _other_bias, _other_norm, _swapped_division, _root_skipped,
-        _layer_bypassed, _op_appended, _other_delta,
+        _layer_bypassed, _other_delta,
         _other_ones, _fixed_batch, _wrong_classes, _wrong_weight_shape, _dangling_input,
         _stack_trace, _metadata,
     ],
@@ -476,18 +471,20 @@ def _truncated_before_hashing(path: Path) -> Path:
 
 def _of_another_network(path: Path) -> Path:
     run = as_run(random_network("mnist-cnn", "sm"), path / "run")
-    return write_run(replace(run, architecture="vgg11-cifar10"))
+    return write_run(
+        replace(run, card=msgspec.structs.replace(run.card, architecture="vgg11-cifar10"))
+    )
 
 
 def _of_another_defense(path: Path) -> Path:
     run = as_run(random_network("mnist-cnn", "sm"), path / "run")
-    return write_run(replace(run, defense="ccn"))
+    return write_run(replace(run, card=msgspec.structs.replace(run.card, defense="ccn")))
 
 
 @pytest.mark.parametrize(
     ("make", "code", "says"),
     [
-        (_missing, 2, "no training run"),
+        (_missing, 2, "is not there"),
         (_unfinished, 2, "not finished"),
         (_flipped, 5, "SHA-256"),
         (_truncated_before_hashing, 5, "no safetensors"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ccn_deploy.graph import (
     ops_elementwise,
+    ops_index,
     ops_norm,
     ops_quantize,
     ops_reduce,
@@ -15,6 +16,7 @@ from ccn_deploy.graph.calls import Operator
 
 OPERATORS: dict[str, Operator] = {
     **ops_elementwise.OPERATORS,
+    **ops_index.OPERATORS,
     **ops_norm.OPERATORS,
     **ops_quantize.OPERATORS,
     **ops_reduce.OPERATORS,

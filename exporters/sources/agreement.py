@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
+from torch import nn
 
-from ccn_deploy.errors import LoweringError
+from ccn_deploy.errors import LoweringError, UsageError, first_line
 from ccn_deploy.exporters.sources.original import Original, run, session
 from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.graph.evaluate import GraphModule
@@ -169,3 +172,49 @@ def _computes_in_half(graph: Graph, original: Original) -> bool:
     types = {constant.data_type for constant in graph.model.graph.initializer}
     casts = {n.attributes.get("to") for n in graph.nodes if n.op == "Cast"}
     return bool({original.input_type, *types, *casts}.intersection(_HALVES))
+
+
+MODULE_TOLERANCE = 1e-5
+"""Allowed difference of logits in float64, relative to the largest. Folding a factor into float32
+weights rounds each of them once, which moves logits by about 1e-6."""
+
+
+def module_agreement(module: nn.Module, graph: Graph) -> dict[str, float]:
+    """Show in float64 that a module and its forward graph are the same function.
+
+    Args:
+        module: In evaluation mode; it is not changed.
+        graph: Forward.
+
+    Returns:
+        ``"images"``, noise, smooth and constant ones; ``"module"``, the largest difference of a
+        logit; ``"scale"``, the largest logit.
+
+    Raises:
+        LoweringError: They differ by more than the rounding of folded weights.
+        UsageError: The module does not run in float64.
+    """
+    images = torch.from_numpy(probe_images(graph.input_shape)).double()
+    exact = copy.deepcopy(module).double().eval()
+    with torch.inference_mode():
+        try:
+            wanted = exact(images).double()
+        except RuntimeError as raised:
+            raise UsageError(
+                f"The module does not run in float64: {first_line(raised)}",
+                "Let it follow the type of its input (x.dtype) where it makes tensors of its own.",
+            ) from raised
+        found = GraphModule(graph, torch.float64)(images)
+    scale = float(wanted.abs().max())
+    error = float((found - wanted).abs().max())
+    if not math.isfinite(scale):
+        raise LoweringError(
+            "The trained network itself gives logits that are not finite.", "Train it again."
+        )
+    if not error <= MODULE_TOLERANCE * max(scale, 1e-30):
+        raise LoweringError(
+            f"The graph is off by {error / max(scale, 1e-30):.1e} of the largest logit from the "
+            "network it was made from.",
+            "Nothing was written; this is a bug in the exporter, please report it.",
+        )
+    return {"images": float(len(images)), "module": error, "scale": scale}

@@ -7,18 +7,23 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor, nn
 
-from ccn_deploy.errors import UsageError
+from ccn_deploy.errors import IntegrityError, UsageError, first_line
 from ccn_deploy.exporters.sources.module_graph import readable_graph
 from ccn_deploy.exporters.sources.module_layers import WRAPPED, traceable
 from ccn_deploy.extras import require
+from ccn_deploy.factory import load_factory, logits_of
 from ccn_deploy.graph.builder import OPSET
 from ccn_deploy.graph.signature import BATCH, INPUT, OUTPUT
+from ccn_deploy.layers import compactify
+from ccn_deploy.runs import TrainedRun
 
 _RELATIVE = 1e-3
 """Allowed difference between an image's logits alone and in a batch, relative to the largest.
@@ -70,6 +75,60 @@ def export_module(module: nn.Module, input_shape: tuple[int, int, int]) -> onnx.
     )
 
 
+def input_shape_of(
+    module: nn.Module, input_size: tuple[int, int] | None = None
+) -> tuple[int, int, int]:
+    """Return the (C, H, W) that a module takes.
+
+    Args:
+        module: The channels are those of its first convolution. Where no size is given, the whole
+            shape is its ``input_shape``, or ``input_size`` in timm's ``pretrained_cfg``.
+        input_size: (height, width).
+
+    Raises:
+        UsageError: It cannot be known; the hint says how to give it.
+    """
+    config = getattr(module, "pretrained_cfg", None)
+    known = getattr(module, "input_shape", None)
+    if known is None and isinstance(config, dict):
+        known = config.get("input_size")
+    known = tuple(known) if isinstance(known, Sequence) and len(known) == 3 else None
+    if input_size is None and known is not None:
+        return known
+    if input_size is None:
+        raise UsageError(
+            "The module does not say which size its images have.", "Give it as --input-size HxW."
+        )
+    convolutions = (m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
+    channels = known[0] if known is not None else next(convolutions, None)
+    if channels is None:
+        raise UsageError(
+            "The module has no convolution that would tell how many channels its images have.",
+            "Give the module an attribute input_shape = (channels, height, width).",
+        )
+    return (channels, *input_size)
+
+
+def trained_module(run: TrainedRun) -> nn.Module:
+    """Return the network of a run whose network is the user's own, with its trained weights.
+
+    Raises:
+        UsageError: The factory is not there any more, or makes another network.
+        IntegrityError: The weights do not fit it.
+    """
+    module = load_factory(run.network, classes=run.card.classes)
+    compactify(module, run.compact)
+    try:
+        module.load_state_dict(load(run.weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise IntegrityError(
+            f"The weights of {run.path} do not fit what {run.network} makes now: "
+            f"{' '.join(str(error).split())[:200]}.",
+            "Bring the factory back to what it was in training, or train again.",
+        ) from error
+    return module.eval().requires_grad_(False)
+
+
 def _copy_of(module: nn.Module) -> nn.Module:
     """Return the module in float32 on the CPU, in evaluation mode."""
     if not isinstance(module, nn.Module):
@@ -90,15 +149,15 @@ def _check(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """Return the number of classes, once the module is known to be a classifier."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(3, *input_shape, generator=generator)
-    logits = _logits(network, images)
+    logits = logits_of(network, images)
     scale = max(float(logits.abs().max()), 1e-30)
-    if not _close(_logits(network, images), logits, scale):
+    if not _close(logits_of(network, images), logits, scale):
         raise UsageError(
             "The module is random in evaluation mode: the same images got other logits.",
             "Let its random layers act in training mode only, as torch.nn.Dropout does.",
         )
     for count in (1, 2):
-        if not _close(_logits(network, images[:count]), logits[:count], scale):
+        if not _close(logits_of(network, images[:count]), logits[:count], scale):
             raise UsageError(
                 "An image's logits depend on the other images of its batch.",
                 "Normalise with running statistics (track_running_stats=True), not the batch's.",
@@ -109,33 +168,6 @@ def _check(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
             "Load its trained weights: many networks start with zeros in their last layer.",
         )
     return logits.shape[1]
-
-
-def _logits(network: nn.Module, images: Tensor) -> Tensor:
-    """Return what the module makes of images, if that is logits."""
-    shape = list(images.shape)
-    try:
-        logits = network(images.clone())
-    except Exception as error:  # a module may raise anything
-        raise UsageError(
-            f"The module raises on images of shape {shape}: {first_line(error)}",
-            "It must take float32 images [N, C, H, W] in [0, 1], with any N.",
-        ) from error
-    hint = "Let it return one tensor of logits [N, classes]; a small wrapper module can pick it."
-    if not isinstance(logits, Tensor):
-        raise UsageError(f"The module returns a {type(logits).__name__}, not a tensor.", hint)
-    if not logits.is_floating_point():
-        raise UsageError(f"The module returns {logits.dtype}, not floating-point logits.", hint)
-    if logits.dim() != 2 or len(logits) != len(images):
-        raise UsageError(
-            f"The module returns shape {list(logits.shape)} for images of shape {shape}.", hint
-        )
-    if not bool(logits.isfinite().all()):
-        raise UsageError(
-            "The module returns logits that are no numbers for images of noise in [0, 1].",
-            "Check its weights and what it divides by.",
-        )
-    return logits
 
 
 def _close(a: Tensor, b: Tensor, scale: float) -> bool:
@@ -171,13 +203,6 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of its text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 @contextlib.contextmanager

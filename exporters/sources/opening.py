@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
-from torch import nn
 
 from ccn_deploy.bundle import MANIFEST, Bundle, open_bundle
 from ccn_deploy.bundle.card import ModelCard, Source
 from ccn_deploy.errors import UsageError
 from ccn_deploy.exporters.checks import check_plain, check_valid
-from ccn_deploy.exporters.sources.module_agreement import check_agreement
+from ccn_deploy.exporters.sources.agreement import module_agreement
 from ccn_deploy.exporters.sources.class_names import read_class_names
 from ccn_deploy.exporters.sources.intake import Intake
 from ccn_deploy.exporters.sources.onnx_file import OnnxFile, open_onnx_file
@@ -75,7 +74,7 @@ def open_source(given: str, options: SourceOptions | None = None) -> NetworkSour
             take.
         CcnDeployError: As :func:`ccn_deploy.runs.open_run`, :func:`ccn_deploy.bundle.open_bundle`,
             :func:`~ccn_deploy.exporters.sources.onnx_file.open_onnx_file` and
-            :mod:`ccn_deploy.exporters.sources.factory` say.
+            :mod:`ccn_deploy.factory` say.
     """
     options = options or SourceOptions()
     path = Path(given)
@@ -116,7 +115,7 @@ def of_run(run: TrainedRun) -> NetworkSource:
         kind="run",
         name=run.network,
         sha256=sha256(run.weights),
-        agreement=check_agreement(module, graph.model),
+        agreement=module_agreement(module, graph),
     )
     weights = run.weights if run.card.architecture else b""
     card = msgspec.structs.replace(run.card, source=source)
@@ -131,13 +130,12 @@ def _of_onnx_file(path: Path, options: SourceOptions) -> NetworkSource:
 
 def _of_module(given: str, options: SourceOptions) -> NetworkSource:
     """Export a module, then take the export in as an ONNX file is."""
-    from ccn_deploy.exporters.sources.factory import load_factory, load_weights
-
-    from ccn_deploy.exporters.sources.module import export_module
+    from ccn_deploy.exporters.sources.module import export_module, input_shape_of
+    from ccn_deploy.factory import load_factory, load_weights
 
     module = load_factory(given)
     notes = [] if options.weights is None else load_weights(module, options.weights)
-    model = export_module(module, _input_shape(module, options.intake.input_size))
+    model = export_module(module, input_shape_of(module, options.intake.input_size))
     opened = open_onnx_file(to_bytes(model), options.intake)
     source = Source(
         kind="module",
@@ -148,7 +146,7 @@ def _of_module(given: str, options: SourceOptions) -> NetworkSource:
         preprocessing=opened.preprocessing,
         agreement={
             **opened.check().figures(),
-            **check_agreement(module, model),
+            **module_agreement(module, Graph(model)),
         },
     )
     found = _named(opened, source, options, given.rpartition(":")[2], Path(given))
@@ -172,31 +170,3 @@ def _named(
         evaluation=dict(options.evaluation),
     )
     return NetworkSource(card, opened.graph, notes=opened.notes, path=path)
-
-
-def _input_shape(module: nn.Module, size: tuple[int, int] | None) -> tuple[int, int, int]:
-    """Tell what images a module takes: (channels, height, width).
-
-    Channels are those that its first convolution reads. Sizes are what the user says, or what the
-    module says of itself: an attribute ``input_shape``, or timm's ``pretrained_cfg``.
-
-    Raises:
-        UsageError: It cannot be told.
-    """
-    config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None) or {}
-    told = getattr(module, "input_shape", None) or dict(config).get("input_size")
-    if told is not None:
-        channels, *own = map(int, told)
-        return (channels, *(size or (own[0], own[1])))
-    first = next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)
-    if first is None:
-        raise UsageError(
-            "The module has no convolution by which its channels could be told.",
-            "Give it an attribute: module.input_shape = (channels, height, width).",
-        )
-    if size is None:
-        raise UsageError(
-            "What size of images the module takes cannot be told.",
-            "Say so with --input-size HEIGHTxWIDTH.",
-        )
-    return (first.in_channels, *size)

@@ -8,7 +8,6 @@ from ccn_deploy.errors import IntegrityError
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.extras import require
 from ccn_deploy.graph.graph import Graph
-from ccn_deploy.layers import compactify
 from ccn_deploy.models import Classifier, build_model
 from ccn_deploy.runs import TrainedRun
 
@@ -84,10 +83,7 @@ def run_network(run: TrainedRun) -> tuple[nn.Module, Graph]:
     if not run.network:
         model = network_from(card.architecture, card.defense, card.classes, run.weights)
         return model, Graph(lower(model))
-    from ccn_deploy.exporters.sources.factory import load_factory
-    from ccn_deploy.exporters.sources.module import export_module
+    from ccn_deploy.exporters.sources.module import export_module, trained_module
 
-    module = load_factory(run.network, classes=card.classes)
-    compactify(module, list(run.compact))
-    _load(module, run.weights, run.network)
-    return module.eval().requires_grad_(False), Graph(export_module(module, card.input_shape))
+    module = trained_module(run)
+    return module, Graph(export_module(module, card.input_shape))

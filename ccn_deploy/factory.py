@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, load, nn
 
-from ccn_deploy.errors import UsageError
+from ccn_deploy.errors import UsageError, first_line
 
 _FORM = "Give package.module:factory or path/to/file.py:factory."
 _CLASSES = ("classes", "num_classes")
@@ -51,7 +51,7 @@ def load_factory(name: str, *, classes: int | None = None) -> nn.Module:
     except Exception as error:  # whatever the user's code raises
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise UsageError(
-            f"The factory {name} raises when called with ({given}): {_first_line(error)}",
+            f"The factory {name} raises when called with ({given}): {first_line(error)}",
             "It must work without arguments (classes or num_classes is given where it takes it).",
         ) from error
     if not isinstance(made, nn.Module):
@@ -74,10 +74,10 @@ def _find(name: str) -> Any:
         module = _import_file(Path(place)) if is_file else importlib.import_module(place)
     except ModuleNotFoundError as error:
         hint = _FORM if not is_file else "Install what the file imports."
-        raise UsageError(f"{place} cannot be imported: {_first_line(error)}", hint) from error
+        raise UsageError(f"{place} cannot be imported: {first_line(error)}", hint) from error
     except Exception as error:  # whatever the user's code raises
         raise UsageError(
-            f"{place} raises when it is imported: {_first_line(error)}",
+            f"{place} raises when it is imported: {first_line(error)}",
             f'See where with: python -c "import runpy; runpy.run_path({place!r})"'
             if is_file
             else f'See where with: python -c "import {place}"',
@@ -94,9 +94,9 @@ def _find(name: str) -> Any:
 def _import_file(path: Path) -> Any:
     """Import a file under its own name, with its directory searched first."""
     path = path.resolve()
-    for module in (sys.modules.get(path.stem),):
-        if module is not None and getattr(module, "__file__", None) == str(path):
-            return module
+    loaded = sys.modules.get(path.stem)
+    if getattr(loaded, "__file__", None) == str(path):
+        return loaded
     # Not under its bare name where another module has that: that one must stay importable.
     name = path.stem if path.stem not in sys.modules else f"{path.stem}_as_factory"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -137,7 +137,7 @@ def _arguments(factory: Callable[..., Any], classes: int | None) -> dict[str, in
     return {name: classes for name in _CLASSES if name in parameters}
 
 
-def load_weights(module: nn.Module, path: str | Path) -> list[str]:
+def load_weights(module: nn.Module, path: str | Path) -> tuple[str, ...]:
     """Load a file of weights into a module, in place, every one of them and nothing else.
 
     A ``.pth`` or ``.pt`` file is read by ``torch.load(weights_only=True)``: nothing in it is
@@ -173,13 +173,14 @@ def load_weights(module: nn.Module, path: str | Path) -> list[str]:
             changes.append(f"The prefix {_PREFIX!r} was removed from every name.")
     others = [name for name, value in weights.items() if not isinstance(value, Tensor)]
     if others or not weights:
+        what = f"{others[0]!r} is no tensor" if others else "it is empty"
         raise UsageError(
-            f"{file} holds no state dict: " + (f"{others[0]!r} is no tensor." if others else "no weights."),
+            f"{file} holds no state dict: {what}.",
             "Save it with: torch.save(model.state_dict(), FILE)",
         )
     _check_fit(module, weights, file)
-    module.load_state_dict(dict(weights))
-    return changes
+    module.load_state_dict({**module.state_dict(), **weights})
+    return tuple(changes)
 
 
 def _read(file: Path) -> Mapping[str, Any]:
@@ -189,13 +190,11 @@ def _read(file: Path) -> Mapping[str, Any]:
             return load_file(file)
         except (SafetensorError, OSError, ValueError) as error:
             raise UsageError(
-                f"{file} is no safetensors file: {_first_line(error)}",
+                f"{file} is no safetensors file: {first_line(error)}",
                 "Give the file that the weights were saved to.",
             ) from error
     if file.suffix not in (".pth", ".pt"):
-        raise UsageError(
-            f"{file} is of no known format.", "Give a .safetensors, .pth or .pt file."
-        )
+        raise UsageError(f"{file} is of no known format.", "Give a .safetensors, .pth or .pt file.")
     try:
         weights = load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's errors, zip's and torch's own
@@ -215,7 +214,8 @@ def _read(file: Path) -> Mapping[str, Any]:
 def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
     """Refuse weights with other names or shapes, naming the first of each kind."""
     expected = module.state_dict()
-    missing = [name for name in expected if name not in weights]
+    # Files older than torch 0.4.1 lack this counter, and torch itself does without.
+    missing = [n for n in expected if n not in weights and not n.endswith(".num_batches_tracked")]
     spare = [name for name in weights if name not in expected]
     other = [
         f"{name} {list(weights[name].shape)} for {list(expected[name].shape)}"
@@ -234,8 +234,36 @@ def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], file: Path) -> 
         )
 
 
-def _first_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of its text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+def logits_of(network: nn.Module, images: Tensor) -> Tensor:
+    """Return what a module makes of images, if that is logits.
+
+    Args:
+        network: As it is to be called: in evaluation mode, or not.
+        images: float32 [N, C, H, W] in [0, 1].
+
+    Raises:
+        UsageError: It raises, or returns anything but finite logits [N, classes].
+    """
+    shape = list(images.shape)
+    try:
+        logits = network(images.clone())
+    except Exception as error:  # a module may raise anything
+        raise UsageError(
+            f"The module raises on images of shape {shape}: {first_line(error)}",
+            "It must take float32 images [N, C, H, W] in [0, 1], with any N.",
+        ) from error
+    hint = "Let it return one tensor of logits [N, classes]; a small wrapper module can pick it."
+    if not isinstance(logits, Tensor):
+        raise UsageError(f"The module returns a {type(logits).__name__}, not a tensor.", hint)
+    if not logits.is_floating_point():
+        raise UsageError(f"The module returns {logits.dtype}, not floating-point logits.", hint)
+    if logits.dim() != 2 or len(logits) != len(images):
+        raise UsageError(
+            f"The module returns shape {list(logits.shape)} for images of shape {shape}.", hint
+        )
+    if not bool(logits.isfinite().all()):
+        raise UsageError(
+            "The module returns logits that are no numbers for images in [0, 1].",
+            "Check its weights and what it divides by.",
+        )
+    return logits
