@@ -33,6 +33,7 @@ from ccn_deploy.models import Classifier
 from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
 from ccn_deploy.runtimes import open_runtime
 from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
+from ccn_deploy.targets import Target
 from ccn_deploy.verdict import Verdict
 from tests.modules import MODULES, exported, foreign_graph
 from tests.networks import DEFENSES, as_run, difficult_images, random_network
@@ -283,12 +284,13 @@ def test_only_its_runtime_executes_it_and_says_so(tmp_path: Path) -> None:
     plain = export_bundle(run, tmp_path / "plain", gradient=False)
     faster = export_bundle(run, tmp_path / "faster", gradient=False, optimize=TARGET)
 
-    assert faster.forward(TARGET, "fp32").path == FILE
-    assert plain.forward(TARGET, "fp32").path == "graphs/forward-fp32.onnx"
-    assert faster.forward("onnxruntime-cuda", "fp32") == plain.forward(TARGET, "fp32")
+    assert faster.program(Target(TARGET)).path == FILE
+    assert plain.program(Target(TARGET)).path == "graphs/forward-fp32.onnx"
+    for other in ("onnxruntime-cuda", "torch"):
+        assert faster.program(Target(other)) == plain.program(Target(TARGET))
     for bundle in (plain, faster):
         with open_runtime(bundle, TARGET) as runtime:
-            assert runtime.spec.graph == bundle.forward(TARGET, "fp32").path
+            assert runtime.spec.graph == bundle.program(Target(TARGET)).path
         with open_runtime(bundle, "torch") as reference:
             assert reference.spec.graph == ""
 
