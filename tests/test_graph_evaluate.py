@@ -183,6 +183,23 @@ def reshaping(last=True):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
 
+def test_sizes_stay_on_the_cpu_when_images_do_not() -> None:
+    """On torch's device without data, which refuses what is on another one."""
+    model = reshaping()
+    constant = numpy_helper.from_array(np.ones(1, dtype=np.float32))
+    model.graph.node[-1].output[0] = "product"
+    model.graph.node.extend(
+        [
+            helper.make_node("ConstantOfShape", ["back"], ["ones"], value=constant),
+            helper.make_node("Add", ["product", "ones"], ["logits"], name="logits"),
+        ]
+    )
+    module = GraphModule(read_graph(model.SerializeToString())).to("meta")
+    logits = module(torch.empty(5, 3, 4, 4, device="meta"))
+    assert logits.device.type == "meta"
+    assert logits.shape == (5, 3)
+
+
 def test_shapes_are_symbolic_in_the_batch() -> None:
     graph = read_graph(reshaping().SerializeToString())
     assert graph.shapes["images"] == ("batch", 3, 4, 4)

@@ -376,6 +376,10 @@ OLD = {
         model_of("Add", [[2, 3, 4]], 6, constants=(np.float32([1, 2, 3]),), broadcast=1, axis=1),
         lambda x: x + np.float32([1, 2, 3])[:, None],
     ),
+    "a slope for each channel": (
+        model_of("PRelu", [[2, 3, 4]], 6, constants=(np.float32([1, 2, 3]),)),
+        lambda x: np.where(x < 0, x * np.float32([1, 2, 3])[:, None], x),
+    ),
     "dropout with a ratio": (model_of("Dropout", [[2, 3, 4]], 7, ratio=0.5), lambda x: x),
 }
 

@@ -24,6 +24,8 @@ from ccn_deploy.graph.signature import OUTPUT
 
 Values = dict[str, Tensor | None]
 
+_FROM_SIZES = frozenset({"Cast", "ConstantOfShape", "Range"})
+
 
 @dataclass
 class _Step:
@@ -80,7 +82,7 @@ class GraphModule(nn.Module):
         """
         values = self._given(images, more)
         for step in self._program:
-            self._run(step, values)
+            self._run(step, values, images.device)
             for name in step.done:
                 del values[name]
         result = values[self.output]
@@ -103,7 +105,7 @@ class GraphModule(nn.Module):
         values = self._given(images, more)
         wanted = None if names is None else set(names)
         for step in self._steps(wanted):
-            self._run(step, values)
+            self._run(step, values, images.device)
             for name in step.done:
                 del values[name]
         for name in wanted or ():
@@ -130,7 +132,7 @@ class GraphModule(nn.Module):
         for step in self._steps(set(self.graph.outputs), folded=True):
             inputs = [values[name] for name in step.node.inputs]
             if step.node.name not in self._folded:
-                self._run(step, values)
+                self._run(step, values, images.device)
             made = (values[name] for name in step.node.outputs if name)
             yield step.node, inputs, tuple(value for value in made if value is not None)
             del inputs
@@ -198,9 +200,11 @@ class GraphModule(nn.Module):
             steps.append(_Step(node, self._functions[node.name], node.inputs, tuple(done)))
         return steps[::-1]
 
-    def _run(self, step: _Step, values: Values) -> None:
+    def _run(self, step: _Step, values: Values, device: torch.device) -> None:
         node = step.node
         made = self._call(node, step.run, [values[name] for name in step.inputs])
+        if node.op in _FROM_SIZES:  # sizes are on the CPU, and what is made of them as well
+            made = tuple(x.to(device) if x.is_floating_point() else x for x in made)
         values.update(zip(node.outputs, made, strict=False))
 
     def _call(

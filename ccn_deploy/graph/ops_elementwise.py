@@ -103,8 +103,15 @@ def _leaky_relu(call: Call) -> Function:
     return lambda x: F.leaky_relu(x, slope)
 
 
-def _prelu(x: Tensor, slope: Tensor) -> Tensor:
-    return torch.where(x < 0, x * slope, x)
+def _prelu(call: Call) -> Function:
+    by_channel = call.opset < 7  # one slope a channel, before slopes were broadcast
+
+    def run(x: Tensor, slope: Tensor) -> Tensor:
+        if by_channel and slope.numel() > 1:
+            slope = slope.view(-1, *[1] * (x.dim() - 2))
+        return torch.where(x < 0, x * slope, x)
+
+    return run
 
 
 def _elu(call: Call) -> Function:
@@ -208,7 +215,7 @@ OPERATORS: dict[str, Operator] = {
     "Neg": _plain(torch.neg),
     "Not": _plain(torch.logical_not),
     "Or": _binary(torch.logical_or),
-    "PRelu": _plain(_prelu),
+    "PRelu": _prelu,
     "Pow": _power,
     "Reciprocal": _plain(torch.reciprocal),
     "Relu": _plain(torch.relu),

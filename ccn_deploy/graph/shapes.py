@@ -70,7 +70,8 @@ def input_shapes(graph: Graph) -> dict[str, tuple[int | str, ...]]:
         if value.name in graph.inputs:
             dims = value.type.tensor_type.shape.dim
             found[value.name] = tuple(
-                d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims
+                d.dim_value if d.dim_value > 0 else d.dim_param or "?"  # some write -1 for any size
+                for d in dims
             )
     return found
 
