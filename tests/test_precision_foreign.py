@@ -400,7 +400,9 @@ def test_integers_bounds_and_scales_keep_their_types() -> None:
         converted = convert(graph, precision).graph
         check_precision(converted, precision)
         types = tensor_types(converted)
-        assert types["scales"] == types["mask"] == types["tiny"] == types["max"] == TensorProto.FLOAT
+        assert (
+            types["scales"] == types["mask"] == types["tiny"] == types["max"] == TensorProto.FLOAT
+        )
         assert types["pads"] == types["turned"] == TensorProto.INT64
         assert types["value"] == types["high"] == types["resize"] == TYPES[precision]
         found = by_definition(converted, images)

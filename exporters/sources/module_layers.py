@@ -57,11 +57,13 @@ def _shape_of_linear(x: Tensor, features: int, rank: int, layer: str) -> Tensor:
 def _conv(layer: CompactConv2d, name: str, x: Tensor) -> Tensor:
     x, _ = layer.pad(x)
     height, width = (_size(layer, axis, int(x.shape[2 + axis])) for axis in (0, 1))
-    return _compact_conv2d(x, layer.out_channels, height, width, name)
+    result: Tensor = _compact_conv2d(x, layer.out_channels, height, width, name)
+    return result
 
 
 def _linear(layer: CompactLinear, name: str, x: Tensor) -> Tensor:
-    return _compact_linear(x, layer.out_features, x.dim(), name)
+    result: Tensor = _compact_linear(x, layer.out_features, x.dim(), name)
+    return result
 
 
 _FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
