@@ -159,6 +159,9 @@ class _Fit:
     def _accuracy(self, data: Dataset) -> float:
         """Return the share of images classified right, by all processes together."""
         self.net.eval()
+        if self.fabric.world_size > 1:
+            for buffer in self.model.buffers():  # running statistics: each process has its own
+                torch.distributed.broadcast(buffer, src=0)
         batches = epoch_batches_in_order(len(data))
         shares = fetch_ahead(data, batches, self.fabric.global_rank, self.fabric.world_size)
         right = torch.zeros((), device=self.fabric.device)
