@@ -43,11 +43,15 @@ class Defense:
         One-hot, or with label smoothing 0.9 for the true class and ``0.1 / (classes - 1)``
         for every other.
         """
-        on = SMOOTH_CORRECT if self.smooth_labels else 1.0
-        off = (1.0 - on) / (classes - 1)
-        targets = np.full((len(labels), classes), off, dtype=np.float32)
-        targets[np.arange(len(labels)), labels] = on
-        return targets
+        return soft_targets(labels, classes, SMOOTH_CORRECT if self.smooth_labels else 1.0)
+
+
+def soft_targets(labels: NDArray[np.int64], classes: int, correct: float) -> NDArray[np.float32]:
+    """Return targets float32 [N, classes]: ``correct`` for the label, the rest shared equally."""
+    off = (1.0 - correct) / (classes - 1)
+    targets = np.full((len(labels), classes), off, dtype=np.float32)
+    targets[np.arange(len(labels)), labels] = correct
+    return targets
 
 
 DEFENSES: dict[str, Defense] = {

@@ -232,3 +232,38 @@ def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], file: Path) -> 
             f"The weights in {file} do not fit the module ({'; '.join(parts)}).",
             "Give the weights of this very network, and its factory the same settings.",
         )
+
+
+def logits_of(network: nn.Module, images: Tensor) -> Tensor:
+    """Return what a module makes of images, if that is logits.
+
+    Args:
+        network: As it is to be called: in evaluation mode, or not.
+        images: float32 [N, C, H, W] in [0, 1].
+
+    Raises:
+        UsageError: It raises, or returns anything but finite logits [N, classes].
+    """
+    shape = list(images.shape)
+    try:
+        logits = network(images.clone())
+    except Exception as error:  # a module may raise anything
+        raise UsageError(
+            f"The module raises on images of shape {shape}: {first_line(error)}",
+            "It must take float32 images [N, C, H, W] in [0, 1], with any N.",
+        ) from error
+    hint = "Let it return one tensor of logits [N, classes]; a small wrapper module can pick it."
+    if not isinstance(logits, Tensor):
+        raise UsageError(f"The module returns a {type(logits).__name__}, not a tensor.", hint)
+    if not logits.is_floating_point():
+        raise UsageError(f"The module returns {logits.dtype}, not floating-point logits.", hint)
+    if logits.dim() != 2 or len(logits) != len(images):
+        raise UsageError(
+            f"The module returns shape {list(logits.shape)} for images of shape {shape}.", hint
+        )
+    if not bool(logits.isfinite().all()):
+        raise UsageError(
+            "The module returns logits that are no numbers for images in [0, 1].",
+            "Check its weights and what it divides by.",
+        )
+    return logits

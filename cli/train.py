@@ -43,8 +43,9 @@ def train(
         Path, typer.Option("--output", "-o", help="Directory of the run; resumed if it is there.")
     ],
     defense: Annotated[
-        str, typer.Option("--defense", help="sm, ls, brelu, l2sm, ccn or ccn+ls.")
-    ] = "ccn",
+        str | None,
+        typer.Option("--defense", help="sm, ls, brelu, l2sm, ccn or ccn+ls.", show_default="ccn"),
+    ] = None,
     dataset: Annotated[
         str,
         typer.Option(
@@ -66,6 +67,29 @@ def train(
             show_default="the one for the data set's images",
         ),
     ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            "--network",
+            metavar="FACTORY",
+            help="A network of your own instead: package.module:factory or file.py:factory. "
+            "Its code is run.",
+        ),
+    ] = None,
+    compact: Annotated[
+        str,
+        typer.Option(
+            "--compact",
+            metavar="all|last|none|NAME,...",
+            help="Which layers of your own network are made compact.",
+        ),
+    ] = "none",
+    label_smoothing: Annotated[
+        float,
+        typer.Option(
+            "--label-smoothing", help="Share of the targets for the other classes; own networks."
+        ),
+    ] = 0.0,
     epochs: Annotated[
         int | None,
         typer.Option("--epochs", min=1, help="Passes over the data.", show_default="the recipe's"),
@@ -112,7 +136,8 @@ def train(
     from ccn_deploy.defenses import defense_named
     from ccn_deploy.extras import require
 
-    defense_named(defense)  # before the seconds that importing torch takes
+    if defense is not None:
+        defense_named(defense)  # before the seconds that importing torch takes
     for module in ("torch", "lightning_fabric", "safetensors"):
         require(module, "train", "to train a network")
     from ccn_deploy.architectures import architecture_named
@@ -140,8 +165,11 @@ def train(
         threads=threads,
         device=device.value,
         devices=devices,
+        network=network,
+        compact=compact if compact in ("all", "last", "none") else tuple(compact.split(",")),
+        label_smoothing=label_smoothing,
     )
-    display = Display(defense)
+    display = Display(network.rpartition(":")[2] if network else defense or "ccn")
     try:
         with display:
             run = train_run(
@@ -207,9 +235,13 @@ def _print(run: TrainedRun, *, already_finished: bool) -> None:
     if already_finished:
         out.print("This run is finished already; --overwrite trains it anew.", soft_wrap=True)
     training = run.card.training
+    if run.network:
+        compact = ", ".join(run.compact) or "no layer"
+        out.print(f"Made compact: {compact}.", markup=False, soft_wrap=True)
+    what = run.network or f"{run.card.defense}, {run.card.architecture}"
     out.print(
         f"Clean accuracy {training['test_accuracy']:.2%} on {training['test_images']:,} test "
-        f"images of {training['dataset']}; {run.card.defense}, {run.card.architecture}, "
+        f"images of {training['dataset']}; {what}, "
         f"seed {training['seed']}, {training['device']}.",
         soft_wrap=True,
     )
@@ -230,6 +262,8 @@ def _document(run: TrainedRun, *, already_finished: bool) -> dict[str, Any]:
         "run": str(run.path),
         "architecture": run.card.architecture,
         "defense": run.card.defense,
+        "network": run.network,
+        "compact": list(run.compact),
         "already_finished": already_finished,
         "weights_sha256": sha256(run.weights),
         **run.card.training,

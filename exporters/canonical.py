@@ -7,7 +7,7 @@ its owner deploys; what is derived from it need not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.graph.graph import Graph, Node
 
 Values = dict[str, NDArray[Any]]
+Types = dict[str, np.dtype[Any]]
 
 LARGEST = 2**22
 """Numbers that a folded constant may have at most; a larger one is computed where it is needed."""
@@ -99,16 +100,17 @@ def _widen_groups(model: onnx.ModelProto) -> None:
 def _fold(model: onnx.ModelProto) -> None:
     """Replace nodes whose outputs are always the same by constants."""
     graph = Graph(model)
-    module = GraphModule(graph, torch.float64)
     values = dict(graph.constants)
-    types = _types(model)
     made_of_nodes = {node.output[0] for node in model.graph.node if node.op_type == "Constant"}
     folded = {name: value for name, value in values.items() if name in made_of_nodes}
-    for node in graph.nodes:
-        found = _integers(graph, node, types) or _floats(graph, module, node, values)
-        if found is not None:
-            values.update(found)
-            folded.update(found)
+    still = _still(graph)
+    if still:
+        types, module = _types(model), GraphModule(graph, torch.float64)
+        for node in still:
+            found = _integers(graph, node, types) or _floats(graph, module, node, values)
+            if found is not None:
+                values.update(found)
+                folded.update(found)
     _replace(model.graph.node, [node for node in model.graph.node if node.output[0] not in folded])
     held = {constant.name for constant in model.graph.initializer}
     model.graph.initializer.extend(
@@ -118,21 +120,33 @@ def _fold(model: onnx.ModelProto) -> None:
     )
 
 
-def _types(model: onnx.ModelProto) -> dict[str, int]:
+def _still(graph: Graph) -> list[Node]:
+    """Return the nodes that no pixel can reach: they see constants and sizes alone."""
+    reached = set(graph.inputs)
+    found = []
+    for node in graph.nodes:
+        if node.op not in ("Shape", "Size") and not reached.isdisjoint(node.inputs):
+            reached.update(node.outputs)
+        else:
+            found.append(node)
+    return found
+
+
+def _types(model: onnx.ModelProto) -> Types:
     """Return the types of the tensors that nodes make, as far as ONNX can infer them."""
     inferred = onnx.shape_inference.infer_shapes(model).graph
-    return {v.name: v.type.tensor_type.elem_type for v in inferred.value_info}
+    kinds = {v.name: v.type.tensor_type.elem_type for v in inferred.value_info}
+    return {name: helper.tensor_dtype_to_np_dtype(kind) for name, kind in kinds.items() if kind}
 
 
-def _integers(graph: Graph, node: Node, types: Mapping[str, int]) -> Values | None:
+def _integers(graph: Graph, node: Node, types: Types) -> Values | None:
     """Return a node's outputs if they are integers that are always the same."""
-    named = [name for name in node.outputs if name]
-    if not all(name in graph.fixed and name in types for name in named):
+    named = {name: types.get(name) for name in node.outputs if name}
+    if any(kind is None or kind.kind not in "iub" for kind in named.values()):
+        return None  # the graph is run only if there are integers to be found
+    if not all(name in graph.fixed for name in named):
         return None
-    return {
-        name: graph.fixed[name].astype(helper.tensor_dtype_to_np_dtype(types[name]))
-        for name in named
-    }
+    return {name: graph.fixed[name].astype(kind) for name, kind in named.items()}
 
 
 def _floats(graph: Graph, module: GraphModule, node: Node, values: Values) -> Values | None:

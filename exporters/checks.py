@@ -18,8 +18,9 @@ from ccn_deploy.graph.signature import BATCH, CANDIDATES, COTANGENTS, GRADIENTS,
 LARGEST = 2**31 - 1
 """Bytes that a protobuf message may have."""
 
-EXACT = 1e-9
-"""Allowed difference in float64 of two graphs with the same constants, over the largest value."""
+EXACT = 1e-6
+"""Allowed difference in float64 of two graphs with the same constants, over the largest value:
+constants that a pass computes from others, such as 1 over a deviation, are rounded to float32."""
 
 CANDIDATES_PROBED = 2
 

@@ -43,7 +43,7 @@ class Window:
         starts = np.arange((size + before + after - extent) // stride + 1) * stride - before
         offsets = np.arange(size) - starts[:, None]
         inside = (offsets >= 0) & (offsets < extent) & (offsets % dilation == 0)
-        return inside.astype(np.float32)
+        return np.asarray(inside, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class _Reading:
             (int(shape[2]), int(shape[3])),
             (down, across),
             _pair(get("strides", (1, 1))),
-            tuple(get("pads", (0, 0, 0, 0))),  # type: ignore[arg-type]
+            tuple(get("pads", (0, 0, 0, 0))),
             _pair(get("dilations", (1, 1))),
         )
 

@@ -478,7 +478,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 def test_the_architecture_follows_from_the_images(tmp_path: Path) -> None:
     colour = blobs("train", 2, (3, 32, 32)), blobs("test", 2, (3, 32, 32))
     config = replace(CONFIG, architecture=None, epochs=1)
-    assert train(config, *colour, tmp_path / "run").architecture == "vgg11-cifar10"
+    assert train(config, *colour, tmp_path / "run").card.architecture == "vgg11-cifar10"
     odd = blobs("train", 2, (2, 9, 9)), blobs("test", 2, (2, 9, 9))
     with pytest.raises(UsageError, match=r"No architecture takes images of shape \(2, 9, 9\)"):
         train(config, *odd, tmp_path / "odd")

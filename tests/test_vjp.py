@@ -114,6 +114,9 @@ BENDS = [-3.0, -1.0, -0.5, -1e-30, -0.0, 0.0, 1e-30, 0.5, float(np.nextafter(1, 
         "y = Max(images, zero, one)",
         "y = Min(one, images)",
         "y = HardSwish(images)",
+        "y = HardSigmoid<alpha = 0.5, beta = 0.5>(images)",
+        "y = Celu(images)",
+        "y = ThresholdedRelu(images)",
         "y = Abs(images)",
         "y = PRelu(images, one)",
         "y = ReduceMax(images, last)",
@@ -199,12 +202,20 @@ def test_an_op_without_a_rule_is_named_with_its_node_and_what_still_works() -> N
         ("m = ReduceMax<keepdims = 0>(images) i = Cast<to = 7>(m) y = Gather<axis = 1>(images, i)",
          "indices that are computed"),
         ("y = Einsum<equation = \"bij->bi\">(images)", "adds up one input alone"),
+        ("a, m = LayerNormalization(images, h) y = Add(a, m)", "another output than the first"),
         ("a = Floor(images) y = Mul(a, h)", "do not depend on the images"),
     ],
 )  # fmt: skip
 def test_what_a_rule_does_not_cover_is_said(body: str, says: str) -> None:
     graph = leaf_case("refused", (2, 3), body, z=ints(0), h=scalar(0.5)).graph()
     with pytest.raises(NoGradientError, match=says):
+        gradient_graph(graph)
+
+
+def test_another_precision_than_float32_is_refused() -> None:
+    body = "a = Cast<to = 11>(images) b = Mul(a, w) c = Cast<to = 1>(b) y = Sin(c)"
+    graph = leaf_case("double", (2, 3), body, w=np.float64(3)).graph()
+    with pytest.raises(NoGradientError, match="Mul node 'b' computes in float64"):
         gradient_graph(graph)
 
 

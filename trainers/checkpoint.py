@@ -62,13 +62,21 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         StorageError: The disk is full or not writable; the file is as it was.
     """
     tensors = {
-        f"{kind}.{name}": tensor.detach().cpu().contiguous()
+        f"{kind}.{name}": tensor
         for kind, group in (("weights", checkpoint.weights), ("momentum", checkpoint.momentum))
-        for name, tensor in group.items()
+        for name, tensor in detached(group).items()
     }
     epochs = encode_line(_History(tuple(checkpoint.epochs))).decode()
     metadata = {"epochs": epochs, "sha256": _digest(tensors, epochs)}
     write_atomic(path, save(tensors, metadata=metadata))
+
+
+def detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the CPU, each with memory of its own, as the file format wants them."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
 
 
 def load_checkpoint(path: Path) -> Checkpoint | None:

@@ -6,9 +6,12 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ccn_deploy.architectures import ARCHITECTURES, Architecture, architecture_named
 from ccn_deploy.data.dataset import Dataset
-from ccn_deploy.defenses import Defense, defense_named
+from ccn_deploy.defenses import Defense, defense_named, soft_targets
 from ccn_deploy.errors import UsageError
 from ccn_deploy.trainers.recipes import Recipe, recipe_named
 
@@ -20,7 +23,7 @@ class TrainConfig:
     """A training by names and numbers.
 
     Attributes:
-        defense: A name in :data:`ccn_deploy.defenses.DEFENSES`.
+        defense: A name in :data:`ccn_deploy.defenses.DEFENSES`; if not given, that is ``"ccn"``.
         dataset: Name of the data set; must be that of the data given to ``train``.
         recipe: A name in :data:`ccn_deploy.trainers.recipes.RECIPES`, or a recipe.
         architecture: A name in :data:`ccn_deploy.architectures.ARCHITECTURES`; if not given, the
@@ -33,9 +36,14 @@ class TrainConfig:
             torch's own choice.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"`` (CUDA if there is a GPU, else the CPU).
         devices: Number of processes, one to a GPU.
+        network: The factory of a network of the user's own, instead of architecture and defense:
+            ``"package.module:factory"`` or ``"path/to/file.py:factory"``.
+        compact: Which of its layers are made compact: ``"all"``, ``"last"``, ``"none"`` or names
+            (:func:`ccn_deploy.layers.compactify`).
+        label_smoothing: Share of a target that the other classes get, for such a network.
     """
 
-    defense: str = "ccn"
+    defense: str | None = None
     dataset: str = "mnist5k"
     recipe: str | Recipe = "quick"
     architecture: str | None = None
@@ -46,6 +54,47 @@ class TrainConfig:
     threads: int | None = None
     device: Device = "cpu"
     devices: int = 1
+    network: str | None = None
+    compact: str | tuple[str, ...] = "none"
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class PaperNetwork:
+    """A network of this package.
+
+    Attributes:
+        architecture: What is trained.
+        defense: How it is built and what targets its loss sees.
+    """
+
+    architecture: Architecture
+    defense: Defense
+
+    def targets(self, labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
+        """Return the training targets, float32 [N, classes]."""
+        return self.defense.targets(labels, classes)
+
+
+@dataclass(frozen=True)
+class OwnNetwork:
+    """A network of the user's own.
+
+    Attributes:
+        factory: Its factory, as it was named.
+        compact: Names of the layers that are made compact.
+        input_shape: (channels, height, width) of the images.
+        label_smoothing: See :class:`TrainConfig`.
+    """
+
+    factory: str
+    compact: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+    label_smoothing: float
+
+    def targets(self, labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
+        """Return the training targets, float32 [N, classes]."""
+        return soft_targets(labels, classes, 1.0 - self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -53,8 +102,7 @@ class Plan:
     """A :class:`TrainConfig` with every name looked up and every choice made.
 
     Attributes:
-        architecture: What is trained.
-        defense: How it is built and what targets its loss sees.
+        network: What is trained.
         recipe: With the overrides in it.
         class_names: One per logit.
         data: Name, digests and sizes of the two splits.
@@ -65,8 +113,7 @@ class Plan:
         torch: Version of torch; another one may round otherwise.
     """
 
-    architecture: Architecture
-    defense: Defense
+    network: PaperNetwork | OwnNetwork
     recipe: Recipe
     class_names: tuple[str, ...]
     data: dict[str, Any]
@@ -78,8 +125,14 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the final weights depend on, as JSON values."""
+        smoothing = (
+            {"label_smoothing": self.network.label_smoothing}
+            if isinstance(self.network, OwnNetwork)
+            else {}
+        )
         return {
             **self.data,
+            **smoothing,
             "recipe": self.recipe.to_document(),
             "seed": self.seed,
             "threads": self.threads,
@@ -97,13 +150,15 @@ def make_plan(
     threads: int,
     device: Literal["cpu", "cuda"],
     torch: str,
+    own: OwnNetwork | None = None,
 ) -> Plan:
     """Look every name up and check that the parts fit.
+
+    ``own`` is what the configuration's network turned out to be, if it names one.
 
     Raises:
         UsageError: An unknown name, a number out of range, or data that do not fit the network.
     """
-    defense = defense_named(config.defense)
     recipe = recipe_named(config.recipe) if isinstance(config.recipe, str) else config.recipe
     recipe = recipe.override(
         epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate
@@ -123,8 +178,7 @@ def make_plan(
             "Give data of two classes or more.",
         )
     return Plan(
-        architecture=_architecture_for(config.architecture, train),
-        defense=defense,
+        network=own or _paper_network(config, train),
         recipe=recipe,
         class_names=train.class_names,
         data={
@@ -166,6 +220,38 @@ def _flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def check_network(config: TrainConfig) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        UsageError: A network of the package's and of the user's own at once, or a number out of
+            range.
+    """
+    if config.network is None:
+        if config.compact != "none" or config.label_smoothing:
+            raise UsageError(
+                "The options --compact and --label-smoothing are for a network of your own.",
+                "Name it with --network, or choose a --defense: it says which layers are compact.",
+            )
+        return
+    for option, value in (("architecture", config.architecture), ("defense", config.defense)):
+        if value is not None:
+            raise UsageError(
+                f"A network of your own has no {option} of this package.",
+                f"Leave out --{option}; --compact says which layers are made compact.",
+            )
+    if not 0 <= config.label_smoothing < 1:
+        raise UsageError(
+            f"The label smoothing is {config.label_smoothing}.",
+            "Give a number from 0 to below 1; the paper's is 0.1.",
+        )
+
+
+def _paper_network(config: TrainConfig, train: Dataset) -> PaperNetwork:
+    defense = defense_named("ccn" if config.defense is None else config.defense)
+    return PaperNetwork(_architecture_for(config.architecture, train), defense)
+
+
 def _architecture_for(name: str | None, data: Dataset) -> Architecture:
     fitting = [a for a in ARCHITECTURES.values() if a.input_shape == data.input_shape]
     if name is None:
@@ -173,7 +259,7 @@ def _architecture_for(name: str | None, data: Dataset) -> Architecture:
             known = ", ".join(f"{a.name} {a.input_shape}" for a in ARCHITECTURES.values())
             raise UsageError(
                 f"No architecture takes images of shape {data.input_shape}, which {data.name} has.",
-                f"There are: {known}.",
+                f"There are: {known}; or give a network of your own with --network.",
             )
         return fitting[0]
     architecture = architecture_named(name)

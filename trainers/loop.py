@@ -16,12 +16,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ccn_deploy.data.dataset import Dataset
-from ccn_deploy.models import Classifier, build_model, soft_cross_entropy
+from ccn_deploy.models import soft_cross_entropy
 from ccn_deploy.trainers.batches import Batch, epoch_batches, fetch_ahead
-from ccn_deploy.trainers.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from ccn_deploy.trainers.config import Plan
+from ccn_deploy.trainers.checkpoint import (
+    Checkpoint,
+    detached,
+    load_checkpoint,
+    save_checkpoint,
+)
+from ccn_deploy.trainers.config import OwnNetwork, Plan
 from ccn_deploy.trainers.divergence import diverged
 from ccn_deploy.trainers.events import EpochEnded, Started, Stepped, Watcher
+from ccn_deploy.trainers.network import forward, make_network, scalars
 from ccn_deploy.trainers.recipes import Recipe
 from ccn_deploy.trainers.reproducible import reproducible
 from ccn_deploy.trainers.rundir import RunDirectory
@@ -63,13 +69,11 @@ class _Fit:
         self.plan, self.recipe = task.plan, task.plan.recipe
         self.steps_per_epoch = math.ceil(len(task.train) / self.recipe.batch_size)
 
-        self.model = build_model(
-            self.plan.architecture.name,
-            self.plan.defense.name,
-            classes=len(self.plan.class_names),
-            seed=self.plan.seed,
-        )
-        _to_channels_last(self.model)
+        self.model = make_network(self.plan)
+        self.own = isinstance(self.plan.network, OwnNetwork)
+        # A user's code may call .view() on its features, which needs them to be NCHW in memory.
+        self.layout = torch.contiguous_format if self.own else torch.channels_last
+        _lay_out(self.model, self.layout)
         saved = load_checkpoint(task.directory.checkpoint)
         self.done = list(saved.epochs) if saved else []
         if saved:
@@ -99,8 +103,7 @@ class _Fit:
                 directory.write_metrics(self.done)
             self.tell(ended)
         if self.fabric.is_global_zero:
-            weights = {n: t.detach().cpu().contiguous() for n, t in self.model.state_dict().items()}
-            directory.finish(self.plan, save(weights), self.done)
+            directory.finish(self.plan, save(detached(self.model.state_dict())), self.done)
 
     def _epoch(self, epoch: int) -> EpochEnded:
         """Train one epoch, counted from 0, and measure it."""
@@ -133,11 +136,11 @@ class _Fit:
     def _step(self, batch: Batch, rate: float) -> tuple[Tensor, Tensor]:
         """Take one step; return this process's part of the loss and its number of right labels."""
         targets = torch.from_numpy(
-            self.plan.defense.targets(batch.labels, len(self.plan.class_names))
+            self.plan.network.targets(batch.labels, len(self.plan.class_names))
         ).to(self.fabric.device)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        logits = self.net(self._images(batch.images))
+        logits = forward(self.net, self._images(batch.images))
         # Fabric averages gradients over processes. Weighting each by its share of the images
         # makes that the gradient of the mean over the whole batch, unequal shares included.
         share = batch.share * self.fabric.world_size / batch.size
@@ -156,6 +159,9 @@ class _Fit:
     def _accuracy(self, data: Dataset) -> float:
         """Return the share of images classified right, by all processes together."""
         self.net.eval()
+        if self.fabric.world_size > 1:
+            for buffer in self.model.buffers():  # running statistics: each process has its own
+                torch.distributed.broadcast(buffer, src=0)
         batches = epoch_batches_in_order(len(data))
         shares = fetch_ahead(data, batches, self.fabric.global_rank, self.fabric.world_size)
         right = torch.zeros((), device=self.fabric.device)
@@ -171,7 +177,7 @@ class _Fit:
         if self.fabric.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.fabric.device, non_blocking=True).contiguous(
-            memory_format=torch.channels_last
+            memory_format=self.layout
         )
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -189,6 +195,7 @@ class _Fit:
         return {
             name: self.optimizer.state[parameter]["momentum_buffer"]
             for name, parameter in self.model.named_parameters()
+            if parameter in self.optimizer.state  # not if it is frozen or had no gradient yet
         }
 
     def _check_weights(self, epoch: int) -> None:
@@ -255,24 +262,27 @@ def epoch_batches_in_order(count: int) -> list[NDArray[np.int64]]:
     return np.array_split(np.arange(count), math.ceil(count / EVALUATION_BATCH))
 
 
-def _to_channels_last(model: nn.Module) -> None:
-    """Lay kernels out NHWC in memory: 15 to 30 % faster than NCHW, the same shapes."""
+def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+    """Lay kernels out in memory; NHWC is 15 to 30 % faster than NCHW, with the same shapes."""
     for parameter in model.parameters():
         if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 def _sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    alphas = [p for n, p in model.named_parameters() if n.endswith(".alpha")]
-    others = [p for n, p in model.named_parameters() if not n.endswith(".alpha")]
+    spared = scalars(model)
+    identities = {id(parameter) for parameter in spared}
+    others = [p for p in model.parameters() if id(p) not in identities]
     groups = [{"params": others, "weight_decay": recipe.weight_decay}]
-    if alphas:
-        groups.append({"params": alphas, "weight_decay": 0.0})
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0})
     return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
 
 
-def _set_momentum(model: Classifier, optimizer: torch.optim.SGD, saved: Checkpoint) -> None:
+def _set_momentum(model: nn.Module, optimizer: torch.optim.SGD, saved: Checkpoint) -> None:
     for name, parameter in model.named_parameters():
+        if name not in saved.momentum:
+            continue
         # empty_like keeps the parameter's device and memory layout.
         buffer = torch.empty_like(parameter, requires_grad=False).copy_(saved.momentum[name])
         optimizer.state[parameter]["momentum_buffer"] = buffer

@@ -32,7 +32,7 @@ from ccn_deploy.runs import (
     read_record,
 )
 from ccn_deploy.storage import sha256, write_atomic
-from ccn_deploy.trainers.config import Plan, describe_differences
+from ccn_deploy.trainers.config import OwnNetwork, Plan, describe_differences
 from ccn_deploy.trainers.events import EpochEnded
 
 _FILES = (RUN, METRICS, WEIGHTS, CHECKPOINT)
@@ -149,10 +149,21 @@ class RunDirectory:
 
 
 def _record(plan: Plan, finished: Finished | None = None) -> RunRecord:
+    network = plan.network
+    if isinstance(network, OwnNetwork):
+        return RunRecord(
+            schema="ccn-deploy/run/1",
+            network=network.factory,
+            compact=network.compact,
+            input_shape=network.input_shape,
+            class_names=plan.class_names,
+            training=plan.settings(),
+            finished=finished,
+        )
     return RunRecord(
         schema="ccn-deploy/run/1",
-        architecture=plan.architecture.name,
-        defense=plan.defense.name,
+        architecture=network.architecture.name,
+        defense=network.defense.name,
         class_names=plan.class_names,
         training=plan.settings(),
         finished=finished,

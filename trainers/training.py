@@ -9,10 +9,17 @@ import torch
 
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.runs import TrainedRun, open_run
-from ccn_deploy.trainers.config import TrainConfig, default_threads, make_plan
+from ccn_deploy.trainers.config import (
+    OwnNetwork,
+    TrainConfig,
+    check_network,
+    default_threads,
+    make_plan,
+)
 from ccn_deploy.trainers.devices import launch, resolve_device
 from ccn_deploy.trainers.events import Watcher, ignore
 from ccn_deploy.trainers.loop import Task, fit
+from ccn_deploy.trainers.network import own_network
 from ccn_deploy.trainers.rundir import RunDirectory
 
 
@@ -46,6 +53,7 @@ def train(
         TrainingDivergedError: The loss stopped being a number.
         StorageError: The directory cannot be written.
     """
+    check_network(config)
     directory = RunDirectory(Path(output))
     device = resolve_device(config.device, config.devices)
     threads = config.threads
@@ -55,7 +63,13 @@ def train(
         if found is not None:
             threads = found.training["threads"]
     plan = make_plan(
-        config, train_data, test_data, threads=threads, device=device, torch=str(torch.__version__)
+        config,
+        train_data,
+        test_data,
+        threads=threads,
+        device=device,
+        torch=str(torch.__version__),
+        own=_own_network(config, train_data),
     )
     if overwrite:
         directory.discard()
@@ -63,3 +77,10 @@ def train(
         task = Task(plan, train_data, test_data, directory)
         launch(fit, task, device=device, devices=config.devices, watcher=watcher)
     return open_run(directory.path)
+
+
+def _own_network(config: TrainConfig, data: Dataset) -> OwnNetwork | None:
+    """Make the user's own network once, if there is one."""
+    if config.network is None:
+        return None
+    return own_network(config.network, config.compact, config.label_smoothing, data, config.seed)

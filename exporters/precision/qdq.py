@@ -9,6 +9,7 @@ placed here, because a library's placement also quantises what a product is divi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -139,5 +140,5 @@ class _Grid:
     def _keep(self, *constants: onnx.TensorProto) -> None:
         self.constants.update((constant.name, constant) for constant in constants)
 
-    def _node(self, op: str, reads: list[str], name: str, **attributes: int) -> None:
+    def _node(self, op: str, reads: list[str], name: str, **attributes: Any) -> None:
         self.nodes.append(helper.make_node(op, reads, [name], name=name, **attributes))

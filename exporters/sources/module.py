@@ -19,7 +19,7 @@ from ccn_deploy.errors import IntegrityError, UsageError, first_line
 from ccn_deploy.exporters.sources.module_graph import readable_graph
 from ccn_deploy.exporters.sources.module_layers import WRAPPED, traceable
 from ccn_deploy.extras import require
-from ccn_deploy.factory import load_factory
+from ccn_deploy.factory import load_factory, logits_of
 from ccn_deploy.graph.builder import OPSET
 from ccn_deploy.graph.signature import BATCH, INPUT, OUTPUT
 from ccn_deploy.layers import compactify
@@ -149,15 +149,15 @@ def _check(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """Return the number of classes, once the module is known to be a classifier."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(3, *input_shape, generator=generator)
-    logits = _logits(network, images)
+    logits = logits_of(network, images)
     scale = max(float(logits.abs().max()), 1e-30)
-    if not _close(_logits(network, images), logits, scale):
+    if not _close(logits_of(network, images), logits, scale):
         raise UsageError(
             "The module is random in evaluation mode: the same images got other logits.",
             "Let its random layers act in training mode only, as torch.nn.Dropout does.",
         )
     for count in (1, 2):
-        if not _close(_logits(network, images[:count]), logits[:count], scale):
+        if not _close(logits_of(network, images[:count]), logits[:count], scale):
             raise UsageError(
                 "An image's logits depend on the other images of its batch.",
                 "Normalise with running statistics (track_running_stats=True), not the batch's.",
@@ -168,33 +168,6 @@ def _check(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
             "Load its trained weights: many networks start with zeros in their last layer.",
         )
     return logits.shape[1]
-
-
-def _logits(network: nn.Module, images: Tensor) -> Tensor:
-    """Return what the module makes of images, if that is logits."""
-    shape = list(images.shape)
-    try:
-        logits = network(images.clone())
-    except Exception as error:  # a module may raise anything
-        raise UsageError(
-            f"The module raises on images of shape {shape}: {first_line(error)}",
-            "It must take float32 images [N, C, H, W] in [0, 1], with any N.",
-        ) from error
-    hint = "Let it return one tensor of logits [N, classes]; a small wrapper module can pick it."
-    if not isinstance(logits, Tensor):
-        raise UsageError(f"The module returns a {type(logits).__name__}, not a tensor.", hint)
-    if not logits.is_floating_point():
-        raise UsageError(f"The module returns {logits.dtype}, not floating-point logits.", hint)
-    if logits.dim() != 2 or len(logits) != len(images):
-        raise UsageError(
-            f"The module returns shape {list(logits.shape)} for images of shape {shape}.", hint
-        )
-    if not bool(logits.isfinite().all()):
-        raise UsageError(
-            "The module returns logits that are no numbers for images of noise in [0, 1].",
-            "Check its weights and what it divides by.",
-        )
-    return logits
 
 
 def _close(a: Tensor, b: Tensor, scale: float) -> bool:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
@@ -35,7 +36,7 @@ FLAT = frozenset({"Sign", "Floor", "Ceil", "Round", "Hardmax"})
 def gradient_graph(forward: Graph) -> onnx.ModelProto:
     """Return the graph of a network's logits and input gradients in float32.
 
-    Equal graphs give equal bytes.
+    Equal graphs give equal bytes. It takes one image or more, and one candidate or more.
 
     Args:
         forward: A forward graph: ``images`` [batch, C, H, W] to ``logits`` [batch, classes].
@@ -71,8 +72,17 @@ def _live(forward: Graph) -> frozenset[str]:
     live = {INPUT}
     for node in forward.nodes:
         if node.op not in FLAT and any(tensor in live for tensor in node.inputs):
+            _check_precision(forward, node)
             live.update(tensor for tensor in node.outputs if tensor in forward.floats)
     return frozenset(live)
+
+
+def _check_precision(forward: Graph, node: Node) -> None:
+    """Raise if a node has constants of other floats than float32: so it computes in them."""
+    for name in node.inputs:
+        kind = forward.constants[name].dtype if name in forward.constants else None
+        if kind is not None and kind.kind == "f" and kind != np.float32:
+            raise no_gradient(node, f"computes in {kind}")
 
 
 def _step_back(
@@ -88,10 +98,10 @@ def _step_back(
         _sum(tape, tensor, found) if tensor in found else None for tensor in node.outputs
     )
     site = Site(tape, node, incoming, live)
-    given = next(gradient for gradient in incoming if gradient is not None)
-    if incoming[0] is None and node.op != "Split":
-        raise no_gradient(node, "is used by an output that has no rule")
-    owed: Sequence[Gradient | None] = rule.backward(site, incoming[0] or given)
+    given, *others = [gradient for gradient in incoming if gradient is not None]
+    if node.op != "Split" and (others or given is not incoming[0]):
+        raise no_gradient(node, "is used by another output than the first")
+    owed: Sequence[Gradient | None] = rule.backward(site, given)
     for tensor, gradient in zip(node.inputs, owed, strict=False):
         if gradient is not None and tensor in live:
             found.setdefault(tensor, []).append(gradient)

@@ -222,12 +222,12 @@ def _sigmoid(at: Site) -> str:
 
 @slope("HardSigmoid")
 def _hard_sigmoid(at: Site) -> str:
-    inside = at.add(
-        "And",
-        at.add("Greater", at.y, at.number(0)),
-        at.add("Less", at.y, at.number(1)),
-    )
-    return at.add("Mul", at.floats(inside), at.number(at.attribute("alpha", 0.2)))
+    """As Clip of a line: the limits themselves pass."""
+    alpha, beta = at.attribute("alpha", 0.2), at.attribute("beta", 0.5)
+    line = at.add("Add", at.add("Mul", at.x, at.number(alpha)), at.number(beta), part="line")
+    above = at.add("GreaterOrEqual", line, at.number(0))
+    below = at.add("LessOrEqual", line, at.number(1))
+    return at.add("Mul", at.floats(at.add("And", above, below)), at.number(alpha))
 
 
 @slope("HardSwish")
