@@ -63,7 +63,7 @@ JsonOption = Annotated[
 ]
 
 
-_DATA_OPTIONS = {
+_DATA_OPTIONS: dict[str, tuple[str, bool | str, str]] = {
     "resize": (
         "MODE",
         "shortest",
