@@ -24,6 +24,8 @@ from ccn_deploy.graph.reader import read_graph
 from ccn_deploy.targets import Role
 from tests.foreign import wheel
 
+pytestmark = pytest.mark.timeout(900)  # several commands each, and a training
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "examples" / "README.md"
 
