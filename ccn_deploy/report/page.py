@@ -9,7 +9,6 @@ from ccn_deploy.bundle import Bundle
 from ccn_deploy.report.curves import curves
 from ccn_deploy.report.examples import Example
 from ccn_deploy.report.parity import parity_table
-from ccn_deploy.report.pictures import pictures_of
 from ccn_deploy.report.provenance import digests, provenance
 from ccn_deploy.report.view import Fact, Page, Target
 from ccn_deploy.robustness import PrecisionsResult, RobustnessResult
@@ -64,7 +63,8 @@ def page_of(
         precisions=precision_table(result) if isinstance(result, PrecisionsResult) else None,
         targets=targets,
         parity=parity_table(parity) if parity else None,
-        pictures=pictures_of(examples, bundle.card.class_names),
+        examples=examples,
+        class_names=bundle.card.class_names,
         pictured=targets[0].name,
         warnings=warnings,
         command=command,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ccn_deploy.attacks.source import GRADIENTS
@@ -38,8 +38,10 @@ def provenance(bundle: Bundle, measurements: Sequence[Measurement]) -> list[Fact
             f"the first {first.n} images of the permutation with seed {first.seed}",
         ),
         Fact("Gradients", f"{'; '.join(gradients)}; every verdict is the runtime's own"),
-        Fact("Versions", _list(f"{name} {version}" for name, version in sorted(versions.items()))),
-        Fact("Machine", _list([*machines, *gpus])),
+        Fact(
+            "Versions", ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        ),
+        Fact("Machine", ", ".join([*machines, *gpus])),
         Fact("Manifest", bundle.manifest.digest, code=True),
     ]
     return [fact for fact in facts if fact.value]
@@ -65,12 +67,8 @@ def _evidence(measurements: Sequence[Measurement]) -> list[Evidence]:
 
 def _training(training: Mapping[str, Any]) -> str:
     """Return what the manifest says of the training, on a line; digests stand elsewhere."""
-    return _list(
+    return ", ".join(
         f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
         for name, value in training.items()
         if isinstance(value, str | int | float) and not name.endswith("digest")
     )
-
-
-def _list(items: Iterable[str]) -> str:
-    return ", ".join(items)
