@@ -47,7 +47,7 @@ $(GPU_INSTALLED): pyproject.toml constraints.txt
 	$(GPU_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]' || echo 'TensorRT could not be installed; its tests will be skipped.'
 	@touch $@
 
-test-wide: $(INSTALLED) ## Derive everything from every published network (20 minutes)
+test-wide: $(INSTALLED) ## Derive everything from every published and every kind of own network (25 minutes)
 	$(BIN)/python -m pytest -m wide
 
 soak: $(INSTALLED) ## Ask one loaded bundle from eight threads for a minute

@@ -18,6 +18,7 @@ from benchmarks.attacks import attacks
 from benchmarks.forward import forward, lowerings
 from benchmarks.gradients import gradients
 from benchmarks.memory import memory
+from benchmarks.others import others
 from benchmarks.peers.libraries import PACKAGES
 from benchmarks.serving import serving
 from benchmarks.subjects import Subjects, make_subjects
@@ -31,6 +32,7 @@ SECTIONS: dict[str, Section] = {
     "lowerings": lowerings,
     "serving": serving,
     "gradients": gradients,
+    "others": others,
     "attacks": attacks,
     "memory": memory,
     "bounded": peers.bounded,

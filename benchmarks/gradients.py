@@ -38,12 +38,13 @@ def _rows(subjects: Subjects, rounds: int) -> Iterator[Row]:
 
             for title, memory_format in FORMATS.items():
                 reference = load_reference(bundle).to(memory_format=memory_format)
-                ratio = compare(_autograd(reference, images, cotangents), native, rounds=rounds)
+                ratio = compare(autograd(reference, images, cotangents), native, rounds=rounds)
                 what = f"forward and {count} gradient{'s'[: count - 1]}, batch {batch}"
                 yield what, defense.upper(), title, "ONNX Runtime", ratio
 
 
-def _autograd(network: nn.Module, images: np.ndarray, cotangents: np.ndarray) -> Work:
+def autograd(network: nn.Module, images: np.ndarray, cotangents: np.ndarray) -> Work:
+    """Return PyTorch's own way to a network's logits and its gradients, one a cotangent."""
     x = torch.from_numpy(images)
     columns = torch.from_numpy(cotangents).unbind(dim=1)
 

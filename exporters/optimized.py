@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from ccn_deploy.errors import LoweringError
+from ccn_deploy.exporters.canonical import canonical
 from ccn_deploy.exporters.checks import check_plain, check_valid
 from ccn_deploy.exporters.compact import CompactLayer, Window, compact_layers
 from ccn_deploy.graph.evaluate import GraphModule
@@ -53,8 +54,9 @@ def optimize(forward: Graph) -> onnx.ModelProto:
     A graph without compact layers keeps all its nodes.
 
     Args:
-        forward: Canonical, float32.
+        forward: float32; what is rewritten is its canonical form.
     """
+    forward = canonical(forward)
     rewriting = _Rewriting(forward)
     layers = compact_layers(forward)
     replaced = {name: layer for layer in layers for name in layer.nodes}
@@ -69,7 +71,7 @@ def optimize(forward: Graph) -> onnx.ModelProto:
 
 def differs(forward: Graph) -> bool:
     """Whether there is anything in a graph that is written otherwise: a compact layer."""
-    return bool(compact_layers(forward))
+    return bool(compact_layers(canonical(forward)))
 
 
 def check_optimized(model: onnx.ModelProto, forward: Graph) -> None:
@@ -84,7 +86,7 @@ def check_optimized(model: onnx.ModelProto, forward: Graph) -> None:
     """
     check_valid(model)
     check_plain(model)
-    ends = [(list(m.graph.input), list(m.graph.output)) for m in (model, forward.model)]
+    ends = [(list(m.graph.input), list(m.graph.output)) for m in (model, canonical(forward).model)]
     if ends[0] != ends[1]:
         raise LoweringError("The optimised graph has other inputs or outputs.", HINT)
     noise = np.random.default_rng(0).random((2, *forward.input_shape))

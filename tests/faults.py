@@ -87,7 +87,7 @@ def turn_kernel_back(bundle: Bundle, output: Path, layer: str = "conv2") -> Bund
         constant = _constant(graph, f"{layer}.grad.weight")
         _set(constant, np.ascontiguousarray(numpy_helper.to_array(constant)[:, :, ::-1, ::-1]))
 
-    return edited(bundle, output, edit, role="gradient")
+    return edited(bundle, output, edit, role=Role.GRADIENT)
 
 
 def hold_norm_fixed(bundle: Bundle, output: Path, layer: str = "conv2") -> Bundle:
@@ -98,7 +98,7 @@ def hold_norm_fixed(bundle: Bundle, output: Path, layer: str = "conv2") -> Bundl
         node.op_type = "Identity"
         del node.input[1]
 
-    return edited(bundle, output, edit, role="gradient")
+    return edited(bundle, output, edit, role=Role.GRADIENT)
 
 
 def pass_to_every_maximum(bundle: Bundle, output: Path) -> Bundle:
@@ -109,17 +109,17 @@ def pass_to_every_maximum(bundle: Bundle, output: Path) -> Bundle:
             mask = _node(graph, f"{pool}.grad.mask")
             mask.input[0] = f"{pool}.grad.maximal"
 
-    return edited(bundle, output, edit, role="gradient")
+    return edited(bundle, output, edit, role=Role.GRADIENT)
 
 
 def swap_candidates(bundle: Bundle, output: Path) -> Bundle:
     """Return the candidates of every image in reverse: right for one, wrong for several."""
-    return edited(bundle, output, lambda graph: _reverse(graph, GRADIENTS, 1), role="gradient")
+    return edited(bundle, output, lambda graph: _reverse(graph, GRADIENTS, 1), role=Role.GRADIENT)
 
 
 def swap_gradients(bundle: Bundle, output: Path) -> Bundle:
     """Return the gradients of a batch in reverse: right for one image, wrong for several."""
-    return edited(bundle, output, lambda graph: _reverse(graph, GRADIENTS, 0), role="gradient")
+    return edited(bundle, output, lambda graph: _reverse(graph, GRADIENTS, 0), role=Role.GRADIENT)
 
 
 def another_forward(bundle: Bundle, output: Path) -> Bundle:
@@ -130,7 +130,7 @@ def another_forward(bundle: Bundle, output: Path) -> Bundle:
         value = numpy_helper.to_array(constant)
         _set(constant, value * np.float32(1.001))
 
-    return edited(bundle, output, edit, role="gradient")
+    return edited(bundle, output, edit, role=Role.GRADIENT)
 
 
 def edited(
@@ -138,9 +138,13 @@ def edited(
     output: Path,
     edit: Callable[[onnx.GraphProto], None],
     *,
-    role: str = "forward",
+    role: Role = Role.FORWARD,
 ) -> Bundle:
-    """Write a copy of a bundle with the graphs of a role edited, and a manifest that agrees."""
+    """Write a copy of a bundle with the graphs of a role edited, and a manifest that agrees.
+
+    The float32 forward graph is the network itself and stays: ONNX Runtime on the CPU gets one of
+    its own, edited.
+    """
     files = []
     for record in bundle.manifest.files:
         file = NewFile.copy(bundle, record)
@@ -148,7 +152,12 @@ def edited(
             model = onnx.load_model_from_string(file.data)
             edit(model.graph)
             onnx.checker.check_model(model, full_check=True)
-            file = replace(file, data=model.SerializeToString(deterministic=True))
+            data = model.SerializeToString(deterministic=True)
+            if (record.role, record.precision, record.runtime) == (Role.FORWARD, "fp32", ""):
+                files.append(file)
+                path = f"{record.path.removesuffix('.onnx')}-edited.onnx"
+                file = replace(file, path=path, runtime="onnxruntime-cpu")
+            file = replace(file, data=data)
         files.append(file)
     return write_bundle(output, card=bundle.card, files=files)
 

@@ -18,9 +18,12 @@ CLASSES = 10
 
 
 def foreign_bundle(
-    path: Path, forward: onnx.ModelProto, deployed: onnx.ModelProto | None = None
+    path: Path,
+    forward: onnx.ModelProto,
+    deployed: onnx.ModelProto | None = None,
+    gradient: onnx.ModelProto | None = None,
 ) -> Bundle:
-    """Write a bundle of a forward graph, and of another one that ONNX Runtime executes."""
+    """Write a bundle of a forward graph, perhaps of another one that ONNX Runtime executes."""
     files = [NewFile("graphs/forward-fp32.onnx", to_bytes(forward), Role.FORWARD, "fp32")]
     if deployed is not None:
         files.append(
@@ -32,6 +35,9 @@ def foreign_bundle(
                 runtime="onnxruntime-cpu",
             )
         )
+    if gradient is not None:
+        data = to_bytes(gradient)
+        files.append(NewFile("graphs/gradient-fp32.onnx", data, Role.GRADIENT, "fp32"))
     card = a_card(
         name="foreign",
         input_shape=SHAPE,

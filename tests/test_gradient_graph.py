@@ -568,11 +568,7 @@ def test_a_gradient_graph_that_is_none_is_refused_when_asked_for(
         other = lower_gradient(random_network("mnist-cnn", "ccn", classes=4))
         graph = other.SerializeToString()
     manifest = bundle.manifest
-    kept = [
-        NewFile(file.path, bundle.read(file), file.role, file.precision)
-        for file in manifest.files
-        if file.role != "gradient"
-    ]
+    kept = [NewFile.copy(bundle, file) for file in manifest.files if file.role != "gradient"]
     wrong = write_bundle(
         tmp_path / "wrong",
         card=bundle.card,
@@ -586,7 +582,7 @@ def test_a_gradient_graph_that_is_none_is_refused_when_asked_for(
 
 def test_a_gradient_graph_in_another_precision_does_not_count(bundle: Bundle) -> None:
     files = tuple(
-        replace(file, precision="fp16") if file.role == "gradient" else file
+        msgspec.structs.replace(file, precision="fp16") if file.role == "gradient" else file
         for file in bundle.manifest.files
     )
     relabelled = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, files=files))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -372,7 +373,7 @@ def test_parity_measures_the_graph_that_runs(optimized: Path, tmp_path: Path) ->
             graph = onnx.load_model_from_string(data)
             _constant(graph.graph, "conv3.bias", lambda value: value.fill(0.5))
             data = graph.SerializeToString(deterministic=True)
-        files.append(NewFile(record.path, data, record.role, record.precision))
+        files.append(replace(NewFile.copy(healthy, record), data=data))
     faulty = write_bundle(
         tmp_path / "faulty",
         card=healthy.card,

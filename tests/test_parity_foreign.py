@@ -15,6 +15,9 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from ccn_deploy.exporters.canonical import canonical
+from ccn_deploy.exporters.vjp import gradient_graph
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
 from ccn_deploy.verdict import Verdict
 from tests import modules
@@ -153,10 +156,23 @@ def test_a_head_of_zeros_proves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit"])
-def test_gradients_of_float32_autograd_pass(name: str, tmp_path: Path) -> None:
-    """On images whose gradients differ by more than rounding only where a kink is near."""
-    request = replace(REQUEST, runtime="torch", per_layer=False)
-    result = judge(collect(foreign_bundle(tmp_path / name, healthy(name)), request))
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime-cpu"])
+def test_true_gradients_pass(name: str, runtime: str, tmp_path: Path) -> None:
+    """They differ from float64 autograd by more than rounding only where a kink is near."""
+    forward = healthy(name)
+    gradient = gradient_graph(canonical(Graph(forward)))
+    bundle = foreign_bundle(tmp_path / name, forward, gradient=gradient)
+    result = judge(collect(bundle, replace(REQUEST, runtime=runtime, per_layer=False)))
     assert result.verdict is Verdict.PASS, [finding.reasons for finding in result.failures]
     assert result.gradients is not None
     assert sum(finding.row.slopes.judged for finding in result.gradients) > 0
+
+
+def test_gradients_of_another_network_fail(tmp_path: Path) -> None:
+    """One epsilon differs, in the gradient graph only."""
+    other = canonical(Graph(graph("resnet", other_epsilon)))
+    bundle = foreign_bundle(tmp_path / "b", healthy("resnet"), gradient=gradient_graph(other))
+    result = judge(collect(bundle, replace(REQUEST, per_layer=False)))
+    assert result.verdict is Verdict.FAIL
+    assert result.gradients is not None and any(finding.reasons for finding in result.gradients)
+    assert all(f.verdict is Verdict.PASS for f in (*result.inputs, *result.invariance))

@@ -188,3 +188,28 @@ class TestEvidenceFile:
 def test_an_unknown_precision_names_those_known() -> None:
     with pytest.raises(UsageError, match="fp32"):
         tolerance_for("fp23")
+
+
+def blank(kind: str, found: float) -> ParityEvidence:
+    """Logits of a reference that gives nothing but 0."""
+    deviation = compare_logits(
+        np.full((3, 4), found), np.zeros((3, 4)), scale=0.0, unit=0.0, margins=np.zeros(3)
+    )
+    return ParityEvidence(SETTING, (InputRow(kind, 1, deviation),), ())
+
+
+@pytest.mark.parametrize(
+    ("kind", "found", "verdict", "words"),
+    [
+        ("clean", 0.0, Verdict.INCONCLUSIVE, "an untrained head"),
+        ("zero", 0.0, Verdict.PASS, ""),  # as a network without biases answers a black image
+        ("clean", 1e-9, Verdict.FAIL, "1e-09 where the reference gives nothing but 0"),
+    ],
+)
+def test_logits_of_nothing_but_zero_are_said_to_be_so(
+    kind: str, found: float, verdict: Verdict, words: str
+) -> None:
+    result = judge(blank(kind, found))
+    assert result.verdict is verdict
+    assert words in "".join(result.inputs[0].reasons)
+    json.dumps(result.document(), allow_nan=False)

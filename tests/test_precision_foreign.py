@@ -314,6 +314,27 @@ WIDE_NODES = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("opset", [20, 21])
+def test_group_normalization_changes_its_meaning_with_opset_21(opset: int) -> None:
+    scales = 4 if opset == 20 else 8
+    graph = small(
+        [
+            ("Conv", [INPUT, "w"], "conv", {}),
+            ("GroupNormalization", ["conv", "gamma", "beta"], "norm", {"num_groups": 4}),
+            ("Flatten", ["norm"], "flat", {}),
+        ],
+        {"w": weights(8, 3, 3, 3), "gamma": weights(scales), "beta": weights(scales, seed=1)},
+        opset=opset,
+    )
+    images = noise(3, (3, 6, 6))
+    wanted = GraphModule(graph, torch.float64)(torch.from_numpy(images)).numpy()
+    for precision, unit in UNITS.items():
+        converted = convert(graph, precision).graph
+        check_precision(converted, precision)
+        found = by_definition(converted, images)
+        assert np.abs(found - wanted).max() < 4 * unit * np.abs(wanted).max()
+
+
 def test_image_is_not_rounded_before_its_mean_is_subtracted() -> None:
     graph = small(
         [

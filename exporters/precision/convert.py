@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 
 from ccn_deploy.errors import UsageError, unknown
+from ccn_deploy.exporters.canonical import canonical
 from ccn_deploy.exporters.precision.calibration import Calibration, ranges
 from ccn_deploy.exporters.precision.cast import low_nodes, round_constants, to_half
 from ccn_deploy.exporters.precision.formats import GRIDS, HALVES, Format
@@ -57,8 +58,8 @@ def convert(
     The same graph and calibration give the same bytes.
 
     Args:
-        graph: A canonical forward graph; for fp16 and bf16 also its gradient graph. It is not
-            changed.
+        graph: A forward graph; for fp16 and bf16 also its gradient graph. It is not changed; the
+            conversion starts from its canonical form.
         precision: One of :data:`PRECISIONS`.
         calibration: Images to find the ranges of activations on; int8 and fp8 need them.
         keep_fp32: Names of nodes of the forward graph, or what such names begin with, that stay
@@ -72,7 +73,7 @@ def convert(
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
-    forward = forward_part(graph)
+    forward = canonical(forward_part(graph))
     kept = kept_nodes(forward, keep_fp32)
     if precision in HALVES:
         return _to_half(graph, forward, HALVES[precision], kept)

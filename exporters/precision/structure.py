@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import onnx
-from onnx import TensorProto, shape_inference
+from onnx import TensorProto
 
 from ccn_deploy.errors import LoweringError
 from ccn_deploy.exporters.checks import check_plain, check_valid
 from ccn_deploy.exporters.precision.formats import GRIDS, HALVES
 from ccn_deploy.exporters.precision.islands import kept_nodes
+from ccn_deploy.exporters.precision.types import tensor_types
 from ccn_deploy.graph.graph import Graph, Node
 from ccn_deploy.graph.signature import COTANGENTS, GRADIENTS, INPUT, OUTPUT
 
@@ -98,13 +99,9 @@ class _TypedGraph:
     """A graph with the type of every tensor."""
 
     def __init__(self, graph: Graph, keep_fp32: Sequence[str]) -> None:
-        inferred = shape_inference.infer_shapes(graph.model, check_type=True).graph
-        self._ends = [*inferred.input, *inferred.output]
-        self._types: dict[str, int] = {
-            value.name: value.type.tensor_type.elem_type
-            for value in (*self._ends, *inferred.value_info)
-        }
-        self._types |= {constant.name: constant.data_type for constant in inferred.initializer}
+        body = graph.model.graph
+        self._ends = [end.name for end in (*body.input, *body.output)]
+        self._types = tensor_types(graph.model)
         self._graph = graph
         self._forward = {node.name: node for node in graph.above()}
         self._kept = kept_nodes(graph, keep_fp32)
@@ -112,11 +109,11 @@ class _TypedGraph:
 
     def check_ends(self) -> None:
         """Assert that inputs and outputs are the ones that are known, in float32."""
-        names = {end.name for end in self._ends}
+        names = set(self._ends)
         if names not in ENDS:
             raise LoweringError(f"The graph has other ends: {', '.join(sorted(names))}.", HINT)
         for end in self._ends:
-            self._require_wide(end.name, "The graph")
+            self._require_wide(end, "The graph")
 
     def check_wide_ops(self) -> None:
         """Assert that the ops that are always float32 are."""
@@ -214,7 +211,11 @@ class _TypedGraph:
             self._check_same_numbers(root, path[-1])
 
     def _check_mean(self, square: Node) -> None:
-        """Assert that a mean that is squared, or subtracted before, is float32."""
+        """Assert that a mean that is squared, or subtracted before, is float32.
+
+        Unless a product reads the rounded mean too: then it is what a compact layer multiplies,
+        and :meth:`_check_same_numbers` says what its norm reads.
+        """
         node = self._graph.made_by.get(square.inputs[0])
         operand = square.inputs[0]
         if node is not None and node.op == "Sub":
@@ -223,7 +224,9 @@ class _TypedGraph:
         mean = self._graph.made_by.get(self._unrounded(operand))
         if mean is not None and mean.op in ("ReduceMean", "GlobalAveragePool"):
             self._require_wide_node(mean)
-            if operand not in mean.outputs:
+            readers = self._graph.readers.get(operand, ())
+            multiplied = any(n.op in PRODUCTS and n.inputs[0] == operand for n in readers)
+            if operand not in mean.outputs and not multiplied:
                 raise self._rounds(
                     self._graph.made_by[operand], f"the mean that {square.name!r} needs"
                 )

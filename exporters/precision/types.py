@@ -20,11 +20,25 @@ ELEMENT: dict[int, str] = {
 
 
 def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
-    """Return the ``TensorProto`` type of every tensor of a graph whose type can be inferred."""
+    """Return the ``TensorProto`` type of every tensor of a graph.
+
+    By ONNX's inference; where that gives up (it does on some ops that it defines as functions), an
+    output has the type of the input that is declared alike.
+    """
     inferred = shape_inference.infer_shapes(model).graph
     ends = [*inferred.input, *inferred.value_info, *inferred.output]
     types = {end.name: int(end.type.tensor_type.elem_type) for end in ends}
-    return types | {constant.name: int(constant.data_type) for constant in inferred.initializer}
+    types |= {constant.name: int(constant.data_type) for constant in inferred.initializer}
+    opset = Graph(model).opset
+    for node in model.graph.node:
+        if any(tensor and not types.get(tensor) for tensor in node.output):
+            schema = defs.get_schema(node.op_type, opset)
+            declared: dict[str, int] = {}
+            for tensor, formal in zip(node.input, _formals(schema.inputs), strict=False):
+                declared.setdefault(formal, types.get(tensor, 0))
+            for tensor, formal in zip(node.output, _formals(schema.outputs), strict=False):
+                types[tensor] = types.get(tensor) or declared.get(formal, 0)
+    return types
 
 
 class Signatures:
