@@ -78,11 +78,7 @@ def _doubts(result: RobustnessResult) -> dict[str, list[str]]:
 
 def _gradients(result: RobustnessResult) -> str:
     """Say where the gradients on the runtime came from, and how far to trust the choice."""
-    from ccn_deploy.attacks.source import GRADIENTS
-
-    name = result.measurement.gradient
-    said = f"{name}, {GRADIENTS[name]}"
-    agreement = result.measurement.agreement
+    said, agreement = result.measurement.gradient_source, result.measurement.agreement
     if agreement is None:
         return said
     clean, attacked = agreement.clean, agreement.adversarial

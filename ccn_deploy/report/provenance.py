@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ccn_deploy.attacks.source import GRADIENTS
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.report.view import Fact
 from ccn_deploy.robustness import Evidence, Measurement
@@ -25,7 +24,7 @@ def provenance(bundle: Bundle, measurements: Sequence[Measurement]) -> list[Fact
     }
     machines = dict.fromkeys(header["machine"] for header in headers if "machine" in header)
     gpus = dict.fromkeys(header["gpu"]["name"] for header in headers if header.get("gpu"))
-    sources = {m.precision: f"{m.gradient}, {GRADIENTS[m.gradient]}" for m in measurements}
+    sources = {m.precision: m.gradient_source for m in measurements}
     alike = len(set(sources.values())) == 1
     gradients = [sources[first.precision]] if alike else [f"{p}: {s}" for p, s in sources.items()]
     facts = [
