@@ -32,7 +32,8 @@ def show(result: RobustnessResult | PrecisionsResult, report: Path | None) -> No
         _show_tables(result)
     for one in results:
         name = f"{one.measurement.precision}: " if len(results) > 1 else ""
-        out.print(f"{name}gradients {_gradients(one)}.", soft_wrap=True)
+        whose = f"{name}gradients" if name else "Gradients on the runtime:"
+        out.print(f"{whose} {_gradients(one)}.", soft_wrap=True)
         for warning in one.warnings:
             _note(f"{name}{warning}")
         for reason, names in _doubts(one).items():
