@@ -326,18 +326,18 @@ EXACT = frozenset(
         "Abs", "ArgMax", "ArgMin", "Cast", "CastLike", "Ceil", "Clip", "Concat", "ConstantOfShape",
         "DepthToSpace", "Dropout", "Expand", "EyeLike", "Flatten", "Floor", "Gather",
         "GatherElements", "GatherND", "GlobalMaxPool", "Hardmax", "Identity", "Max", "MaxPool",
-        "Min", "Neg", "OneHot", "Pad", "Range", "ReduceMax", "ReduceMin", "Relu", "Reshape",
-        "Round", "ScatterElements", "ScatterND", "Shape", "Sign", "Size", "Slice", "SpaceToDepth",
-        "Split", "Squeeze", "ThresholdedRelu", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze",
-        "Where",
+        "Min", "Neg", "OneHot", "Pad", "QuantizeLinear", "Range", "ReduceMax", "ReduceMin", "Relu",
+        "Reshape", "Round", "ScatterElements", "ScatterND", "Shape", "Sign", "Size", "Slice",
+        "SpaceToDepth", "Split", "Squeeze", "ThresholdedRelu", "Tile", "TopK", "Transpose", "Trilu",
+        "Unsqueeze", "Where",
     }
 )  # fmt: skip
 """Ops that choose, move or compare their inputs and round nothing."""
 
 ONE_ROUNDING = frozenset(
     {
-        "Add", "Div", "LeakyRelu", "Mean", "Mod", "Mul", "PRelu", "Reciprocal", "Shrink", "Sqrt",
-        "Sub", "Sum",
+        "Add", "DequantizeLinear", "Div", "LeakyRelu", "Mean", "Mod", "Mul", "PRelu", "Reciprocal",
+        "Shrink", "Sqrt", "Sub", "Sum",
     }
 )  # fmt: skip
 """Ops whose exact result is rounded once."""
