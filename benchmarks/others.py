@@ -110,7 +110,7 @@ class Residual(nn.Module):
         same = inner == outer and stride == 1
         self.skip = nn.Identity() if same else nn.Sequential(*_conv(inner, outer, 1, stride))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return (self.body(x) + self.skip(x)).relu()
 
 
@@ -128,7 +128,7 @@ class Squeeze(nn.Module):
             nn.Hardsigmoid(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         weighted: Tensor = x * self.weights(x)
         return weighted
 
@@ -155,7 +155,7 @@ class Inverted(nn.Module):
             *_conv(wide, outer, 1),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         y: Tensor = self.body(x)
         return x + y if self.same else y
 

@@ -48,7 +48,7 @@ def load_factory(name: str, *, classes: int | None = None) -> nn.Module:
     arguments = _arguments(factory, classes)
     try:
         made = factory(**arguments)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise UsageError(
             f"The factory {name} raises when called with ({given}): {first_line(error)}",
@@ -75,7 +75,7 @@ def _find(name: str) -> Any:
     except ModuleNotFoundError as error:
         hint = _FORM if not is_file else "Install what the file imports."
         raise UsageError(f"{place} cannot be imported: {first_line(error)}", hint) from error
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise UsageError(
             f"{place} raises when it is imported: {first_line(error)}",
             f'See where with: python -c "import runpy; runpy.run_path({place!r})"'

@@ -10,22 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ccn_deploy.cli.options import (
-    CropOption,
     DataDirOption,
-    InterpolationOption,
     JsonOption,
-    LayoutOption,
-    NpzImagesOption,
-    NpzLabelsOption,
-    ResizeOption,
     SeedOption,
-    data_options,
+    takes_data_options,
     tell_notes,
 )
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from ccn_deploy.data import DataOptions
     from ccn_deploy.runs import TrainedRun
     from ccn_deploy.trainers import Event
 
@@ -41,6 +36,7 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+@takes_data_options
 def train(
     *,
     output: Annotated[
@@ -127,12 +123,7 @@ def train(
         int, typer.Option("--devices", min=1, help="GPUs, or processes on the CPU.")
     ] = 1,
     data_dir: DataDirOption = None,
-    resize: ResizeOption = None,
-    crop: CropOption = None,
-    interpolation: InterpolationOption = None,
-    layout: LayoutOption = None,
-    npz_images: NpzImagesOption = None,
-    npz_labels: NpzLabelsOption = None,
+    data: DataOptions,
     download: Annotated[
         bool, typer.Option("--download", help="Download the data set if it is not there.")
     ] = False,
@@ -155,22 +146,12 @@ def train(
     from ccn_deploy.trainers import TrainConfig
     from ccn_deploy.trainers import train as train_run
 
-    options = data_options(
-        resize=resize,
-        crop=crop,
-        interpolation=interpolation,
-        layout=layout,
-        npz_images=npz_images,
-        npz_labels=npz_labels,
-    )
     takes = ModelInput(architecture_named(architecture).input_shape) if architecture else None
     train_data = load_dataset(
-        dataset, "train", data_dir, download=download, options=options, like=takes
+        dataset, "train", data_dir, download=download, options=data, like=takes
     )
     takes = ModelInput(train_data.input_shape, train_data.class_names)
-    test_data = load_dataset(
-        dataset, "test", data_dir, download=download, options=options, like=takes
-    )
+    test_data = load_dataset(dataset, "test", data_dir, download=download, options=data, like=takes)
     tell_notes(train_data, test_data)
     config = TrainConfig(
         defense=defense,

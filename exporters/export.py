@@ -296,10 +296,32 @@ def _check_names(wanted: Wanted, formats: Sequence[str], precisions: Sequence[st
             "Compute capabilities are those of TensorRT-RTX engines, and none is asked for.",
             "Add --format tensorrt-rtx; TensorRT builds for the GPU that is here.",
         )
+    _check_used(wanted)
     if TRITON in formats:
         require("tritonclient", "triton", "to write a Triton repository")
     for library in wanted.libraries:
         find_targets(library, wanted.asked_of(library))
+
+
+def _check_used(wanted: Wanted) -> None:
+    """Refuse what would have no effect: whoever asks for it believes that it has one."""
+    low = any(name != "fp32" for name in wanted.precisions)
+    request = wanted.calibration
+    if not low and request is not None and request != CalibrationRequest(seed=request.seed):
+        raise UsageError(
+            "Images and how to calibrate on them are for low precisions, and none is asked for.",
+            "Add --precision int8, fp16, bf16 or fp8, or leave out --dataset and --calibration.",
+        )
+    if not low and wanted.keep_fp32:
+        raise UsageError(
+            "--keep-fp32 is for low precisions, and none is asked for.",
+            "Add --precision int8, fp16, bf16 or fp8, or leave it out.",
+        )
+    if wanted.tf32 and not wanted.libraries:
+        raise UsageError(
+            "--tf32 is for engines, and none is asked for.",
+            "Add --format tensorrt-rtx or tensorrt, or leave it out.",
+        )
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -179,14 +178,15 @@ FILES: dict[str, tuple[Callable[[], onnx.ModelProto], list[str], list[str]]] = {
     "no size": (classifier, ["--input-size", "0x0"], ["0x0"]),
     "another size": (classifier, ["--input-size", "9x8"], ["9x8", "--input-size"]),
     "a layout": (classifier, ["--input-layout", "hwc"], ["hwc", "nchw"]),
-    "a wrong layout": (classifier, ["--input-layout", "nhwc"], ["--input-layout"]),
     "an order": (classifier, ["--channel-order", "brg"], ["brg"]),
     "a name of an input": (classifier, ["--input", "pixels"], ["'pixels'", "x"]),
-    "a name of an output": (classifier, ["--output-name", "probs"], ["'probs'", "scores"]),
+    "a name of an output": (classifier, ["--output-name", "probs"], ["'probs'", "head0"]),
     "a node to keep": (
         classifier, ["--precision", "fp16", "--keep-fp32", "layer9"], ["'layer9'", "conv"],
     ),
     "a node to keep in float32": (classifier, ["--keep-fp32", "conv"], ["--keep-fp32"]),
+    "how to calibrate nothing": (classifier, ["--calibration", "entropy"], ["--calibration"]),
+    "engines in none": (classifier, ["--tf32"], ["--tf32", "--format"]),
     "a precision": (classifier, ["--precision", "fp12"], ["fp12"]),
     "a format": (classifier, ["--format", "tflite"], ["tflite"]),
     "a batch": (classifier, ["--batch", "8,4,1"], ["batch", "8"]),
@@ -212,7 +212,7 @@ def test_a_file_that_is_no_classifier_or_is_told_wrong_things(
 def test_bytes_that_are_no_network(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for content in (b"", b"PK\x03\x04" + bytes(99), b"not a model"):
         (tmp_path / "network.onnx").write_bytes(content)
-        refused([tmp_path / "network.onnx"], tmp_path, capfd, "network.onnx", "no ONNX model")
+        refused([tmp_path / "network.onnx"], tmp_path, capfd, "network.onnx", "ONNX model")
     data = classifier().SerializeToString()
     (tmp_path / "network.onnx").write_bytes(data[: len(data) // 2])
     refused([tmp_path / "network.onnx"], tmp_path, capfd, "network.onnx")
@@ -247,9 +247,9 @@ def test_an_operator_without_a_gradient_and_what_works_without(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = classifier([])
-    model.graph.node[1].op_type, model.graph.node[1].name = "Tan", "bend"
+    model.graph.node[1].op_type, model.graph.node[1].name = "Asinh", "bend"
     source = saved(model, tmp_path)
-    refused([source], tmp_path, capfd, "Tan", "'bend'", "--no-gradient", "parity")
+    refused([source], tmp_path, capfd, "Asinh", "'bend'", "--no-gradient", "parity")
     assert export([source, "--no-gradient"], tmp_path / "bundle") == 0
     roles = {record.role for record in open_bundle(tmp_path / "bundle").manifest.files}
     assert roles == {Role.FORWARD}
@@ -311,7 +311,7 @@ FACTORY_CASES: dict[str, tuple[str, list[str], list[str]]] = {
     "no size": ("without_size", [], ["--input-size"]),
     "a wrong size": ("without_size", ["--input-size", "9x9"], ["[3, 3, 9, 9]"]),
     "two means": ("network", ["--mean", "0.5,0.5"], ["2", "3 channels"]),
-    "the name of an input": ("network", ["--input", "pixels"], ["--input"]),
+    "the name of an input": ("network", ["--input", "pixels"], ["--input", "[N, C, H, W]"]),
     "a layout": ("network", ["--input-layout", "nhwc"], ["--input-layout"]),
     "no weights": ("network", ["--weights", "w.pth"], ["w.pth"]),
 }
@@ -360,7 +360,7 @@ def test_weights_that_do_not_fit_or_would_run_code(
     source, file = f"{factories}:network", tmp_path / "w.safetensors"
     save_file(weights, file)
     options = [source, "--weights", file]
-    refused(options, tmp_path, capfd, "missing: 3.weight, 3.bias", "spare: 1.weight, 1.bias")
+    refused(options, tmp_path, capfd, "missing: 3.weight, 3.bias", "spare: 1.bias, 1.weight")
     file.write_bytes(b"no safetensors")
     refused(options, tmp_path, capfd, "w.safetensors")
     options[-1] = tmp_path / "w.pth"
@@ -416,25 +416,20 @@ def test_directories_that_are_neither_and_outputs_that_are_taken(
 def test_the_program_itself_says_no_more(tmp_path: Path) -> None:
     """What libraries print on the way out is seen in a process of its own alone."""
     (tmp_path / "nets.py").write_text(FACTORIES)
-    model = saved(external(), tmp_path)
-    for source, word in ((model, "'w'"), ("nets.py:branches", "torch.onnx cannot export")):
-        done = subprocess.run(
-            [
-                *(sys.executable, "-B", "-m", "ccn_deploy.cli.main", "export", str(source)),
-                *("--output", "bundle"),
-            ],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "NO_COLOR": "1", "PYTHONPATH": os.pathsep.join(map(str, paths()))},
-            check=False,
-        )
-        assert done.returncode == ExitCode.USAGE, done.stderr
-        assert word in done.stderr
-        assert len(done.stderr.strip().splitlines()) <= 2, done.stderr
-        assert done.stdout == ""
-        assert tree(tmp_path) == {tmp_path / "nets.py", model}
-
-
-def paths() -> list[Any]:
-    return [Path(__file__).parents[1], *filter(None, [os.environ.get("PYTHONPATH")])]
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [
+            *(sys.executable, "-B", "-m", "ccn_deploy.cli.main", "export", "nets.py:branches"),
+            *("--output", "bundle"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        check=False,
+    )
+    assert done.returncode == ExitCode.USAGE, done.stderr
+    assert "torch.onnx cannot export the module" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 2, done.stderr
+    assert done.stdout == ""
+    assert tree(tmp_path) == {tmp_path / "nets.py"}

@@ -105,9 +105,7 @@ def median_error(got: np.ndarray, truth: np.ndarray) -> float:
     return float(np.median(off / np.linalg.norm(truth.reshape(len(truth), -1), axis=1)))
 
 
-WIDE = [
-    pytest.param(name, marks=() if name in SHORT else pytest.mark.wide) for name in NAMES
-]
+WIDE = [pytest.param(name, marks=() if name in SHORT else pytest.mark.wide) for name in NAMES]
 
 
 @pytest.mark.parametrize("name", WIDE)

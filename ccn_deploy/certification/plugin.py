@@ -92,6 +92,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--ccn-data-dir",
         metavar="DIR",
+        type=Path,
         help="Directory with the files of a data set that has a name.",
     )
     for name, metavar in DATA_OPTIONS.items():

@@ -102,10 +102,11 @@ def _slice(call: Call) -> Function:
         wanted, step = axes(inputs) or range(len(begin)), steps(inputs) or [1] * len(begin)
         index = [slice(None)] * x.dim()
         for axis, first, last, stride in zip(wanted, begin, end, step, strict=True):
+            inside = slice(first, last, stride).indices(x.shape[axis])  # "to the end" is 2^63 - 1
             if stride > 0:
-                index[axis] = slice(first, last, stride)
+                index[axis] = slice(*inside)
             else:  # torch has no backward steps
-                places = range(*slice(first, last, stride).indices(x.shape[axis]))
+                places = range(*inside)
                 x = x.index_select(axis, torch.tensor(places, device=x.device, dtype=torch.int64))
         return x[tuple(index)]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ccn_deploy.attacks.source import GRADIENTS
 from ccn_deploy.bundle import Bundle
-from ccn_deploy.report.claim_text import Json
 from ccn_deploy.report.view import Fact
 from ccn_deploy.robustness import Evidence, Measurement
 from ccn_deploy.storage import sha256_file
@@ -63,7 +63,7 @@ def _evidence(measurements: Sequence[Measurement]) -> list[Evidence]:
     return [evidence for pair in pairs for evidence in (pair.reference, pair.runtime)]
 
 
-def _training(training: Json) -> str:
+def _training(training: Mapping[str, Any]) -> str:
     """Return what the manifest says of the training, on a line; digests stand elsewhere."""
     return _list(
         f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"

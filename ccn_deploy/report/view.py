@@ -6,21 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ccn_deploy.report.figures import Curve
-
-_WORDS = {"pass": "Pass", "fail": "Fail", "inconclusive": "Inconclusive"}
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A verdict as it is shown: a word and the class that colours it."""
-
-    word: str
-    css: str
-
-    @classmethod
-    def of(cls, verdict: str) -> Mark:
-        """Mark a verdict of a document."""
-        return cls(_WORDS[verdict], verdict)
+from ccn_deploy.tables import Mark, Table
 
 
 @dataclass(frozen=True)
@@ -31,33 +17,6 @@ class Fact:
     value: str
     note: str = ""
     code: bool = False
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number of a table, with its interval if it has one."""
-
-    text: str
-    interval: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table; the verdict, if any, stands at its end."""
-
-    name: str
-    values: Sequence[Cell]
-    verdict: Mark | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; the first column is the row's name, the last its verdict."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Row]
-    about: str = ""
 
 
 @dataclass(frozen=True)

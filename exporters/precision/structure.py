@@ -211,7 +211,11 @@ class _TypedGraph:
             self._check_same_numbers(root, path[-1])
 
     def _check_mean(self, square: Node) -> None:
-        """Assert that a mean that is squared, or subtracted before, is float32."""
+        """Assert that a mean that is squared, or subtracted before, is float32.
+
+        Unless a product reads the rounded mean too: then it is what a compact layer multiplies,
+        and :meth:`_check_same_numbers` says what its norm reads.
+        """
         node = self._graph.made_by.get(square.inputs[0])
         operand = square.inputs[0]
         if node is not None and node.op == "Sub":
@@ -220,7 +224,9 @@ class _TypedGraph:
         mean = self._graph.made_by.get(self._unrounded(operand))
         if mean is not None and mean.op in ("ReduceMean", "GlobalAveragePool"):
             self._require_wide_node(mean)
-            if operand not in mean.outputs:
+            readers = self._graph.readers.get(operand, ())
+            multiplied = any(n.op in PRODUCTS and n.inputs[0] == operand for n in readers)
+            if operand not in mean.outputs and not multiplied:
                 raise self._rounds(
                     self._graph.made_by[operand], f"the mean that {square.name!r} needs"
                 )

@@ -133,6 +133,7 @@ def _of_module(given: str, options: SourceOptions) -> NetworkSource:
     from ccn_deploy.exporters.sources.module import export_module, input_shape_of
     from ccn_deploy.factory import load_factory, load_weights
 
+    _check_module_intake(options.intake)
     module = load_factory(given)
     notes = [] if options.weights is None else load_weights(module, options.weights)
     model = export_module(module, input_shape_of(module, options.intake.input_size))
@@ -151,6 +152,16 @@ def _of_module(given: str, options: SourceOptions) -> NetworkSource:
     )
     found = _named(opened, source, options, given.rpartition(":")[2], Path(given))
     return NetworkSource(found.card, found.forward, b"", (*notes, *found.notes), found.path)
+
+
+def _check_module_intake(intake: Intake) -> None:
+    """Refuse what can only be said of an ONNX file, before the module is made."""
+    if intake.input_layout == "nhwc" or intake.input or intake.output:
+        raise UsageError(
+            "A module takes [N, C, H, W] as its only input and returns logits: --input-layout, "
+            "--input and --output-name are for ONNX files.",
+            "Leave them out; a small wrapper module can turn its input or pick an output.",
+        )
 
 
 def _named(
