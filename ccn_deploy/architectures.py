@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ccn_deploy.errors import unknown
+from ccn_deploy.errors import named
 
 POOL = "pool"
 """A 2x2 max-pool with stride 2, between the channel counts of :attr:`Architecture.features`."""
@@ -89,7 +89,4 @@ def architecture_named(name: str) -> Architecture:
     Raises:
         UsageError: No such architecture; the hint suggests the nearest.
     """
-    try:
-        return ARCHITECTURES[name.lower()]
-    except KeyError:
-        raise unknown("architecture", name, ARCHITECTURES) from None
+    return named("architecture", name.lower(), ARCHITECTURES)

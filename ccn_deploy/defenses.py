@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ccn_deploy.errors import unknown
+from ccn_deploy.errors import named
 
 SMOOTH_CORRECT = 0.9
 """Target of the true class under label smoothing; the rest is shared by the other classes,
@@ -73,7 +73,4 @@ def defense_named(name: str) -> Defense:
     Raises:
         UsageError: No such defense; the hint suggests the nearest.
     """
-    try:
-        return DEFENSES[name.lower()]
-    except KeyError:
-        raise unknown("defense", name, DEFENSES) from None
+    return named("defense", name.lower(), DEFENSES)

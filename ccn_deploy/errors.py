@@ -36,8 +36,11 @@ code  meaning
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class ExitCode(IntEnum):
@@ -152,6 +155,17 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     guess = f"Did you mean {near[0]!r}? " if near else ""
     return UsageError(f"Unknown {kind} {name!r}.", f"{guess}Known: {', '.join(known)}.")
+
+
+def named(kind: str, name: str, choices: Mapping[str, T]) -> T:
+    """Return what has a name.
+
+    Raises:
+        UsageError: Nothing has it; the hint suggests the nearest.
+    """
+    if name not in choices:
+        raise unknown(kind, name, choices)
+    return choices[name]
 
 
 def first_line(error: BaseException) -> str:

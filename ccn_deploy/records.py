@@ -68,7 +68,7 @@ def encode(record: Record) -> bytes:
         TypeError, ValueError: A value that its type does not allow, NaN or infinity, text that is
             no Unicode, or more or deeper than :func:`decode` reads.
     """
-    return _readable(canonical_json(document(record)))
+    return _readable(canonical_json(_checked(record)))
 
 
 def encode_line(record: Record) -> bytes:
@@ -77,16 +77,17 @@ def encode_line(record: Record) -> bytes:
     Raises:
         TypeError, ValueError: As :func:`encode`.
     """
-    return _readable(json_line(document(record)))
+    return _readable(json_line(_checked(record)))
 
 
 def document(record: Record) -> dict[str, Any]:
-    """Return a record as plain objects for JSON, each value checked against its type.
+    """Return a record as the plain objects that JSON has, each value checked against its type.
 
     Raises:
         TypeError, ValueError: A value that its type does not allow.
     """
-    return _plain(msgspec.convert(_plain(record), type(record)))
+    plain: dict[str, Any] = json.loads(json_line(_checked(record)))
+    return plain
 
 
 def decode(data: bytes, record: type[R], what: str, hint: str, *, limit: int = LARGEST) -> R:
@@ -121,7 +122,7 @@ def encode_sealed(record: Record) -> bytes:
     Raises:
         TypeError, ValueError: As :func:`encode`.
     """
-    plain = document(record)
+    plain = _checked(record)
     return _readable(canonical_json({**plain, "digest": sha256(canonical_json(plain))}))
 
 
@@ -194,6 +195,10 @@ def _decode(
     if not canonical:
         raise IntegrityError(f"{what} is not in the form that it was written in.", hint)
     return found
+
+
+def _checked(record: Record) -> dict[str, Any]:
+    return _plain(msgspec.convert(_plain(record), type(record)))
 
 
 def _plain(record: Record) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Literal
 
-from ccn_deploy.errors import unknown
+from ccn_deploy.errors import named
 
 Family = Literal["torch", "onnxruntime", "tensorrt"]
 
@@ -144,9 +144,7 @@ def runtime_named(name: str) -> RuntimeKind:
     Raises:
         UsageError: There is none; the hint suggests the nearest.
     """
-    if name not in RUNTIMES:
-        raise unknown("runtime", name, RUNTIMES)
-    return RUNTIMES[name]
+    return named("runtime", name, RUNTIMES)
 
 
 def precision_named(name: str) -> Precision:
@@ -155,9 +153,7 @@ def precision_named(name: str) -> Precision:
     Raises:
         UsageError: There is none; the hint suggests the nearest.
     """
-    if name not in PRECISIONS:
-        raise unknown("precision", name, PRECISIONS)
-    return PRECISIONS[name]
+    return named("precision", name, PRECISIONS)
 
 
 @dataclass(frozen=True)

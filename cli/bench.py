@@ -10,10 +10,8 @@ import typer
 from ccn_deploy.cli.options import JsonOption, ThreadsOption
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from ccn_deploy.bench import BenchRequest, BenchResult
-    from ccn_deploy.bundle import Bundle
+    from ccn_deploy.bench import BenchResult
+    from ccn_deploy.tables import Table
 
 PLOTS = (".png", ".svg", ".pdf")
 
@@ -62,6 +60,7 @@ def bench(
 ) -> None:
     """Measure latency and throughput as a server sees them, by runtime, precision and batch."""
     from ccn_deploy.bench import BenchRequest
+    from ccn_deploy.bench import bench as measure
     from ccn_deploy.bundle import open_bundle
     from ccn_deploy.cli import console
     from ccn_deploy.errors import UsageError
@@ -82,7 +81,8 @@ def bench(
         calls=calls,
         warm_up=warm_up,
     )
-    result = _measure([open_bundle(path) for path in bundles], request)
+    with console.Bar() as bar:
+        result = measure([open_bundle(path) for path in bundles], request, progress=bar)
     if plot is not None:
         from ccn_deploy.report.latency import draw
         from ccn_deploy.storage import write_atomic
@@ -106,28 +106,12 @@ def _batches(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, sizes)))
 
 
-def _measure(bundles: list[Bundle], request: BenchRequest) -> BenchResult:
-    from ccn_deploy.bench import bench as measure
-    from ccn_deploy.cli.console import progress
-
-    bar = progress()
-    task = bar.add_task("")
-
-    def report(what: str, done: int, total: int) -> None:
-        bar.start()  # not before there is something to measure; again is harmless
-        bar.update(task, description=what, completed=done, total=total)
-
-    try:
-        return measure(bundles, request, progress=report)
-    finally:
-        bar.stop()
-
-
 def _print(result: BenchResult) -> None:
     """Print what was measured where, the table, and what was not measured and why."""
     from rich.markup import escape
 
     from ccn_deploy.cli.console import out
+    from ccn_deploy.cli.tables import show
 
     document = result.document()
     machine, setting = document["machine"], document["setting"]
@@ -137,9 +121,9 @@ def _print(result: BenchResult) -> None:
     threads = f"{setting['threads']} of " if setting["threads"] else ""
     gpus = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
     out.print(f"{machine['processor']}, {threads}{machine['cpus']} CPUs{gpus}; {versions}")
-    out.print(_latencies(result))
+    show(_latencies(result), words=2)
     if len(result.bundles) > 1:
-        out.print(_ratios(result))
+        show(_ratios(result), words=2)
     reasons: dict[str, dict[str, list[str]]] = {}
     for name, found in result.passed_over.items():
         for passed in found:
@@ -151,45 +135,39 @@ def _print(result: BenchResult) -> None:
 
 
 def _latencies(result: BenchResult) -> Table:
-    from rich.markup import escape
+    from ccn_deploy.tables import Row, Table, texts
 
-    table = _table("runtime", "network", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s")
+    rows = []
     for row in result.rows:
         latency = row.latency
         times = (latency.p50, latency.p90, latency.p99)
-        table.add_row(
-            f"{row.runtime}-{row.precision}",
-            escape(row.network),
-            str(latency.batch),
+        cells = texts(
+            row.network,
+            latency.batch,
             *("" if time is None else f"{1000 * time:.3g}" for time in times),
             f"{latency.images_per_second:,.0f}",
         )
-    return table
+        rows.append(Row(f"{row.runtime}-{row.precision}", cells))
+    columns = ("runtime", "network", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s")
+    return Table("", columns, rows)
 
 
 def _ratios(result: BenchResult) -> Table:
-    from rich.markup import escape
+    from ccn_deploy.tables import Row, Table, texts
 
     first = next(iter(result.bundles))
-    table = _table(f"time of {first} by that of", "network", "batch", "ratio", "half of the rounds")
-    for row in result.rows:
-        if row.ratio is not None:
-            table.add_row(
-                f"{row.runtime}-{row.precision}",
-                escape(row.network),
-                str(row.latency.batch),
-                f"[bold]{row.ratio.median:.2f}[/]",
+    rows = [
+        Row(
+            f"{row.runtime}-{row.precision}",
+            texts(
+                row.network,
+                row.latency.batch,
+                f"{row.ratio.median:.2f}",
                 f"{row.ratio.low:.2f} to {row.ratio.high:.2f}",
-            )
-    return table
-
-
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for at, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if at < 2 else "right", no_wrap=True)
-    return table
+            ),
+        )
+        for row in result.rows
+        if row.ratio is not None
+    ]
+    columns = (f"time of {first} by that of", "network", "batch", "ratio", "half of the rounds")
+    return Table("", columns, rows)

@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -44,9 +45,35 @@ def progress() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=err,
     )
+
+
+class Bar:
+    """A bar on stderr that is fed a measurement's progress; none before something is measured."""
+
+    def __init__(self) -> None:
+        self._bar = progress()
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._bar.stop()
+
+    def __call__(self, what: str, done: float, total: float) -> None:
+        """Show what is being done, and how far all of it is."""
+        if self._task is None:
+            self._bar.start()
+            self._task = self._bar.add_task(what)
+        self._bar.update(self._task, description=what, completed=done, total=total)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays above the bar."""
+        self._bar.console.print(text)

@@ -10,21 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ccn_deploy.cli.options import (
-    CropOption,
     DataDirOption,
     DatasetOption,
-    InterpolationOption,
     JsonOption,
-    LayoutOption,
-    NpzImagesOption,
-    NpzLabelsOption,
-    ResizeOption,
     SeedOption,
-    data_options,
+    takes_data_options,
 )
 
 if TYPE_CHECKING:
     from ccn_deploy.bundle import Bundle
+    from ccn_deploy.data import DataOptions
     from ccn_deploy.exporters.sources.opening import SourceOptions
 
 SCHEMA = "ccn-deploy/export/1"
@@ -34,6 +29,7 @@ _SOURCE = "What the source expects"
 """Heading of the options below in --help."""
 
 
+@takes_data_options
 def export(
     source: Annotated[
         str,
@@ -219,12 +215,7 @@ def export(
     ] = 512,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
-    resize: ResizeOption = None,
-    crop: CropOption = None,
-    interpolation: InterpolationOption = None,
-    layout: LayoutOption = None,
-    npz_images: NpzImagesOption = None,
-    npz_labels: NpzLabelsOption = None,
+    data: DataOptions,
     seed: SeedOption = 0,
     no_gradient: Annotated[
         bool,
@@ -262,14 +253,7 @@ def export(
         seed,
         dataset,
         data_dir,
-        data_options(
-            resize=resize,
-            crop=crop,
-            interpolation=interpolation,
-            layout=layout,
-            npz_images=npz_images,
-            npz_labels=npz_labels,
-        ),
+        data,
         notes.append,
     )
     given = _source_options(
@@ -400,21 +384,20 @@ def _document(bundle: Bundle) -> dict[str, Any]:
 
 def _print(document: dict[str, Any]) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
     from ccn_deploy.cli import console
+    from ccn_deploy.cli.tables import show
+    from ccn_deploy.tables import Row, Table, texts
 
     path = escape(document["bundle"])
     console.out.print(f"[bold]{path}[/]: {escape(document['title'])}", soft_wrap=True)
     for topic, text in document["source"].items():
         console.out.print(f"{topic}: {escape(text)}", soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("file", no_wrap=True)
-    table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("sha256", no_wrap=True)
-    for file in document["files"]:
-        table.add_row(escape(file["path"]), f"{file['bytes']:,}", file["sha256"][:16])
-    console.out.print(table)
+    rows = [
+        Row(file["path"], texts(f"{file['bytes']:,}", file["sha256"][:16]))
+        for file in document["files"]
+    ]
+    show(Table("", ("file", "bytes", "sha256"), rows))
     for file in document["files"]:
         ops = file["details"].get("ops")
         if ops:

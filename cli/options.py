@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from ccn_deploy.targets import DEPLOYED_PRECISIONS, RUNTIMES
 
 if TYPE_CHECKING:
-    from ccn_deploy.data import DataOptions, Dataset
+    from ccn_deploy.data import Dataset
 
 BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Directory written by `ccn-deploy export`.")
@@ -50,60 +53,6 @@ DataDirOption = Annotated[
         rich_help_panel=_DATA,
     ),
 ]
-ResizeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--resize",
-        metavar="MODE",
-        help="Of images in folders: shortest (aspect kept, as small as covers the network's "
-        "size), shortest:256 (of the shorter side), stretch, none.",
-        show_default="shortest",
-        rich_help_panel=_DATA,
-    ),
-]
-CropOption = Annotated[
-    str | None,
-    typer.Option(
-        "--crop",
-        metavar="MODE",
-        help="After resizing: center, none.",
-        show_default="center",
-        rich_help_panel=_DATA,
-    ),
-]
-InterpolationOption = Annotated[
-    str | None,
-    typer.Option(
-        "--interpolation",
-        metavar="NAME",
-        help="Of resizing: nearest, bilinear, bicubic, lanczos, box.",
-        show_default="bilinear",
-        rich_help_panel=_DATA,
-    ),
-]
-LayoutOption = Annotated[
-    str | None,
-    typer.Option(
-        "--layout",
-        metavar="NAME",
-        help="Of images in an .npz file: nchw, nhwc.",
-        show_default="told by the number of channels",
-        rich_help_panel=_DATA,
-    ),
-]
-NpzImagesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--npz-images",
-        metavar="KEY",
-        help="The array of images in an .npz file that has several.",
-        rich_help_panel=_DATA,
-    ),
-]
-NpzLabelsOption = Annotated[
-    str | None,
-    typer.Option("--npz-labels", metavar="KEY", help="Likewise, of labels.", rich_help_panel=_DATA),
-]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="CPU threads.", show_default="the runtime's choice"),
@@ -114,30 +63,67 @@ JsonOption = Annotated[
 ]
 
 
-def data_options(
-    *,
-    resize: str | None,
-    crop: str | None,
-    interpolation: str | None,
-    layout: str | None,
-    npz_images: str | None,
-    npz_labels: str | None,
-) -> DataOptions:
-    """Return what the options of a command say of data.
+_DATA_OPTIONS: dict[str, tuple[str, bool | str, str]] = {
+    "resize": (
+        "MODE",
+        "shortest",
+        "Of images in folders: shortest (aspect kept, as small as covers the network's size), "
+        "shortest:256 (of the shorter side), stretch, none.",
+    ),
+    "crop": ("MODE", "center", "After resizing: center, none."),
+    "interpolation": (
+        "NAME",
+        "bilinear",
+        "Of resizing: nearest, bilinear, bicubic, lanczos, box.",
+    ),
+    "layout": (
+        "NAME",
+        "told by the number of channels",
+        "Of images in an .npz file: nchw, nhwc.",
+    ),
+    "npz_images": ("KEY", True, "The array of images in an .npz file that has several."),
+    "npz_labels": ("KEY", True, "Likewise, of labels."),
+}
+"""How images are made: by option, what stands for its value, its default and its help."""
 
-    Raises:
-        UsageError: One of them means nothing.
-    """
-    from ccn_deploy.data import DataOptions
 
-    return DataOptions(
-        resize=resize,
-        crop=crop,
-        interpolation=interpolation,
-        layout=layout,
-        images_key=npz_images,
-        labels_key=npz_labels,
+def takes_data_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command with a parameter ``data: DataOptions`` take the options that make it up."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        from ccn_deploy.data import DataOptions
+
+        names = {name: name for name in _DATA_OPTIONS}
+        names |= {"npz_images": "images_key", "npz_labels": "labels_key"}
+        data = DataOptions(**{field: given.pop(name) for name, field in names.items()})
+        command(data=data, **given)
+
+    hints = get_type_hints(command, localns={"DataOptions": object}, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name == "data":
+            parameters += map(_data_parameter, _DATA_OPTIONS)
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+    # What typer reads of a command.
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _data_parameter(name: str) -> inspect.Parameter:
+    metavar, default, explained = _DATA_OPTIONS[name]
+    option = typer.Option(
+        f"--{name.replace('_', '-')}",
+        metavar=metavar,
+        help=explained,
+        show_default=default,
+        rich_help_panel=_DATA,
     )
+    annotation = Annotated[str | None, option]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=None, annotation=annotation)
 
 
 def tell_notes(*datasets: Dataset) -> None:

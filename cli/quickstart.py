@@ -13,18 +13,21 @@ import typer
 from ccn_deploy.cli.options import JsonOption, SeedOption
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from concurrent.futures import Future
 
-    from rich.table import Table
+    from rich.progress import Progress
 
     from ccn_deploy.attacks import AttackSpec
     from ccn_deploy.bundle import Bundle
+    from ccn_deploy.data import Dataset, Split
     from ccn_deploy.parity import ParityResult
     from ccn_deploy.robustness import Measurement, RobustnessResult
     from ccn_deploy.runs import TrainedRun
+    from ccn_deploy.tables import Table
 
-    Tell = Callable[["Note | Step"], None]
+    Tell = Callable[[str, float | None], None]
+    """Told how far a step is, from 0 to 1; or without a number a note that stays."""
 
 SCHEMA = "ccn-deploy/quickstart/1"
 DATASET = "mnist5k"
@@ -74,23 +77,6 @@ def quickstart(
     )
     # A demonstration on few images may be inconclusive; it must not have failed.
     raise typer.Exit((Verdict.PASS if held else Verdict.FAIL).exit_code)
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something done, worth a line that stays."""
-
-    defense: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Step:
-    """How far one step of a network's pipeline is, from 0 to 1."""
-
-    defense: str
-    what: str
-    done: float
 
 
 @dataclass(frozen=True)
@@ -146,51 +132,63 @@ class Pipeline:
         ]
         return [shlex.join(["ccn-deploy", *map(str, step)]) for step in steps]
 
-    def prepare(self, tell: Tell) -> None:
+    def prepare(self, tell: Tell) -> tuple[TrainedRun, Bundle, ParityResult]:
         """Train, export and verify parity."""
         run = self._train(tell)
-        self._verify_parity(self._export(run, tell), tell)
+        bundle = self._export(run, tell)
+        return run, bundle, self._verify_parity(bundle, tell)
 
-    def attack(self, spec: AttackSpec, tell: Tell) -> None:
-        """Run one attack on the bundle and on the reference."""
+    def attack(self, specs: tuple[AttackSpec, ...], tell: Tell) -> Measurement:
+        """Attack the bundle and the reference."""
         from ccn_deploy.bundle import open_bundle
+        from ccn_deploy.robustness import RobustnessRequest, collect
+        from ccn_deploy.runtimes import RuntimeOptions
 
-        self._measure(open_bundle(self.bundle), (spec,), tell)
+        request = RobustnessRequest(
+            _digits(),
+            runtime=RUNTIME,
+            attacks=specs,
+            samples=self.samples,
+            seed=self.seed,
+            options=RuntimeOptions(threads=self.threads),
+        )
+        return collect(
+            open_bundle(self.bundle),
+            request,
+            lambda what, done, total: tell(specs[0].label, done / total),
+        )
 
     def finish(self) -> Outcome:
         """Read back what was measured, judge it, and write the report."""
-        from ccn_deploy.data import load_dataset
         from ccn_deploy.report import examples_of, write_report
         from ccn_deploy.robustness import judge
 
-        run = self._train(_silent)
-        bundle = self._export(run, _silent)
-        parity = self._verify_parity(bundle, _silent)
-        measurement = self._measure(bundle, attacks(), _silent)
+        run, bundle, parity = self.prepare(lambda *_: None)
+        measurement = self.attack(_attacks(), lambda *_: None)
         robustness = judge(measurement)
-        examples = examples_of(measurement, load_dataset(DATASET, "test"))
+        examples = examples_of(measurement, _digits())
         report = write_report(bundle, robustness, examples, self.commands()[-1], parity.document())
         return Outcome(run, bundle, parity, robustness, report)
 
     def _train(self, tell: Tell) -> TrainedRun:
-        from ccn_deploy.data import load_dataset
         from ccn_deploy.trainers import EpochEnded, Event, Started, TrainConfig, train
 
         def watch(event: Event) -> None:
             if isinstance(event, EpochEnded):
-                text = f"epoch {event.epoch}  loss {event.loss:.3f}  test {event.test_accuracy:.1%}"
-                tell(Note(self.defense, text))
+                tell(
+                    f"epoch {event.epoch}  loss {event.loss:.3f}  test {event.test_accuracy:.1%}",
+                    None,
+                )
             elif isinstance(event, Started):
                 steps.append(event.steps)
             else:
-                tell(Step(self.defense, "train", event.step / steps[0]))
+                tell("train", event.step / steps[0])
 
         steps: list[int] = []
-
         config = TrainConfig(
             self.defense, DATASET, epochs=self.epochs, seed=self.seed, threads=self.threads
         )
-        train_data, test_data = load_dataset(DATASET, "train"), load_dataset(DATASET, "test")
+        train_data, test_data = _digits("train"), _digits()
         return train(config, train_data, test_data, self.run, watcher=watch)
 
     def _export(self, run: TrainedRun, tell: Tell) -> Bundle:
@@ -205,53 +203,36 @@ class Pipeline:
             if bundle.file(Role.WEIGHTS).sha256 == sha256(run.weights):
                 return bundle
         bundle = export_bundle(run, self.bundle, overwrite=True)
-        digest = bundle.manifest.digest[:16]
-        tell(Note(self.defense, f"exported: {len(bundle.manifest.files)} files, digest {digest}"))
+        files, digest = len(bundle.manifest.files), bundle.manifest.digest[:16]
+        tell(f"exported: {files} files, digest {digest}", None)
         return bundle
 
     def _verify_parity(self, bundle: Bundle, tell: Tell) -> ParityResult:
-        from ccn_deploy.data import load_dataset
         from ccn_deploy.parity import ParityRequest, collect, judge
 
-        def progress(what: str, done: int, total: int) -> None:
-            tell(Step(self.defense, "parity", done / total))
-
-        data = load_dataset(DATASET, "test")
-        request = ParityRequest(data, runtime=RUNTIME, seed=self.seed, threads=self.threads)
-        result = judge(collect(bundle, request, progress=progress))
+        request = ParityRequest(_digits(), runtime=RUNTIME, seed=self.seed, threads=self.threads)
+        evidence = collect(
+            bundle, request, progress=lambda what, done, total: tell("parity", done / total)
+        )
+        result = judge(evidence)
         worst = max(finding.row.deviation.relative for finding in result.inputs)
-        text = f"parity {result.verdict.value}: off float64 by at most {worst:.0e} of the scale"
-        tell(Note(self.defense, text))
+        tell(
+            f"parity {result.verdict.value}: off float64 by at most {worst:.0e} of the scale", None
+        )
         return result
 
-    def _measure(self, bundle: Bundle, specs: tuple[AttackSpec, ...], tell: Tell) -> Measurement:
-        from ccn_deploy.data import load_dataset
-        from ccn_deploy.robustness import RobustnessRequest, collect
-        from ccn_deploy.runtimes import RuntimeOptions
 
-        def progress(what: str, done: float, total: float) -> None:
-            tell(Step(self.defense, specs[0].label, done / total))
-
-        request = RobustnessRequest(
-            load_dataset(DATASET, "test"),
-            runtime=RUNTIME,
-            attacks=specs,
-            samples=self.samples,
-            seed=self.seed,
-            options=RuntimeOptions(threads=self.threads),
-        )
-        return collect(bundle, request, progress)
-
-
-def attacks() -> tuple[AttackSpec, ...]:
+def _attacks() -> tuple[AttackSpec, ...]:
     """Return the default suite inside the box: all that the closing table shows."""
     from ccn_deploy.attacks import suite
 
     return tuple(spec for spec in suite() if spec.clip)
 
 
-def _silent(event: Note | Step) -> None:
-    pass
+def _digits(split: Split = "test") -> Dataset:
+    from ccn_deploy.data import load_dataset
+
+    return load_dataset(DATASET, split)
 
 
 def _go_together(pipelines: list[Pipeline]) -> None:
@@ -263,49 +244,54 @@ def _go_together(pipelines: list[Pipeline]) -> None:
     """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
-    from threading import Thread
 
-    specs = attacks()
-    context = multiprocessing.get_context("spawn")
-    news: Any = context.SimpleQueue()
-    shower = Thread(target=_show, args=(news, pipelines, len(specs) + 2))
-    workers = min(len(pipelines), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, context, _listen, (news,)) as pool:
-        shower.start()
-        try:
-            _all([pool.submit(_prepare, pipeline) for pipeline in pipelines])
-            work: list[Future[None]] = []
-            for spec in sorted(specs, key=lambda spec: spec.name, reverse=True):
-                work += [pool.submit(_attack, pipeline, spec) for pipeline in reversed(pipelines)]
-            _all(work)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            news.put(None)
-            shower.join()
-
-
-def _all(work: list[Future[None]]) -> None:
-    for future in work:
-        future.result()
-
-
-def _show(news: Any, pipelines: list[Pipeline], steps: int) -> None:
-    """Show events until None comes: a line for each note, a bar for each network."""
     from ccn_deploy.cli.console import progress
 
-    parts: dict[tuple[str, str], float] = {}
+    specs = sorted(_attacks(), key=lambda spec: spec.name, reverse=True)
+    context = multiprocessing.get_context("spawn")
+    news: Any = context.SimpleQueue()
+    workers = min(len(pipelines), os.cpu_count() or 1)
+    pool = ProcessPoolExecutor(workers, context, _listen, (news,))
     with progress() as bar:
-        tasks = {
-            pipeline.defense: bar.add_task(pipeline.defense, total=100) for pipeline in pipelines
-        }
-        while (event := news.get()) is not None:
-            if isinstance(event, Note):
-                bar.console.print(f"{event.defense}: {event.text}", soft_wrap=True)
-                continue
-            parts[event.defense, event.what] = event.done
-            done = sum(part for (defense, _), part in parts.items() if defense == event.defense)
-            what = f"{event.defense}: {event.what}"
-            bar.update(tasks[event.defense], description=what, completed=int(100 * done / steps))
+        shown = {p.defense: _Shown(bar, p.defense, len(specs) + 2) for p in pipelines}
+        try:
+            _all([pool.submit(_prepare, pipeline) for pipeline in pipelines], news, shown)
+            pairs = [(pipeline, spec) for spec in specs for pipeline in reversed(pipelines)]
+            _all([pool.submit(_attack, *pair) for pair in pairs], news, shown)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _all(work: Iterable[Future[None]], news: Any, shown: dict[str, _Shown]) -> None:
+    """Show what workers tell until all work is done; raises what a worker raised."""
+    from concurrent.futures import wait
+
+    waiting = set(work)
+    while waiting:
+        finished, waiting = wait(waiting, timeout=0.1)
+        while not news.empty():
+            defense, what, done = news.get()
+            shown[defense](what, done)
+        for future in finished:
+            future.result()
+
+
+class _Shown:
+    """One network's bar, and above it a line for each note."""
+
+    def __init__(self, bar: Progress, defense: str, steps: int) -> None:
+        self._bar, self._defense, self._steps = bar, defense, steps
+        self._task = bar.add_task(defense, total=1)
+        self._done: dict[str, float] = {}
+
+    def __call__(self, what: str, done: float | None) -> None:
+        text = f"{self._defense}: {what}"
+        if done is None:
+            self._bar.console.print(text, soft_wrap=True)
+            return
+        self._done[what] = done
+        share = sum(self._done.values()) / self._steps
+        self._bar.update(self._task, description=text, completed=share)
 
 
 _news: Any = None
@@ -317,19 +303,24 @@ def _listen(news: Any) -> None:
     _news = news
 
 
+def _teller(pipeline: Pipeline) -> Tell:
+    return lambda what, done: _news.put((pipeline.defense, what, done))
+
+
 def _prepare(pipeline: Pipeline) -> None:
-    pipeline.prepare(_news.put)
+    pipeline.prepare(_teller(pipeline))
 
 
 def _attack(pipeline: Pipeline, spec: AttackSpec) -> None:
-    pipeline.attack(spec, _news.put)
+    pipeline.attack((spec,), _teller(pipeline))
 
 
 def _print(outcomes: list[Outcome]) -> None:
     from ccn_deploy.cli.console import out
+    from ccn_deploy.cli.tables import show
 
     out.print()
-    out.print(_table(outcomes))
+    show(_table([outcome.title for outcome in outcomes], [o.robustness for o in outcomes]))
     for outcome in outcomes:
         for warning in outcome.robustness.warnings:
             out.print(f"{outcome.title}: {warning}", soft_wrap=True)
@@ -342,48 +333,21 @@ def _print(outcomes: list[Outcome]) -> None:
         )
 
 
-def _table(outcomes: list[Outcome]) -> Table:
+def _table(titles: list[str], results: list[RobustnessResult]) -> Table:
     """Lay the networks side by side: accuracy under attack, in PyTorch and as deployed."""
-    from rich import box
-    from rich.table import Table
+    from ccn_deploy.tables import Row, Table, number, percent, texts
 
-    n = outcomes[0].robustness.measurement.n
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        title=f"Accuracy (%) on {n} test images",
-        title_justify="left",
-        title_style="bold",
-    )
-    table.add_column("attack")
-    for outcome in outcomes:
-        table.add_column(f"{outcome.title}\nPyTorch", justify="right")
-        table.add_column(f"{outcome.title}\nONNX Runtime", justify="right")
-    results = [outcome.robustness for outcome in outcomes]
-
-    clean = [s for r in results for s in (r.clean.reference, r.clean.runtime)]
-    table.add_row("none", *(_percent(share.value) for share in clean))
-    for at, bounded in enumerate(results[0].bounded):
-        sides = [s for r in results for s in (r.bounded[at].reference, r.bounded[at].runtime)]
-        name = f"{bounded.title} {bounded.epsilon:g}"
-        table.add_row(name, *(_percent(share.value) for share in sides))
-    for at, minimal in enumerate(results[0].minimal):
-        both = [s for r in results for s in (r.minimal[at].reference, r.minimal[at].runtime)]
-        for d in both[0].accuracy_at:
-            table.add_row(
-                f"{minimal.title} {d:g}", *(_percent(s.accuracy_at[d].value) for s in both)
-            )
-        table.add_row(f"{minimal.title} mean rho", *(_number(side.rho_adv) for side in both))
-    return table
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    rows = []
+    for same in zip(*(result.rows for result in results), strict=True):
+        shares = (share for row in same for share in (row.reference, row.runtime))
+        rows.append(Row(same[0].label, texts(*(percent(share.value) for share in shares))))
+    for minimal in zip(*(result.minimal for result in results), strict=True):
+        sides = (side for row in minimal for side in (row.reference, row.runtime))
+        cells = texts(*(number(side.rho_adv) for side in sides))
+        rows.append(Row(f"{minimal[0].title} mean rho", cells))
+    heads = [f"{title}\n{side}" for title in titles for side in ("PyTorch", "ONNX Runtime")]
+    images = results[0].measurement.n
+    return Table(f"Accuracy (%) on {images} test images", ("Attack", *heads), rows)
 
 
 def _document(outcomes: list[Outcome]) -> dict[str, Any]:

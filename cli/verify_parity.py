@@ -8,36 +8,29 @@ import typer
 
 from ccn_deploy.cli.options import (
     BundleArgument,
-    CropOption,
     DataDirOption,
     DatasetOption,
-    InterpolationOption,
     JsonOption,
-    LayoutOption,
-    NpzImagesOption,
-    NpzLabelsOption,
     PrecisionOption,
-    ResizeOption,
     RuntimeOption,
     SeedOption,
     ThreadsOption,
-    data_options,
+    takes_data_options,
     tell_notes,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from rich.table import Table
-
-    from ccn_deploy.bundle import Bundle
-    from ccn_deploy.data import Dataset
-    from ccn_deploy.parity import ParityEvidence, ParityResult
+    from ccn_deploy.data import DataOptions
+    from ccn_deploy.parity import ParityResult
     from ccn_deploy.parity.judge import AnyFinding, Finding, GradientFinding
+    from ccn_deploy.tables import Row, Table
 
 _ERRORS = ("max error", "p99", "of scale", "units")
 
 
+@takes_data_options
 def verify_parity(
     bundle: BundleArgument,
     *,
@@ -57,12 +50,7 @@ def verify_parity(
     ] = False,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
-    resize: ResizeOption = None,
-    crop: CropOption = None,
-    interpolation: InterpolationOption = None,
-    layout: LayoutOption = None,
-    npz_images: NpzImagesOption = None,
-    npz_labels: NpzLabelsOption = None,
+    data: DataOptions,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     fresh: Annotated[
@@ -74,21 +62,12 @@ def verify_parity(
     from ccn_deploy.bundle import open_bundle
     from ccn_deploy.cli import console
     from ccn_deploy.evaluation import evaluation_data
-    from ccn_deploy.parity import judge
+    from ccn_deploy.parity import ParityRequest, collect, judge
 
     opened = open_bundle(bundle)
-    options = data_options(
-        resize=resize,
-        crop=crop,
-        interpolation=interpolation,
-        layout=layout,
-        npz_images=npz_images,
-        npz_labels=npz_labels,
-    )
-    images = evaluation_data(opened, dataset, data_dir, options)
+    images = evaluation_data(opened, dataset, data_dir, data)
     tell_notes(images)
-    evidence = measure(
-        opened,
+    request = ParityRequest(
         dataset=images,
         runtime=runtime,
         precision=precision,
@@ -96,9 +75,9 @@ def verify_parity(
         per_layer=per_layer,
         seed=seed,
         threads=threads,
-        fresh=fresh,
     )
-    result = judge(evidence)
+    with console.Bar() as bar:
+        result = judge(collect(opened, request, progress=bar, fresh=fresh))
     if as_json:
         console.print_json(result.document())
     else:
@@ -106,59 +85,19 @@ def verify_parity(
     raise typer.Exit(result.verdict.exit_code)
 
 
-def measure(
-    bundle: Bundle,
-    *,
-    dataset: Dataset,
-    runtime: str = "onnxruntime-cpu",
-    precision: str = "fp32",
-    samples: int | None = None,
-    per_layer: bool = False,
-    seed: int = 0,
-    threads: int | None = None,
-    fresh: bool = False,
-) -> ParityEvidence:
-    """Collect evidence with a bar on stderr; see :func:`ccn_deploy.parity.collect`."""
-    from ccn_deploy.cli.console import progress
-    from ccn_deploy.parity import ParityRequest, collect
-
-    request = ParityRequest(
-        dataset=dataset,
-        runtime=runtime,
-        precision=precision,
-        samples=samples,
-        per_layer=per_layer,
-        seed=seed,
-        threads=threads,
-    )
-    bar = progress()
-    task = bar.add_task("", start=False)
-
-    def report(what: str, done: int, total: int) -> None:
-        if done == 0:  # evidence that is there already is not measured, and shows no bar
-            bar.start()
-            bar.start_task(task)
-        bar.update(task, description=what, completed=done, total=total)
-
-    try:
-        return collect(bundle, request, progress=report, fresh=fresh)
-    finally:
-        if bar.live.is_started:
-            bar.stop()
-
-
 def _print(result: ParityResult) -> None:
     """Print the tables, what failed and why, and the verdict on the last line."""
     from ccn_deploy.cli.console import out
+    from ccn_deploy.cli.tables import show, show_verdict
 
     spec = result.evidence.setting["runtime"]
     versions = ", ".join(f"{name} {version}" for name, version in spec["versions"].items())
     out.print(f"{spec['name']} {spec['precision']} ({versions}) against the float64 reference")
-    out.print(_inputs(result))
-    out.print(_invariance(result))
+    show(_inputs(result))
+    show(_invariance(result))
     _print_gradients(result)
     if result.layers is not None:
-        out.print(_layers(result.layers))
+        show(_layers(result.layers))
     for finding in _worst_failures(result.failures):
         out.print(f"[red]{finding.name}[/]: {'; '.join(finding.reasons)}", soft_wrap=True)
     if result.layers is not None:
@@ -174,17 +113,16 @@ def _print(result: ParityResult) -> None:
     allowed = f"error up to {policy.max_relative:g} of the scale and {policy.max_units:g} units"
     if result.gradients is not None:
         allowed += f", gradients {policy.max_gradient:g} of the largest slope"
-    colour = "red" if result.failures else "green"
-    out.print(
-        f"[bold {colour}]{result.verdict.value.upper()}[/]: {len(result.failures)} of "
-        f"{len(result.checks)} checks fail ({allowed} allowed)",
-        soft_wrap=True,
+    show_verdict(
+        result.verdict,
+        f"{len(result.failures)} of {len(result.checks)} checks fail ({allowed} allowed)",
     )
 
 
 def _print_gradients(result: ParityResult) -> None:
     """Print the table of gradients and what became of the images that it leaves out."""
     from ccn_deploy.cli.console import out
+    from ccn_deploy.cli.tables import show
     from ccn_deploy.parity.judge import LEAST_NEAR
 
     if result.evidence.gradients is None or result.gradients is None:
@@ -195,7 +133,7 @@ def _print_gradients(result: ParityResult) -> None:
             soft_wrap=True,
         )
         return
-    out.print(_gradients(result.gradients))
+    show(_gradients(result.gradients))
     kinks = result.evidence.gradients.kinks
     said = f"{kinks.n} images are near a kink: rounding alone may change their gradient."
     if kinks.n >= LEAST_NEAR:
@@ -205,71 +143,58 @@ def _print_gradients(result: ParityResult) -> None:
 
 def _inputs(result: ParityResult) -> Table:
     flips = any(finding.row.deviation.argmax_flips for finding in result.inputs)
-    columns = ["input", "batch", "n", *_ERRORS, "flips", *(["margin"] if flips else []), "NaN"]
-    table = _table(*columns)
+    columns = ("input", "batch", "n", *_ERRORS, "flips", *(["margin"] if flips else []), "NaN")
+    rows = []
     for finding in result.inputs:
         deviation = finding.row.deviation
         margin = f"{deviation.flips[0].margin:.1e}" if deviation.flips else ""
-        table.add_row(
-            finding.subject,
-            str(finding.document()["batch"]),
-            str(deviation.n),
-            *_errors(finding),
-            str(deviation.argmax_flips),
+        cells = [
+            *(finding.document()["batch"], deviation.n, *_errors(finding), deviation.argmax_flips),
             *([margin] if flips else []),
-            str(deviation.nonfinite),
-            _mark(finding),
-        )
-    return table
+            deviation.nonfinite,
+        ]
+        rows.append(_row(finding.subject, finding, *cells))
+    return _table(columns, rows)
 
 
 def _gradients(findings: Iterable[GradientFinding]) -> Table:
-    table = _table(
-        "gradients", "batch", "each", "near", "max error", "of slope", "of rounding", "1-cos", "NaN"
+    columns = (
+        *("gradients", "batch", "each", "near"),
+        *("max error", "of slope", "of rounding", "1-cos", "NaN"),
     )
+    rows = []
     for finding in findings:
         document = finding.document()
         slopes = finding.row.slopes
-        table.add_row(
-            document["kind"],
-            str(document["batch"]),
-            str(document["candidates"]),
-            str(slopes.near),
+        cells = (
+            *(document["batch"], document["candidates"], slopes.near),
             f"{slopes.max_abs:.1e}",
             f"{slopes.relative:.1e}",
             f"{slopes.of_rounding:.2g}",
             f"{max(0.0, 1.0 - slopes.cosine):.1e}",
-            str(slopes.nonfinite),
-            _mark(finding),
+            slopes.nonfinite,
         )
-    return table
+        rows.append(_row(document["kind"], finding, *cells))
+    return _table(columns, rows)
 
 
 def _invariance(result: ParityResult) -> Table:
-    table = _table(
-        "the same images", "n", "max change", "p99", "of scale", "units", "flips", "bits"
-    )
+    columns = ("the same images", "n", "max change", *_ERRORS[1:], "flips", "bits")
+    rows = []
     for finding in result.invariance:
         document = finding.document()
-        table.add_row(
-            finding.subject,
-            str(document["n"]),
-            *_errors(finding),
-            str(document["argmax_flips"]),
-            str(document["differing"]),
-            _mark(finding),
-        )
-    return table
+        counts = (document["argmax_flips"], document["differing"])
+        rows.append(_row(finding.subject, finding, document["n"], *_errors(finding), *counts))
+    return _table(columns, rows)
 
 
 def _layers(findings: Iterable[Finding]) -> Table:
     """Show for every layer the kind of input on which it is furthest off."""
-    table = _table("layer", "worst input", *_ERRORS, "NaN")
+    rows = []
     for finding in _worst_by_subject(findings):
-        nonfinite = str(finding.row.deviation.nonfinite)
-        kind = str(finding.document()["kind"])
-        table.add_row(finding.subject, kind, *_errors(finding), nonfinite, _mark(finding))
-    return table
+        kind, nonfinite = finding.document()["kind"], finding.row.deviation.nonfinite
+        rows.append(_row(finding.subject, finding, kind, *_errors(finding), nonfinite))
+    return _table(("layer", "worst input", *_ERRORS, "NaN"), rows)
 
 
 def _worst_failures(
@@ -293,15 +218,19 @@ def _worst_by_subject(findings: Iterable[Finding]) -> list[Finding]:
     return list(worst.values())
 
 
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
+def _table(columns: tuple[str, ...], rows: list[Row]) -> Table:
+    from ccn_deploy.tables import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    for at, column in enumerate(columns):
-        table.add_column(column, justify="left" if at == 0 else "right", no_wrap=True)
-    table.add_column("")
-    return table
+    return Table("", columns, rows, judged="")
+
+
+def _row(name: str, finding: AnyFinding, *cells: object) -> Row:
+    from ccn_deploy.tables import Mark, Row, texts
+
+    verdict = finding.verdict.value  # "inconclusive" would not fit into 80 columns
+    return Row(
+        name, texts(*cells), Mark({"pass": "pass", "fail": "fail"}.get(verdict, "none"), verdict)
+    )
 
 
 def _errors(finding: Finding) -> tuple[str, str, str, str]:
@@ -311,10 +240,4 @@ def _errors(finding: Finding) -> tuple[str, str, str, str]:
         f"{deviation.p99_abs:.1e}",
         f"{deviation.relative:.1e}",
         f"{deviation.units:.3g}" if deviation.units < 1000 else f"{deviation.units:.0e}",
-    )
-
-
-def _mark(finding: AnyFinding) -> str:
-    return {"pass": "[green]pass[/]", "fail": "[bold red]fail[/]"}.get(
-        finding.verdict.value, "[bold yellow]none[/]"
     )

@@ -10,29 +10,18 @@ import typer
 
 from ccn_deploy.cli.options import (
     BundleArgument,
-    CropOption,
     DataDirOption,
     DatasetOption,
-    InterpolationOption,
     JsonOption,
-    LayoutOption,
-    NpzImagesOption,
-    NpzLabelsOption,
-    ResizeOption,
     RuntimeOption,
     SeedOption,
     ThreadsOption,
-    data_options,
+    takes_data_options,
     tell_notes,
 )
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    from rich.progress import TaskID
-
-    from ccn_deploy.bundle import Bundle
-    from ccn_deploy.robustness import Measurement, RobustnessRequest
+    from ccn_deploy.data import DataOptions
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -40,6 +29,7 @@ INTERRUPTED = 130
 SAMPLES = 500
 
 
+@takes_data_options
 def verify_robustness(
     bundle: BundleArgument,
     *,
@@ -86,12 +76,7 @@ def verify_robustness(
     ] = 0.01,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
-    resize: ResizeOption = None,
-    crop: CropOption = None,
-    interpolation: InterpolationOption = None,
-    layout: LayoutOption = None,
-    npz_images: NpzImagesOption = None,
-    npz_labels: NpzLabelsOption = None,
+    data: DataOptions,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     write_report: Annotated[
@@ -107,20 +92,12 @@ def verify_robustness(
     from ccn_deploy.evaluation import evaluation_data
     from ccn_deploy.report import examples_of
     from ccn_deploy.report import write_report as report
-    from ccn_deploy.robustness import RobustnessRequest, check, compare, judge
+    from ccn_deploy.robustness import RobustnessRequest, collect_all, compare, judge
     from ccn_deploy.runtimes import RuntimeOptions
 
     attacks = suite(attack or DEFAULT_ATTACKS, parse_epsilons(epsilons))
     opened = open_bundle(bundle)
-    options = data_options(
-        resize=resize,
-        crop=crop,
-        interpolation=interpolation,
-        layout=layout,
-        npz_images=npz_images,
-        npz_labels=npz_labels,
-    )
-    images = evaluation_data(opened, dataset, data_dir, options)
+    images = evaluation_data(opened, dataset, data_dir, data)
     tell_notes(images)
     requests = [
         RobustnessRequest(
@@ -135,13 +112,13 @@ def verify_robustness(
         )
         for name in dict.fromkeys(precision or ["fp32"])
     ]
-    for request in requests:  # all of them, before the first takes minutes
-        check(opened, request)
     try:
-        results = [judge(measure(opened, request), max_drop) for request in requests]
+        with console.Bar() as bar:
+            measurements = collect_all(opened, requests, bar)
     except KeyboardInterrupt:
         console.err.print("Interrupted. The same command goes on from the last whole batch.")
         raise typer.Exit(INTERRUPTED) from None
+    results = [judge(measurement, max_drop) for measurement in measurements]
     result = compare(results) if len(results) > 1 else results[0]
     path = None
     if write_report:
@@ -152,57 +129,3 @@ def verify_robustness(
     else:
         robustness_view.show(result, path)
     raise typer.Exit(result.verdict.exit_code)
-
-
-def measure(bundle: Bundle, request: RobustnessRequest) -> Measurement:
-    """Collect evidence with a bar on stderr; see :func:`ccn_deploy.robustness.collect`."""
-    from ccn_deploy.robustness import collect
-
-    with Display() as display:
-        return collect(bundle, request, display)
-
-
-class Display:
-    """A bar on stderr that starts when something is measured, with the time left of all of it."""
-
-    def __init__(self) -> None:
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        from ccn_deploy.cli.console import err
-
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=err,
-        )
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._task is not None:
-            self._bar.stop()
-
-    def __call__(self, what: str, done: float, total: float) -> None:
-        """Show how far the measurement is."""
-        if self._task is None:
-            self._bar.start()
-            self._task = self._bar.add_task(what, total=total, completed=done)  # type: ignore[arg-type]
-        self._bar.update(self._task, description=what, completed=done)

@@ -220,6 +220,13 @@ def test_evidence_is_not_written_through_a_link(bundle: Path, tmp_path: Path) ->
         _ = open_bundle(bundle).evidence
 
 
+def test_nor_through_a_link_below_it(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "evidence").mkdir()
+    (bundle / "evidence" / "parity").symlink_to(tmp_path)
+    with pytest.raises(IntegrityError, match="evidence/parity"):
+        open_bundle(bundle).evidence_file("parity", "a.json")
+
+
 def test_evidence_does_not_change_the_bundle(bundle: Path) -> None:
     evidence = open_bundle(bundle).evidence
     evidence.mkdir()

@@ -236,10 +236,10 @@ def test_wrong_usage_is_told_before_anything_runs(
     ],
 )
 def test_options_that_mean_nothing_are_named(option: dict[str, Any], word: str) -> None:
-    healthy = {"bundle": "anywhere", "runtime": "onnxruntime-cpu", "precision": "fp32"}
-    Options.of(**healthy)
+    healthy = {"bundle": Path("anywhere"), "runtime": "onnxruntime-cpu", "precision": "fp32"}
+    Options(**healthy)
     with pytest.raises(UsageError, match=re.escape(word)):
-        Options.of(**{**healthy, **option})
+        Options(**{**healthy, **option})
 
 
 def test_the_plugin_costs_other_test_runs_nothing(tmp_path: Path) -> None:

@@ -174,6 +174,21 @@ def test_a_layer_that_is_called_twice_and_a_weight_that_is_used_elsewhere() -> N
     assert ops(model).count("Sqrt") == 2
 
 
+def test_the_batch_may_be_asked_for_by_its_length() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = CompactConv2d(1, 2, 2), CompactLinear(18, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv(x).view(len(x), -1))
+
+    made = Own()
+    model = export_module(made, (1, 4, 4))
+    assert deviation(made, model) < 1e-6
+    assert ops(model) == [*FIGURE_4, "Reshape", *LINEAR]
+
+
 def test_names_are_the_modules_own() -> None:
     names = [node.name for node in export_module(network("resnet"), SHAPE).graph.node]
     assert names == [

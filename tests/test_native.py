@@ -114,7 +114,7 @@ def test_a_transferred_image_is_crafted_on_the_twin_and_scored_on_the_runtime(
     right = evidence.status != "already-wrong"
     images, labels = load_dataset("mnist5k", "test").images(evidence.index), evidence.label
     made = perform(FGSM, reference_model(load_reference(broken)), images, labels, seeds=seeds(20))
-    with open_runtime(broken, *TARGET, ONE_THREAD) as runtime:
+    with open_runtime(broken, TARGET.runtime, TARGET.precision, ONE_THREAD) as runtime:
         scored = runtime.logits(made).argmax(axis=1)
     np.testing.assert_array_equal(evidence.adversarial_runtime[right], scored[right])
 
@@ -241,7 +241,7 @@ def test_deepfool_with_native_gradients_is_deepfool_on_the_twin(bundle: Bundle) 
     images, _ = digits(50)
     reference = load_reference(bundle)
     (spec, _) = suite(["deepfool"])
-    with open_runtime(bundle, *TARGET, ONE_THREAD) as runtime:
+    with open_runtime(bundle, TARGET.runtime, TARGET.precision, ONE_THREAD) as runtime:
         labels = runtime.logits(images).argmax(axis=1)
         native = foolbox_model(runtime, None, gradient="native")
         here = perform(spec, native, images, labels, seeds=seeds(50))

@@ -162,7 +162,7 @@ class Seen(HTMLParser):
 @pytest.mark.parametrize(
     ("lost", "max_drop", "word", "why"),
     [
-        (0, 0.1, "Pass", "none of 6 comparisons on 60 images"),
+        (0, 0.1, "Pass", "none of 10 comparisons on 60 images"),
         (12, 0.1, "Fail", "12 of 60 images lost"),
         (0, 0.01, "Inconclusive", "about 299 images"),
     ],
@@ -193,7 +193,7 @@ def test_every_row_of_the_judgement_is_there(bundle: Bundle) -> None:
     assert "45.0 %" in seen.text  # three of sixty fewer
     (minimal,) = result.minimal
     for d in minimal.gates:
-        assert f"Accuracy at d = {d:g}" in seen.text
+        assert f"DeepFool {d:g}" in seen.text
     assert "0.250" in seen.text  # mean rho, by construction
     for warning in result.warnings:
         assert warning in seen.text

@@ -182,8 +182,8 @@ def test_the_report_has_the_table_and_every_precision(tmp_path: Path) -> None:
     assert seen.text.index("What each precision costs") < seen.text.index("Accuracy under attack")
     cost = result.rows[1].cells["int8"].cost
     assert cost is not None
-    assert f"73.3 % {100 * cost.drop:.1f}, at most {100 * cost.upper95:.2f}" in seen.text
-    assert seen.text.count("Reference and runtime, side by side") == 2
+    assert f"73.3 {100 * cost.drop:+.1f} ({100 * cost.upper95:.2f})" in seen.text
+    assert seen.text.count("Accuracy (%) under attack on 60 images of d") == 2
     assert "onnxruntime-cpu-int8 Fail" in seen.text and "onnxruntime-cpu-fp32 Pass" in seen.text
     for warning in result.warnings:
         assert warning in seen.text

@@ -533,7 +533,7 @@ def test_data_that_cannot_be_sent_to_other_processes(
 
 def test_three_epochs_learn_the_digits(trained_run: Callable[[str], Path]) -> None:
     for defense in ("sm", "ccn"):
-        assert open_run(trained_run(defense)).training["test_accuracy"] > 0.9
+        assert open_run(trained_run(defense)).card.training["test_accuracy"] > 0.9
 
 
 @pytest.mark.gpu
@@ -542,6 +542,6 @@ def test_a_gpu_learns_what_the_cpu_learns(tmp_path: Path) -> None:
     data = blobs("train", 33, (1, 28, 28)), blobs("test", 15, (1, 28, 28))
     gpu = train(replace(PAIR, device="cuda"), *data, tmp_path / "gpu")
     cpu = train(PAIR, *data, tmp_path / "cpu")
-    assert gpu.training["device"] == "cuda"
+    assert gpu.card.training["device"] == "cuda"
     for name, weights in load(cpu.weights).items():
         torch.testing.assert_close(load(gpu.weights)[name], weights, rtol=1e-2, atol=1e-3)

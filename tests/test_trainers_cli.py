@@ -81,7 +81,7 @@ def test_killed_and_started_again_the_command_ends_the_same(
     document = json.loads(shown.out)
     assert document["schema"] == "ccn-deploy/train/1"
     assert document["already_finished"] is True
-    assert document["test_accuracy"] == whole.training["test_accuracy"]
+    assert document["test_accuracy"] == whole.card.training["test_accuracy"]
     assert shown.err == ""
 
     assert run_main(monkeypatch, *command, "--learning-rate", "0.2") == 2

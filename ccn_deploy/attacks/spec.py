@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
-from ccn_deploy.errors import UsageError, unknown
+from ccn_deploy.errors import UsageError, named
 
 Norm = Literal["linf", "l2"]
 Setting = int | float | bool
@@ -158,7 +158,7 @@ def suite(
     Raises:
         UsageError: An unknown name, or none at all.
     """
-    kinds = [_named(name) for name in dict.fromkeys(name.lower() for name in names)]
+    kinds = [named("attack", name, ATTACKS) for name in dict.fromkeys(map(str.lower, names))]
     if not kinds:
         raise UsageError("No attack was given.", f"Name one of: {', '.join(ATTACKS)}.")
     specs: list[AttackSpec] = []
@@ -204,10 +204,3 @@ def _bad_epsilon(item: str, why: str) -> UsageError:
         f"--epsilons: {item.strip()!r} {why}.",
         "Give numbers with commas between them, as in --epsilons 0.1,0.2 or 2/255,4/255.",
     )
-
-
-def _named(name: str) -> AttackKind:
-    try:
-        return ATTACKS[name]
-    except KeyError:
-        raise unknown("attack", name, ATTACKS) from None

@@ -15,14 +15,14 @@ claim                  what it says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ccn_deploy.certification.findings import Finding
-from ccn_deploy.certification.plugin import NOTE
+from ccn_deploy.certification.plugin import DATA_OPTIONS, NOTE
 from ccn_deploy.certification.session import Certification, Options
 from ccn_deploy.data import DataOptions
 from ccn_deploy.errors import CcnDeployError
@@ -38,33 +38,34 @@ def begin(config: pytest.Config) -> Certification:
         pytest.UsageError: One of them means nothing.
     """
     if _SESSION not in config.stash:
-        option: Callable[[str], Any] = config.getoption
         try:
-            options = Options.of(
-                bundle=option("--ccn-bundle"),
-                runtime=option("--ccn-runtime"),
-                precision=option("--ccn-precision"),
-                max_drop=option("--ccn-max-drop"),
-                samples=option("--ccn-samples"),
-                parity_samples=option("--ccn-parity-samples"),
-                attacks=option("--ccn-attack"),
-                epsilons=option("--ccn-epsilons"),
-                dataset=option("--ccn-dataset"),
-                data_dir=option("--ccn-data-dir"),
-                data=DataOptions(
-                    resize=option("--ccn-resize"),
-                    crop=option("--ccn-crop"),
-                    interpolation=option("--ccn-interpolation"),
-                    layout=option("--ccn-layout"),
-                    images_key=option("--ccn-npz-images"),
-                    labels_key=option("--ccn-npz-labels"),
-                ),
-                threads=option("--ccn-threads"),
+            options = Options(
+                bundle=Path(config.getoption("--ccn-bundle")),
+                data=DataOptions(**_given(config, _DATA_FIELDS)),
+                **_given(config, _FIELDS),
             )
             config.stash[_SESSION] = Certification(options)
         except CcnDeployError as error:
             raise pytest.UsageError(str(error)) from error
     return config.stash[_SESSION]
+
+
+_FIELDS = {
+    name.replace("-", "_"): name
+    for name in ("runtime", "precision", "max-drop", "samples", "parity-samples", "epsilons",
+                 "dataset", "data-dir", "threads")
+} | {"attacks": "attack"}  # fmt: skip
+_DATA_FIELDS = {
+    {"npz-images": "images_key", "npz-labels": "labels_key"}.get(name, name): name
+    for name in DATA_OPTIONS
+}
+"""By field of the options that a claim reads: the option that gives it, without ``--ccn-``."""
+
+
+def _given(config: pytest.Config, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options that were given, by field."""
+    found = {field: config.getoption(f"--ccn-{name}") for field, name in fields.items()}
+    return {field: value for field, value in found.items() if value is not None}
 
 
 class ClaimsFile(pytest.File):

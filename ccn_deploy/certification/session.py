@@ -15,7 +15,6 @@ from typing import Generic, TypeVar
 
 from ccn_deploy.attacks.spec import (
     DEFAULT_ATTACKS,
-    DEFAULT_EPSILONS,
     AttackSpec,
     parse_epsilons,
     suite,
@@ -60,73 +59,50 @@ class Options:
         samples: Images to attack.
         parity_samples: Images of each kind to compare with the reference; verify-parity's own
             choice if None.
-        attacks: What to attack with.
+        attacks: Names of what to attack with.
+        epsilons: Strengths of the attacks that take one, with commas; the commands' if None.
         dataset: Name or path; the one the network was trained on if None.
         data_dir: Where the files of a named data set are.
         data: How images are made of a directory's or an .npz file's.
         threads: CPU threads; the runtime's own choice if None.
+
+    Raises:
+        UsageError: One of them means nothing.
     """
 
     bundle: Path
     runtime: str
     precision: str
-    max_drop: float
-    samples: int
-    parity_samples: int | None
-    attacks: tuple[AttackSpec, ...]
-    dataset: str | None
-    data_dir: Path | None
-    data: DataOptions
-    threads: int | None
+    max_drop: float = MAX_DROP
+    samples: int = RobustnessRequest.samples
+    parity_samples: int | None = None
+    attacks: Sequence[str] = DEFAULT_ATTACKS
+    epsilons: str | None = None
+    dataset: str | None = None
+    data_dir: Path | None = None
+    data: DataOptions = DEFAULT
+    threads: int | None = None
 
-    @classmethod
-    def of(
-        cls,
-        *,
-        bundle: str,
-        runtime: str,
-        precision: str,
-        max_drop: float | None = None,
-        samples: int | None = None,
-        parity_samples: int | None = None,
-        attacks: Sequence[str] | None = None,
-        epsilons: str | None = None,
-        dataset: str | None = None,
-        data_dir: str | None = None,
-        data: DataOptions = DEFAULT,
-        threads: int | None = None,
-    ) -> Options:
-        """Read options as users give them; None stands for the commands' default.
-
-        Raises:
-            UsageError: One of them means nothing.
-        """
-        max_drop = MAX_DROP if max_drop is None else max_drop
-        samples = RobustnessRequest.samples if samples is None else samples
-        Target(runtime, precision)
-        tolerance_for(precision)
-        if not 0.0 < max_drop <= 1.0:
+    def __post_init__(self) -> None:
+        """Refuse what means nothing."""
+        Target(self.runtime, self.precision)
+        tolerance_for(self.precision)
+        if not 0.0 < self.max_drop <= 1.0:
             raise UsageError(
-                f"--ccn-max-drop {max_drop:g} is no share of images that could be shown.",
+                f"--ccn-max-drop {self.max_drop:g} is no share of images that could be shown.",
                 "Give a number above 0 and at most 1; 0.01 is one point of accuracy.",
             )
-        for name, number in (("--ccn-samples", samples), ("--ccn-threads", threads)):
-            if number is not None and number < 1:
-                raise UsageError(f"{name} {number} is not a count.", "Give 1 or more.")
-        strengths = DEFAULT_EPSILONS if epsilons is None else parse_epsilons(epsilons)
-        return cls(
-            bundle=Path(bundle),
-            runtime=runtime,
-            precision=precision,
-            max_drop=max_drop,
-            samples=samples,
-            parity_samples=parity_samples,
-            attacks=suite(attacks or DEFAULT_ATTACKS, strengths),
-            dataset=dataset,
-            data_dir=None if data_dir is None else Path(data_dir),
-            data=data,
-            threads=threads,
-        )
+        for name, count in (("--ccn-samples", self.samples), ("--ccn-threads", self.threads)):
+            if count is not None and count < 1:
+                raise UsageError(f"{name} {count} is not a count.", "Give 1 or more.")
+        _ = self.suite
+
+    @property
+    def suite(self) -> tuple[AttackSpec, ...]:
+        """The attacks at their strengths."""
+        if self.epsilons is None:
+            return suite(self.attacks)
+        return suite(self.attacks, parse_epsilons(self.epsilons))
 
 
 class Certification:
@@ -169,7 +145,7 @@ class Certification:
         yield f"batch-invariant[{target}]", self.batch_invariant
         yield f"deterministic[{target}]", self.deterministic
         yield f"accurate[{target}]", self.accurate
-        for spec in self._options.attacks:
+        for spec in self._options.suite:
             if spec.clip:  # outside the box is for comparison with the paper, and not judged
                 yield f"robust[{spec.label}]", partial(self.robust, spec)
 
@@ -238,7 +214,7 @@ class Certification:
             dataset=self._dataset(),
             runtime=options.runtime,
             precision=options.precision,
-            attacks=options.attacks,
+            attacks=options.suite,
             samples=options.samples,
             options=RuntimeOptions(threads=options.threads),
         )

@@ -160,7 +160,7 @@ def _terms(node: Node, factors: Sequence[Tensor]) -> int:
         return factors[1][0].numel()
     if node.op == "ConvTranspose":
         weight = factors[1]
-        taps = math.prod(weight.shape[2:]) / math.prod(node.attributes.get("strides", [1]))
+        taps: float = math.prod(weight.shape[2:]) / math.prod(node.attributes.get("strides", [1]))
         return math.ceil(len(weight) / int(node.attributes.get("group", 1)) * taps)
     if node.op == "Gemm":
         return factors[0].shape[0 if node.attributes.get("transA", 0) else 1]

@@ -1,51 +1,41 @@
-"""The curves of a document: accuracy against the size of the perturbation."""
+"""The curves of a judgement: accuracy against the size of the perturbation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from ccn_deploy.report.claim_text import Json, norm, title
 from ccn_deploy.report.figures import Curve, Point
+from ccn_deploy.robustness import RobustnessResult
+from ccn_deploy.robustness.non_inferiority import Proportion
+from ccn_deploy.tables import NORMS
 
 
-def bounded_curves(document: Json, rows: Sequence[Json]) -> list[Curve]:
-    """Return a curve per attack with an epsilon, each beginning at the clean accuracy."""
-    curves = []
-    for attack in dict.fromkeys(row["attack"] for row in rows):
-        same = sorted((r for r in rows if r["attack"] == attack), key=lambda r: r["epsilon"])
-        sides = {
-            side: [
-                _clean_point(document, side),
-                *(
-                    _point(row["epsilon"], row[side]["robust_accuracy"], row[side]["ci95"])
-                    for row in same
-                ),
-            ]
-            for side in ("reference", "runtime")
-        }
-        name = title({**same[0], "epsilon": None, "clip": True})
-        curves.append(Curve(name, f"ε, {norm(same[0]['norm'])} of the perturbation", **sides))
-    return curves
+def curves(result: RobustnessResult) -> list[Curve]:
+    """Return a curve for each attack, against epsilon or else d, from the clean accuracy on."""
+    clean = result.clean
+    found = []
+    for title in dict.fromkeys(row.title for row in result.bounded):
+        rows = [row for row in result.bounded if row.title == title]
+        found.append(
+            Curve(
+                title,
+                f"ε, {NORMS[str(rows[0].norm)]} of the perturbation",
+                reference=_points(clean.reference, {r.epsilon: r.reference for r in rows}),
+                runtime=_points(clean.runtime, {r.epsilon: r.runtime for r in rows}),
+            )
+        )
+    for attack in result.minimal:
+        found.append(
+            Curve(
+                attack.full_title,
+                f"d, {NORMS[attack.norm]} over that of the image",
+                reference=_points(clean.reference, attack.reference.accuracy_at),
+                runtime=_points(clean.runtime, attack.runtime.accuracy_at),
+            )
+        )
+    return found
 
 
-def minimal_curve(document: Json, row: Json) -> Curve:
-    """Return accuracy against d of an attack without an epsilon."""
-    sides = {
-        side: [
-            _clean_point(document, side),
-            *(
-                _point(float(d), accuracy, row[side]["accuracy_at_ci95"][d])
-                for d, accuracy in row[side]["accuracy_at"].items()
-            ),
-        ]
-        for side in ("reference", "runtime")
-    }
-    return Curve(title(row), f"d, {norm(row['norm'])} over that of the image", **sides)
-
-
-def _clean_point(document: Json, side: str) -> Point:
-    return _point(0.0, document["clean"][side]["accuracy"], document["clean"][side]["ci95"])
-
-
-def _point(size: float, accuracy: float, ci95: Sequence[float]) -> Point:
-    return Point(size, accuracy, *ci95)
+def _points(clean: Proportion, at: Mapping[float, Proportion]) -> list[Point]:
+    shares = {0.0: clean, **dict(sorted(at.items()))}
+    return [Point(size, share.value, *share.ci95) for size, share in shares.items()]

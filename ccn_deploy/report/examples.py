@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ccn_deploy.attacks.spec import ATTACKS, AttackSpec
+from ccn_deploy.attacks.spec import AttackSpec
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.extras import require
 from ccn_deploy.robustness import Evidence, Measurement, Pair
@@ -115,5 +115,4 @@ def _example(at: int, first: Evidence, shown: Mapping[str, Evidence], dataset: D
 
 
 def _name(spec: AttackSpec) -> str:
-    title = ATTACKS[spec.name].title if spec.name in ATTACKS else spec.name
-    return title if spec.epsilon is None else f"{title}, ε = {spec.epsilon:g}"
+    return spec.title if spec.epsilon is None else f"{spec.title}, ε = {spec.epsilon:g}"

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ccn_deploy.bundle import Bundle
-from ccn_deploy.report.claim_text import Json, interval, percent, reason, target, title
-from ccn_deploy.report.curves import bounded_curves, minimal_curve
+from ccn_deploy.report.curves import curves
 from ccn_deploy.report.examples import Example
-from ccn_deploy.report.pictures import pictures_of
+from ccn_deploy.report.parity import parity_table
 from ccn_deploy.report.provenance import digests, provenance
-from ccn_deploy.report.tables import (
-    bounded_table,
+from ccn_deploy.report.view import Fact, Page, Target
+from ccn_deploy.robustness import PrecisionsResult, RobustnessResult
+from ccn_deploy.robustness.attack_session import REFERENCE
+from ccn_deploy.robustness.tables import (
+    accuracy_table,
     effort_table,
-    minimal_table,
-    parity_table,
+    perturbation_table,
     precision_table,
 )
-from ccn_deploy.report.view import Fact, Mark, Page, Target
-from ccn_deploy.robustness import PrecisionsResult, RobustnessResult
+from ccn_deploy.tables import Mark, percent
+from ccn_deploy.verdict import Verdict
 
 
 def page_of(
@@ -26,7 +28,7 @@ def page_of(
     result: RobustnessResult | PrecisionsResult,
     examples: Sequence[Example],
     command: str,
-    parity: Json | None,
+    parity: Mapping[str, Any] | None,
 ) -> Page:
     """Work out what the page says.
 
@@ -41,14 +43,13 @@ def page_of(
 
     several = isinstance(result, PrecisionsResult)
     results = list(result.results.values()) if isinstance(result, PrecisionsResult) else [result]
-    documents = [one.document() for one in results]
-    targets = [_target(document) for document in documents]
+    targets = [_target(one) for one in results]
     measurements = [one.measurement for one in results]
-    deciding = next(t for t in targets if t.verdict.css == result.verdict.value)
+    deciding = next(t for t in targets if t.verdict == Mark.of(result.verdict))
     warnings = [
-        f"{document['precision']}: {warning}" if several else warning
-        for document in documents
-        for warning in document["warnings"]
+        f"{one.measurement.precision}: {warning}" if several else warning
+        for one in results
+        for warning in one.warnings
     ]
     if isinstance(result, PrecisionsResult):
         warnings = [*result.warnings, *warnings]
@@ -57,12 +58,13 @@ def page_of(
         reason=f"{deciding.name}: {deciding.reason}" if several else deciding.reason,
         model=bundle.card.title,
         target=", ".join(one.name for one in targets),
-        reference=documents[0]["reference"],
-        facts=_facts(documents[0]),
-        precisions=precision_table(result.document()) if several else None,
+        reference=str(REFERENCE),
+        facts=_facts(results[0]),
+        precisions=precision_table(result) if isinstance(result, PrecisionsResult) else None,
         targets=targets,
         parity=parity_table(parity) if parity else None,
-        pictures=pictures_of(examples, bundle.card.class_names),
+        examples=examples,
+        class_names=bundle.card.class_names,
         pictured=targets[0].name,
         warnings=warnings,
         command=command,
@@ -72,38 +74,52 @@ def page_of(
     )
 
 
-def _target(document: Json) -> Target:
-    bounded = [row for row in document["attacks"] if row["epsilon"] is not None]
-    minimal = [row for row in document["attacks"] if row["epsilon"] is None]
+def _target(result: RobustnessResult) -> Target:
+    bounded = {row.row.label: row.effort for row in result.bounded}
+    others = {row.title for row in result.bounded}
+    minimal = {title: e for title, e in result.efforts.items() if title not in others}
     return Target(
-        name=target(document),
-        verdict=Mark.of(document["verdict"]),
-        reason=reason(document),
-        curves=[
-            *bounded_curves(document, bounded),
-            *(minimal_curve(document, row) for row in minimal),
-        ],
+        name=result.measurement.target,
+        verdict=Mark.of(result.verdict),
+        reason=_reason(result),
+        curves=curves(result),
         tables=[
-            *([bounded_table(document, bounded)] if bounded else []),
-            *(minimal_table(row) for row in minimal),
-            effort_table(document["attacks"]),
+            accuracy_table(result),
+            *map(perturbation_table, result.minimal),
+            effort_table({**bounded, **minimal}),
         ],
     )
 
 
-def _facts(document: Json) -> list[Fact]:
-    clean = document["clean"]
-    data = document["dataset"]
-    kinds = dict.fromkeys(
-        title({**row, "epsilon": None, "clip": True}) for row in document["attacks"]
-    )
+def _reason(result: RobustnessResult) -> str:
+    """Return the verdict's reason in one sentence."""
+    if result.verdict is Verdict.PASS:
+        worst = max(row.gate.upper95 for row in result.rows)
+        allowed = f"{100 * result.max_drop:g}"
+        measurement = result.measurement
+        return (
+            f"In none of {len(result.rows)} comparisons on {measurement.n} images does "
+            f"{measurement.target} fall behind {REFERENCE} by more than {100 * worst:.2f} points, "
+            f"at 95 % confidence; {allowed} {'is' if allowed == '1' else 'are'} allowed."
+        )
+    first, *others = (row for row in result.rows if row.gate.verdict is result.verdict)
+    also = f"; likewise in {len(others)} more {'row' if len(others) == 1 else 'rows'}"
+    name = first.name[0].upper() + first.name[1:]
+    return f"{name}: {first.gate.reason}{also if others else ''}."
+
+
+def _facts(result: RobustnessResult) -> list[Fact]:
+    clean, measurement = result.clean.runtime, result.measurement
+    data = measurement.dataset
+    low, high = clean.ci95
+    titles = [*(row.title for row in result.bounded), *(row.full_title for row in result.minimal)]
     return [
         Fact(
-            f"Accuracy without attack, {document['precision']}",
-            percent(clean["runtime"]["accuracy"]),
-            interval(clean["runtime"]["ci95"]),
+            f"Accuracy without attack, {measurement.precision}",
+            f"{percent(clean.value)}\N{NO-BREAK SPACE}%",
+            f"{percent(low)} to {percent(high)}",
         ),
-        Fact("Images", f"{document['samples']}", f"{data['name']}, {data['split']}"),
-        Fact("Attacks", ", ".join(kinds)),
-        Fact("Allowed drop", f"{100 * document['max_drop']:g} points"),
+        Fact("Images", f"{measurement.n}", f"{data['name']}, {data['split']}"),
+        Fact("Attacks", ", ".join(dict.fromkeys(titles))),
+        Fact("Allowed drop", f"{100 * result.max_drop:g} points"),
     ]

@@ -5,22 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ccn_deploy.report.examples import Example
 from ccn_deploy.report.figures import Curve
-
-_WORDS = {"pass": "Pass", "fail": "Fail", "inconclusive": "Inconclusive"}
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A verdict as it is shown: a word and the class that colours it."""
-
-    word: str
-    css: str
-
-    @classmethod
-    def of(cls, verdict: str) -> Mark:
-        """Mark a verdict of a document."""
-        return cls(_WORDS[verdict], verdict)
+from ccn_deploy.tables import Mark, Table
 
 
 @dataclass(frozen=True)
@@ -31,68 +18,6 @@ class Fact:
     value: str
     note: str = ""
     code: bool = False
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number of a table, with its interval if it has one."""
-
-    text: str
-    interval: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table; the verdict, if any, stands at its end."""
-
-    name: str
-    values: Sequence[Cell]
-    verdict: Mark | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; the first column is the row's name, the last its verdict."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Row]
-    about: str = ""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image with what the runtime says of it."""
-
-    uri: str
-    alt: str
-    prediction: str
-    fooled: bool
-    note: str
-
-
-@dataclass(frozen=True)
-class PictureRow:
-    """One attack, or none, on every example; None where there is no image."""
-
-    name: str
-    cells: Sequence[Picture | None]
-
-
-@dataclass(frozen=True)
-class PictureColumn:
-    """One example."""
-
-    label: str
-    index: int
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The examples as a table: attacks down, images across."""
-
-    columns: Sequence[PictureColumn]
-    rows: Sequence[PictureRow]
 
 
 @dataclass(frozen=True)
@@ -122,7 +47,9 @@ class Page:
         target: What was measured, in the heading.
         precisions: Several precisions side by side, if there are several.
         targets: One for each precision.
-        pictured: The target whose answers stand below the pictures.
+        examples: Images and what attacks made of them, with the answers of ``pictured``.
+        class_names: Of the answers.
+        pictured: The name of a target.
     """
 
     verdict: Mark
@@ -134,7 +61,8 @@ class Page:
     precisions: Table | None
     targets: Sequence[Target]
     parity: Table | None
-    pictures: Pictures | None
+    examples: Sequence[Example]
+    class_names: Sequence[str]
     pictured: str
     warnings: Sequence[str]
     command: str

@@ -4,7 +4,7 @@
 needs SciPy for its intervals.
 """
 
-from ccn_deploy.robustness.collect import Measurement, Pair, RobustnessRequest, check, collect
+from ccn_deploy.robustness.collect import Measurement, Pair, RobustnessRequest, collect, collect_all
 from ccn_deploy.robustness.evidence import Evidence, Sample
 from ccn_deploy.robustness.judge import judge
 from ccn_deploy.robustness.precisions import PrecisionsResult, compare
@@ -18,8 +18,8 @@ __all__ = [
     "RobustnessRequest",
     "RobustnessResult",
     "Sample",
-    "check",
     "collect",
+    "collect_all",
     "compare",
     "judge",
 ]

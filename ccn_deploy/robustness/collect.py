@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ccn_deploy.attacks import AttackSpec, suite
-from ccn_deploy.attacks.source import Gradient, no_gradients, source
+from ccn_deploy.attacks.source import GRADIENTS, Gradient, no_gradients, source
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.errors import IntegrityError, UsageError
@@ -106,9 +106,19 @@ class Measurement:
     pairs: tuple[Pair, ...]
     agreement: GradientAgreement | None = None
 
+    @property
+    def target(self) -> str:
+        """Runtime and precision, as tables have them."""
+        return f"{self.runtime}-{self.precision}"
+
+    @property
+    def gradient_source(self) -> str:
+        """Where the gradients came from, for people."""
+        return f"{self.gradient}, {GRADIENTS[self.gradient]}"
+
 
 class Progress(Protocol):
-    """Told how far a measurement is; see :func:`collect`."""
+    """Told how far a measurement is; see :func:`collect_all`."""
 
     def __call__(self, what: str, done: float, total: float) -> None:
         """Take note of ``done`` of ``total`` units of work, the current one being ``what``."""
@@ -118,15 +128,23 @@ class Progress(Protocol):
 def collect(
     bundle: Bundle, request: RobustnessRequest, progress: Progress | None = None
 ) -> Measurement:
-    """Return the evidence that a request asks for, measuring what is not there yet.
+    """Return the evidence that a request asks for; see :func:`collect_all`."""
+    return collect_all(bundle, [request], progress)[0]
+
+
+def collect_all(
+    bundle: Bundle, requests: Sequence[RobustnessRequest], progress: Progress | None = None
+) -> list[Measurement]:
+    """Return the evidence that requests ask for, measuring what is not there yet.
 
     Evidence is kept in the bundle after every batch: interrupted and called again, this goes on
     where it was. A larger request extends what a smaller one left, and the reference is measured
-    once for all runtimes. Nothing heavy is imported if nothing is missing.
+    once for all runtimes. Nothing is measured if one of the requests cannot be, as far as that can
+    be told before, and nothing heavy is imported if nothing is missing.
 
     Args:
         bundle: An open bundle.
-        request: What to measure.
+        requests: What to measure.
         progress: Called before and after every batch that is measured, with work in rough units
             of one gradient an image; not called at all if everything is there.
 
@@ -134,10 +152,25 @@ def collect(
         UsageError: A data set that does not fit the bundle, or no samples.
         IntegrityError: Evidence was changed after it was written.
         StorageError: The disk is full or the bundle cannot be written to.
-        RuntimeUnavailableError: The runtime cannot be had here.
+        RuntimeUnavailableError: The runtime cannot be had here, or not in this precision or with
+            these gradients.
+        EnvironmentUnfitError: The target is on a GPU, and there is none that fits.
         MissingExtraError: Something is to be measured and torch or Foolbox is not installed.
     """
-    gradient, jobs = _plan(bundle, request)
+    plans = [_plan(bundle, request) for request in requests]
+    return [
+        _measure(bundle, request, plan, progress)
+        for request, plan in zip(requests, plans, strict=True)
+    ]
+
+
+def _measure(
+    bundle: Bundle,
+    request: RobustnessRequest,
+    plan: tuple[Gradient, list[_Job]],
+    progress: Progress | None,
+) -> Measurement:
+    gradient, jobs = plan
     n = request.n
     total, done = float(sum(job.trial.spec.cost * n for job in jobs)), 0.0
     found: dict[tuple[str, Target], Evidence] = {}
@@ -169,17 +202,6 @@ def collect(
         ),
         agreement=compared,
     )
-
-
-def check(bundle: Bundle, request: RobustnessRequest) -> None:
-    """Raise what :func:`collect` would, as far as it can be told before anything is measured.
-
-    Raises:
-        UsageError: A data set that does not fit the bundle, or no samples.
-        RuntimeUnavailableError: The bundle has no such precision, or not with these gradients.
-        EnvironmentUnfitError: The target is on a GPU, and there is none that fits.
-    """
-    _plan(bundle, request)
 
 
 @dataclass(frozen=True)

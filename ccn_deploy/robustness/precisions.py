@@ -16,6 +16,7 @@ from ccn_deploy.robustness.judge import DISTANCES
 from ccn_deploy.robustness.non_inferiority import Mask, PairedDifference, Proportion
 from ccn_deploy.robustness.outcomes import invalid, right, robust, robust_at
 from ccn_deploy.robustness.result import RobustnessResult
+from ccn_deploy.robustness.rows import label_of
 from ccn_deploy.verdict import Verdict
 
 SCHEMA = "ccn-deploy/robustness-precisions/1"
@@ -69,6 +70,11 @@ class PrecisionRow:
     def strength(self) -> float | None:
         """Epsilon or d; None without an attack."""
         return self.d if self.epsilon is None else self.epsilon
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return label_of(self.title, self.strength)
 
     def document(self) -> dict[str, Any]:
         """Return this as JSON."""

@@ -10,7 +10,7 @@ from ccn_deploy.robustness.attack_session import REFERENCE
 from ccn_deploy.robustness.collect import Measurement
 from ccn_deploy.robustness.non_inferiority import NonInferiorityTest
 from ccn_deploy.robustness.query_stats import QueryStatsPair
-from ccn_deploy.robustness.rows import FixedEpsilonResult, MinimizationResult
+from ccn_deploy.robustness.rows import AccuracyRow, FixedEpsilonResult, MinimizationResult
 from ccn_deploy.verdict import Verdict
 
 SCHEMA = "ccn-deploy/robustness/1"
@@ -38,18 +38,19 @@ class RobustnessResult:
 
     @property
     def verdict(self) -> Verdict:
-        """All gates together: of the clean row, of every epsilon, and of every d in the box."""
-        return Verdict.all_of(gate.verdict for gate in self.gates.values())
+        """All rows together."""
+        return Verdict.all_of(row.gate.verdict for row in self.rows)
+
+    @property
+    def rows(self) -> tuple[AccuracyRow, ...]:
+        """Everything that is judged: the clean row, every epsilon, and every d in the box."""
+        fixed = (row.row for row in (self.clean, *self.bounded))
+        return (*fixed, *(row for attack in self.minimal for row in attack.rows))
 
     @property
     def gates(self) -> dict[str, NonInferiorityTest]:
         """Every gate that is judged, by the name of its row."""
-        named = {self.clean.title: self.clean.gate}
-        named |= {f"{row.title} at epsilon {row.epsilon:g}": row.gate for row in self.bounded}
-        for row in self.minimal:
-            if row.clip:
-                named |= {f"{row.title} at d = {d:g}": gate for d, gate in row.gates.items()}
-        return named
+        return {row.name: row.gate for row in self.rows}
 
     @property
     def efforts(self) -> dict[str, QueryStatsPair]:
@@ -61,7 +62,7 @@ class RobustnessResult:
         for row in self.minimal:
             for one in (row, row.unclipped):
                 if one is not None:
-                    found[one.title if one.clip else f"{one.title} leaving [0, 1]"] = one.effort
+                    found[one.full_title] = one.effort
         return found
 
     @property

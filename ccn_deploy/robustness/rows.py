@@ -15,6 +15,30 @@ from ccn_deploy.verdict import Verdict
 
 
 @dataclass(frozen=True)
+class AccuracyRow:
+    """Accuracy of the two under one attack at one strength, or without one: what is judged.
+
+    Attributes:
+        name: For sentences, such as ``"FGSM at epsilon 0.1"``.
+        label: For tables, such as ``"FGSM 0.1"``.
+        reference: Proportion of images that are right and stay right on the reference.
+        runtime: The same on the runtime.
+        gate: The comparison.
+    """
+
+    name: str
+    label: str
+    reference: Proportion
+    runtime: Proportion
+    gate: NonInferiorityTest
+
+
+def label_of(title: str, strength: float | None) -> str:
+    """Return what tables call an attack at a strength, epsilon or d; none without one."""
+    return "none" if strength is None else f"{title} {strength:g}"
+
+
+@dataclass(frozen=True)
 class FixedEpsilonResult:
     """One attack at one epsilon, or no attack at all.
 
@@ -46,6 +70,18 @@ class FixedEpsilonResult:
     def title(self) -> str:
         """The attack, for people; its strength is :attr:`epsilon`."""
         return "no attack" if self.norm is None else title_of(self.name)
+
+    @property
+    def row(self) -> AccuracyRow:
+        """What is judged."""
+        clean = self.norm is None
+        return AccuracyRow(
+            self.title if clean else f"{self.title} at epsilon {self.epsilon:g}",
+            label_of(self.title, None if clean else self.epsilon),
+            self.reference,
+            self.runtime,
+            self.gate,
+        )
 
     def document(self) -> dict[str, Any]:
         """Return this as JSON."""
@@ -96,6 +132,11 @@ class MinimizationSide:
         return _mean(self.rho)
 
     @property
+    def rho_median(self) -> float | None:
+        """Median rho of the same images."""
+        return _median(self.rho)
+
+    @property
     def l2_mean(self) -> float | None:
         """Mean L2 distance of the images that were found (paper, tables 11 and 12)."""
         return _mean(self.l2)
@@ -105,9 +146,9 @@ class MinimizationSide:
         return {
             "already_wrong": self.already_wrong,
             "failed": self.failed,
-            "rho_adv_mean": _mean(self.rho),
-            "rho_adv_median": _median(self.rho),
-            "l2_mean": _mean(self.l2),
+            "rho_adv_mean": self.rho_adv,
+            "rho_adv_median": self.rho_median,
+            "l2_mean": self.l2_mean,
             "l2_median": _median(self.l2),
             "success": self.found.value,
             "success_ci95": list(self.found.ci95),
@@ -157,6 +198,26 @@ class MinimizationResult:
     def title(self) -> str:
         """The attack, for people."""
         return title_of(self.name)
+
+    @property
+    def full_title(self) -> str:
+        """The attack, and whether it left the box."""
+        return self.title if self.clip else f"{self.title} leaving [0, 1]"
+
+    @property
+    def rows(self) -> tuple[AccuracyRow, ...]:
+        """What is judged: a row for each d inside the box, and nothing outside."""
+        return tuple(
+            AccuracyRow(
+                f"{self.title} at d = {d:g}",
+                label_of(self.title, d),
+                self.reference.accuracy_at[d],
+                self.runtime.accuracy_at[d],
+                gate,
+            )
+            for d, gate in self.gates.items()
+            if self.clip
+        )
 
     @property
     def gate(self) -> NonInferiorityTest:

@@ -1,9 +1,7 @@
-"""A ResNet-18 whose convolutions and classifier are compact, for grey images of 28x28 pixels."""
+"""A narrow ResNet-18 for grey images of 28x28 pixels."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from ccn_deploy.layers import compactify
 
 
 class Block(nn.Module):
@@ -39,7 +37,7 @@ def resnet18(width: int = 16, classes: int = 10) -> nn.Module:
         outer = width << stage
         stages += [Block(inner, outer, 1 if stage == 0 else 2), Block(outer, outer, 1)]
         inner = outer
-    network = nn.Sequential(
+    return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
@@ -48,5 +46,3 @@ def resnet18(width: int = 16, classes: int = 10) -> nn.Module:
         nn.Flatten(),
         nn.Linear(inner, classes),
     )
-    compactify(network)
-    return network

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ccn_deploy.errors import IntegrityError, UsageError, first_line
 from ccn_deploy.exporters.sources.module_graph import readable_graph
-from ccn_deploy.exporters.sources.module_layers import WRAPPED, traceable
+from ccn_deploy.exporters.sources.module_layers import WRAPPED, traceable, translations
 from ccn_deploy.extras import require
 from ccn_deploy.factory import load_factory, logits_of
 from ccn_deploy.graph.builder import OPSET
@@ -176,15 +176,16 @@ def _close(a: Tensor, b: Tensor, scale: float) -> bool:
 
 def _trace(network: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
     """Run torch's exporter with a symbolic batch."""
+    images = (torch.rand(2, *input_shape),)
     try:
         program = torch.onnx.export(
-            _Network(network),
-            (torch.rand(2, *input_shape),),
+            _captured(_Network(network), images),
+            images,
             dynamo=True,
             input_names=[INPUT],
             output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim(BATCH)},),
             opset_version=OPSET,
+            custom_translation_table=translations(),
             external_data=False,
             verbose=False,
         )
@@ -196,6 +197,24 @@ def _trace(network: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelP
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     return model
+
+
+def _captured(network: nn.Module, images: tuple[Tensor]) -> torch.export.ExportedProgram:
+    """Capture a network for every batch.
+
+    Not left to ``torch.onnx``, whose last resort is a graph for the batch that it was shown. Its
+    two ways are tried: running the code, and reading it, which alone knows that ``len(x)`` is the
+    batch.
+    """
+    dynamic = ({0: torch.export.Dim(BATCH)},)
+    try:
+        return torch.export.export(network, images, dynamic_shapes=dynamic, strict=False)
+    except Exception:  # as above
+        try:
+            return torch.export.export(network, images, dynamic_shapes=dynamic, strict=True)
+        except Exception:  # the first error says more of the user's code
+            pass
+        raise
 
 
 def _reason(error: BaseException) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ccn_deploy.layers import CompactConv2d, CompactLinear
 
@@ -35,15 +34,36 @@ def traceable(network: nn.Module) -> None:
             layer.forward = partial(forward, layer, name)
 
 
+@torch.library.custom_op("ccn_deploy::compact_conv2d", mutates_args=())
+def _compact_conv2d(x: Tensor, channels: int, height: int, width: int, layer: str) -> Tensor:
+    raise NotImplementedError  # only traced, never run
+
+
+@torch.library.custom_op("ccn_deploy::compact_linear", mutates_args=())
+def _compact_linear(x: Tensor, features: int, rank: int, layer: str) -> Tensor:
+    raise NotImplementedError  # as above
+
+
+@_compact_conv2d.register_fake
+def _shape_of_conv(x: Tensor, channels: int, height: int, width: int, layer: str) -> Tensor:
+    return x.new_empty((x.shape[0], channels, height, width))
+
+
+@_compact_linear.register_fake
+def _shape_of_linear(x: Tensor, features: int, rank: int, layer: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], features))
+
+
 def _conv(layer: CompactConv2d, name: str, x: Tensor) -> Tensor:
     x, _ = layer.pad(x)
-    # Only the sizes are wanted, which the convolution itself knows best.
-    height, width = _sizes(layer, x)
-    return _stand_in(layer, name, x, (x.shape[0], layer.out_channels, height, width))
+    height, width = (_size(layer, axis, int(x.shape[2 + axis])) for axis in (0, 1))
+    result: Tensor = _compact_conv2d(x, layer.out_channels, height, width, name)
+    return result
 
 
 def _linear(layer: CompactLinear, name: str, x: Tensor) -> Tensor:
-    return _stand_in(layer, name, x, (*x.shape[:-1], layer.out_features))
+    result: Tensor = _compact_linear(x, layer.out_features, x.dim(), name)
+    return result
 
 
 _FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -52,25 +72,45 @@ _FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
 }
 
 
-def _sizes(layer: CompactConv2d, x: Tensor) -> tuple[int, int]:
-    """Return the height and width of a convolution's output."""
-    channels = layer.in_channels
-    image = torch.empty(1, channels, int(x.shape[2]), int(x.shape[3]), device="meta")
-    padding: Any = layer.padding if layer.padding_mode == "zeros" else 0
-    kernel = torch.empty(
-        layer.out_channels, channels // layer.groups, *layer.kernel_size, device="meta"
-    )
-    shape = F.conv2d(image, kernel, None, layer.stride, padding, layer.dilation, layer.groups).shape
-    return shape[2], shape[3]
+def _size(layer: CompactConv2d, axis: int, size: int) -> int:
+    """Return the height (axis 0) or width (1) of a convolution's output."""
+    if layer.padding_mode == "zeros":
+        first, last = layer._reversed_padding_repeated_twice[2 - 2 * axis : 4 - 2 * axis]
+        size += first + last
+    reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
+    return (size - reach) // layer.stride[axis] + 1
 
 
-def _stand_in(layer: nn.Module, name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    result: Tensor = torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{type(layer).__name__}",
-        (x,),
-        {"layer": name, "rank": x.dim()},
-        dtype=x.dtype,
-        shape=shape,
-        version=1,
-    )
-    return result
+def translations() -> dict[Any, Callable[..., Any]]:
+    """Return how ``torch.onnx`` is to write the nodes that stand for compact layers."""
+    from onnx import defs
+    from onnxscript import values
+
+    kind = defs.OpSchema.FormalParameter
+    domain = values.Opset(DOMAIN, 1)
+
+    def op(name: str) -> Any:
+        schema = defs.OpSchema(
+            name, DOMAIN, 1,
+            inputs=[kind("x", "tensor(float)")],
+            outputs=[kind("y", "tensor(float)")],
+            attributes=[
+                defs.OpSchema.Attribute("layer", defs.OpSchema.AttrType.STRING),
+                defs.OpSchema.Attribute("rank", defs.OpSchema.AttrType.INT),
+            ],
+        )  # fmt: skip
+        return values.Op(domain, name, schema)
+
+    conv, linear = op("CompactConv2d"), op("CompactLinear")
+
+    def write_conv(x: Any, channels: int, height: int, width: int, layer: str) -> Any:
+        return conv(x, layer=layer, rank=4)
+
+    def write_linear(x: Any, features: int, rank: int, layer: str) -> Any:
+        return linear(x, layer=layer, rank=rank)
+
+    ours = torch.ops.ccn_deploy
+    return {
+        ours.compact_conv2d.default: write_conv,
+        ours.compact_linear.default: write_linear,
+    }
