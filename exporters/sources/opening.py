@@ -22,7 +22,6 @@ from ccn_deploy.graph.graph import Graph
 from ccn_deploy.runs import RUN, TrainedRun, open_run
 from ccn_deploy.storage import sha256, sha256_file
 
-
 _BESIDE_A_FACTORY = {
     ".py": "a file of Python",
     ".pth": "a file of weights",
