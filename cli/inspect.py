@@ -72,7 +72,9 @@ def _print_file(file: dict[str, Any], told: set[str]) -> None:
         _field("made by", _pairs(file["made_by"]))
     if file["lineage"] is not None:
         lineage = file["lineage"]
-        _field("step", ", from ".join(filter(None, (lineage["step"], ", ".join(lineage["sources"])))))
+        _field(
+            "step", ", from ".join(filter(None, (lineage["step"], ", ".join(lineage["sources"]))))
+        )
     for key, value in sorted(file["details"].items()):
         for text in _told(key, value):
             _field(key.removeprefix("compute_").replace("_", " "), text)
