@@ -316,7 +316,7 @@ def _source_options(
     from ccn_deploy.exporters.sources.opening import SourceOptions
     from ccn_deploy.exporters.sources.preprocessing_config import read_preprocessing
 
-    given: dict[str, Any] = {key: value for key, value in intake.items() if value}
+    given: dict[str, Any] = {key: value for key, value in intake.items() if value is not None}
     for key, count in (("mean", None), ("std", None), ("input_range", 2)):
         if key in given:
             given[key] = parse_numbers(given[key], f"--{key.replace('_', '-')}", count)
