@@ -248,13 +248,7 @@ def export(
 
     notes: list[str] = []
     request = CalibrationRequest(
-        calibration,
-        calibration_samples,
-        seed,
-        dataset,
-        data_dir,
-        data,
-        notes.append,
+        calibration, calibration_samples, seed, dataset, data_dir, data, notes.append
     )
     given = _source_options(
         preprocessing,

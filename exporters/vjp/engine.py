@@ -20,12 +20,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
 from ccn_deploy.errors import NoGradientError
 from ccn_deploy.exporters.canonical import canonical
 from ccn_deploy.exporters.vjp.table import RULES
 from ccn_deploy.exporters.vjp.tape import STILL_WORKS, Gradient, Site, Tape, no_gradient
+from ccn_deploy.graph.builder import floats
 from ccn_deploy.graph.graph import Graph, Node
 from ccn_deploy.graph.signature import BATCH, CANDIDATES, COTANGENTS, GRADIENTS, INPUT, OUTPUT
 
@@ -136,21 +137,13 @@ def _model(tape: Tape) -> onnx.ModelProto:
     source = tape.forward.model
     pixels = [d.dim_value for d in source.graph.input[0].type.tensor_type.shape.dim[1:]]
     classes = tape.forward.classes
-
-    def floats(name: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-
+    inputs = {INPUT: [BATCH, *pixels], COTANGENTS: [BATCH, CANDIDATES, classes]}
+    outputs = {OUTPUT: [BATCH, classes], GRADIENTS: [BATCH, CANDIDATES, *pixels]}
     graph = helper.make_graph(
         tape.nodes,
         source.graph.name,
-        inputs=[
-            floats(INPUT, [BATCH, *pixels]),
-            floats(COTANGENTS, [BATCH, CANDIDATES, classes]),
-        ],
-        outputs=[
-            floats(OUTPUT, [BATCH, classes]),
-            floats(GRADIENTS, [BATCH, CANDIDATES, *pixels]),
-        ],
+        inputs=floats(inputs),
+        outputs=floats(outputs),
         initializer=list(tape.constants.values()),
     )
     return helper.make_model(

@@ -119,9 +119,9 @@ def _extreme(at: Site, g: Gradient) -> Owed:
     return [evenly(at, kept(at, at.whole(g), axes, 1), kept(at, at.y, axes), axes)]
 
 
-def _axis(at: Site, default: int = -1) -> int:
+def _axis(at: Site) -> int:
     """Return the axis of a function along one, from 0 on, which must not be the batch's."""
-    axis: int = at.attribute("axis", default) % at.rank(at.x)
+    axis: int = at.attribute("axis", -1) % at.rank(at.x)
     at.sizes(at.x, [axis])
     return axis
 
