@@ -16,7 +16,7 @@ import torch
 from benchmarks import peers
 from benchmarks.attacks import attacks
 from benchmarks.forward import forward, lowerings
-from benchmarks.gradients import gradients
+from benchmarks.gradients import gradients, rules
 from benchmarks.memory import memory
 from benchmarks.others import others
 from benchmarks.peers.libraries import PACKAGES
@@ -32,6 +32,7 @@ SECTIONS: dict[str, Section] = {
     "lowerings": lowerings,
     "serving": serving,
     "gradients": gradients,
+    "rules": rules,
     "others": others,
     "attacks": attacks,
     "memory": memory,

@@ -32,6 +32,8 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "onnxruntime-gpu",
+    "onnxscript",
+    "pillow",
     "rich",
     "safetensors",
     "scipy",

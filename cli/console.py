@@ -73,3 +73,7 @@ class Bar:
             self._bar.start()
             self._task = self._bar.add_task(what)
         self._bar.update(self._task, description=what, completed=done, total=total)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays above the bar."""
+        self._bar.console.print(text)

@@ -36,7 +36,8 @@ def _print(document: dict[str, Any]) -> None:
     _field("input", f"float32 [N, {shape}] in [0, 1]", 0)
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     _field("classes", f"{len(names)}: {shown}", 0)
-    _field("training", _training(document["training"]), 0)
+    if document["training"]:
+        _field("training", _training(document["training"]), 0)
     for topic, text in document["source"].items():
         _field(topic, text, 0)
     _field("digest", document["digest"], 0)
@@ -71,7 +72,9 @@ def _print_file(file: dict[str, Any], told: set[str]) -> None:
         _field("made by", _pairs(file["made_by"]))
     if file["lineage"] is not None:
         lineage = file["lineage"]
-        _field("step", f"{lineage['step']}, from {', '.join(lineage['sources'])}")
+        _field(
+            "step", ", from ".join(filter(None, (lineage["step"], ", ".join(lineage["sources"]))))
+        )
     for key, value in sorted(file["details"].items()):
         for text in _told(key, value):
             _field(key.removeprefix("compute_").replace("_", " "), text)

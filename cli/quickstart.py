@@ -13,25 +13,21 @@ import typer
 from ccn_deploy.cli.options import JsonOption, SeedOption
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from concurrent.futures import Future
-    from typing import Protocol
 
     from rich.progress import Progress
 
     from ccn_deploy.attacks import AttackSpec
     from ccn_deploy.bundle import Bundle
+    from ccn_deploy.data import Dataset, Split
     from ccn_deploy.parity import ParityResult
     from ccn_deploy.robustness import Measurement, RobustnessResult
     from ccn_deploy.runs import TrainedRun
     from ccn_deploy.tables import Table
 
-    class Tell(Protocol):
-        """Told a note that stays, or how far a step is, from 0 to 1."""
-
-        def __call__(self, what: str, done: float | None = None) -> None:
-            """Take note."""
-
+    Tell = Callable[[str, float | None], None]
+    """Told how far a step is, from 0 to 1; or without a number a note that stays."""
 
 SCHEMA = "ccn-deploy/quickstart/1"
 DATASET = "mnist5k"
@@ -145,12 +141,11 @@ class Pipeline:
     def attack(self, specs: tuple[AttackSpec, ...], tell: Tell) -> Measurement:
         """Attack the bundle and the reference."""
         from ccn_deploy.bundle import open_bundle
-        from ccn_deploy.data import load_dataset
         from ccn_deploy.robustness import RobustnessRequest, collect
         from ccn_deploy.runtimes import RuntimeOptions
 
         request = RobustnessRequest(
-            load_dataset(DATASET, "test"),
+            _digits(),
             runtime=RUNTIME,
             attacks=specs,
             samples=self.samples,
@@ -165,24 +160,25 @@ class Pipeline:
 
     def finish(self) -> Outcome:
         """Read back what was measured, judge it, and write the report."""
-        from ccn_deploy.data import load_dataset
         from ccn_deploy.report import examples_of, write_report
         from ccn_deploy.robustness import judge
 
-        run, bundle, parity = self.prepare(_silent)
-        measurement = self.attack(_attacks(), _silent)
+        run, bundle, parity = self.prepare(lambda *_: None)
+        measurement = self.attack(_attacks(), lambda *_: None)
         robustness = judge(measurement)
-        examples = examples_of(measurement, load_dataset(DATASET, "test"))
+        examples = examples_of(measurement, _digits())
         report = write_report(bundle, robustness, examples, self.commands()[-1], parity.document())
         return Outcome(run, bundle, parity, robustness, report)
 
     def _train(self, tell: Tell) -> TrainedRun:
-        from ccn_deploy.data import load_dataset
         from ccn_deploy.trainers import EpochEnded, Event, Started, TrainConfig, train
 
         def watch(event: Event) -> None:
             if isinstance(event, EpochEnded):
-                tell(f"epoch {event.epoch}  loss {event.loss:.3f}  test {event.test_accuracy:.1%}")
+                tell(
+                    f"epoch {event.epoch}  loss {event.loss:.3f}  test {event.test_accuracy:.1%}",
+                    None,
+                )
             elif isinstance(event, Started):
                 steps.append(event.steps)
             else:
@@ -192,7 +188,7 @@ class Pipeline:
         config = TrainConfig(
             self.defense, DATASET, epochs=self.epochs, seed=self.seed, threads=self.threads
         )
-        train_data, test_data = load_dataset(DATASET, "train"), load_dataset(DATASET, "test")
+        train_data, test_data = _digits("train"), _digits()
         return train(config, train_data, test_data, self.run, watcher=watch)
 
     def _export(self, run: TrainedRun, tell: Tell) -> Bundle:
@@ -208,21 +204,21 @@ class Pipeline:
                 return bundle
         bundle = export_bundle(run, self.bundle, overwrite=True)
         files, digest = len(bundle.manifest.files), bundle.manifest.digest[:16]
-        tell(f"exported: {files} files, digest {digest}")
+        tell(f"exported: {files} files, digest {digest}", None)
         return bundle
 
     def _verify_parity(self, bundle: Bundle, tell: Tell) -> ParityResult:
-        from ccn_deploy.data import load_dataset
         from ccn_deploy.parity import ParityRequest, collect, judge
 
-        data = load_dataset(DATASET, "test")
-        request = ParityRequest(data, runtime=RUNTIME, seed=self.seed, threads=self.threads)
+        request = ParityRequest(_digits(), runtime=RUNTIME, seed=self.seed, threads=self.threads)
         evidence = collect(
             bundle, request, progress=lambda what, done, total: tell("parity", done / total)
         )
         result = judge(evidence)
         worst = max(finding.row.deviation.relative for finding in result.inputs)
-        tell(f"parity {result.verdict.value}: off float64 by at most {worst:.0e} of the scale")
+        tell(
+            f"parity {result.verdict.value}: off float64 by at most {worst:.0e} of the scale", None
+        )
         return result
 
 
@@ -233,8 +229,10 @@ def _attacks() -> tuple[AttackSpec, ...]:
     return tuple(spec for spec in suite() if spec.clip)
 
 
-def _silent(what: str, done: float | None = None) -> None:
-    pass
+def _digits(split: Split = "test") -> Dataset:
+    from ccn_deploy.data import load_dataset
+
+    return load_dataset(DATASET, split)
 
 
 def _go_together(pipelines: list[Pipeline]) -> None:
@@ -306,7 +304,7 @@ def _listen(news: Any) -> None:
 
 
 def _teller(pipeline: Pipeline) -> Tell:
-    return lambda what, done=None: _news.put((pipeline.defense, what, done))
+    return lambda what, done: _news.put((pipeline.defense, what, done))
 
 
 def _prepare(pipeline: Pipeline) -> None:
@@ -349,7 +347,7 @@ def _table(titles: list[str], results: list[RobustnessResult]) -> Table:
         rows.append(Row(f"{minimal[0].title} mean rho", cells))
     heads = [f"{title}\n{side}" for title in titles for side in ("PyTorch", "ONNX Runtime")]
     images = results[0].measurement.n
-    return Table(f"Accuracy (%) on {images} test images", ("attack", *heads), rows)
+    return Table(f"Accuracy (%) on {images} test images", ("Attack", *heads), rows)
 
 
 def _document(outcomes: list[Outcome]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ def show(result: RobustnessResult | PrecisionsResult, report: Path | None) -> No
         _show_tables(result)
     for one in results:
         name = f"{one.measurement.precision}: " if len(results) > 1 else ""
-        out.print(f"{name}gradients {_gradients(one)}.", soft_wrap=True)
+        whose = f"{name}gradients" if name else "Gradients on the runtime:"
+        out.print(f"{whose} {_gradients(one)}.", soft_wrap=True)
         for warning in one.warnings:
             _note(f"{name}{warning}")
         for reason, names in _doubts(one).items():
@@ -78,11 +79,7 @@ def _doubts(result: RobustnessResult) -> dict[str, list[str]]:
 
 def _gradients(result: RobustnessResult) -> str:
     """Say where the gradients on the runtime came from, and how far to trust the choice."""
-    from ccn_deploy.attacks.source import GRADIENTS
-
-    name = result.measurement.gradient
-    said = f"{name}, {GRADIENTS[name]}"
-    agreement = result.measurement.agreement
+    said, agreement = result.measurement.gradient_source, result.measurement.agreement
     if agreement is None:
         return said
     clean, attacked = agreement.clean, agreement.adversarial

@@ -37,9 +37,6 @@ def show(table: Table, words: int = 1) -> None:
         pad_edge=False,
         padding=(0, 1, 0, 0) if roomy else 0,
         show_edge=False,
-        title=escape(table.title) or None,
-        title_justify="left",
-        title_style="bold",
     )
     for at, head in enumerate(heads):
         left = at < words or at == len(table.columns)
@@ -49,6 +46,8 @@ def show(table: Table, words: int = 1) -> None:
         if row.verdict is not None:
             shown[-1] = f"[{_COLOURS[row.verdict.verdict]}]{shown[-1]}[/]"
         made.add_row(*shown)
+    if table.title:
+        out.print(f"[bold]{escape(table.title)}[/]", soft_wrap=True)
     out.print(made)
     out.print()
 

@@ -18,8 +18,6 @@ from ccn_deploy.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from ccn_deploy.data import DataOptions
     from ccn_deploy.runs import TrainedRun
     from ccn_deploy.trainers import Event
@@ -188,19 +186,18 @@ class Display:
     """A progress bar on stderr that is fed the events of a training; a line per epoch stays."""
 
     def __init__(self, title: str) -> None:
-        from ccn_deploy.cli.console import progress
+        from ccn_deploy.cli.console import Bar
 
         self.title = title
         self.started = False
-        self._bar = progress()
-        self._task: TaskID | None = None
+        self._bar = Bar()
+        self._steps = 0
 
     def __enter__(self) -> Display:
-        return self  # the bar starts with the first event: an error before it has the screen alone
+        return self
 
     def __exit__(self, *_: object) -> None:
-        if self.started:
-            self._bar.stop()
+        self._bar.__exit__()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -208,21 +205,15 @@ class Display:
 
         if isinstance(event, Started):
             self.started = True
-            self._bar.start()
-            self._task = self._bar.add_task(self.title, total=event.steps, completed=event.step)
+            self._steps = event.steps
+            self._bar(self.title, event.step, event.steps)
             if event.step:
-                self._bar.console.print(f"{self.title}: resumed after step {event.step}")
-            return
-        assert self._task is not None
-        if isinstance(event, Stepped):
-            self._bar.update(
-                self._task,
-                completed=event.step,
-                description=f"{self.title}  epoch {event.epoch}  loss {event.loss:.3f}  "
-                f"accuracy {event.accuracy:.1%}",
-            )
+                self._bar.say(f"{self.title}: resumed after step {event.step}")
+        elif isinstance(event, Stepped):
+            what = f"{self.title}  epoch {event.epoch}  loss {event.loss:.3f}  "
+            self._bar(f"{what}accuracy {event.accuracy:.1%}", event.step, self._steps)
         else:
-            self._bar.console.print(
+            self._bar.say(
                 f"{self.title}  epoch {event.epoch}  loss {event.loss:.3f}  "
                 f"train {event.train_accuracy:.2%}  test {event.test_accuracy:.2%}  "
                 f"rate {event.learning_rate:.3g}  {event.seconds:.0f} s"

@@ -60,7 +60,7 @@ def _attentive(made: VisionTransformer) -> nn.Module:
 def network(family: str, *, compact: bool) -> nn.Module:
     """Return a network of a family in evaluation mode."""
     with torch.random.fork_rng():
-        torch.manual_seed(5)
+        torch.manual_seed(7)
         made = FAMILIES[family]()
         if compact:
             compactify(made)

@@ -237,8 +237,8 @@ def test_images_to_calibrate_on_that_are_none(
     refused(options, tmp_path, capfd, "images.npz", "object")
     np.savez(data, images=np.zeros((9, 7, 7, 3), np.uint8), labels=np.arange(9) % CLASSES)
     refused(options, tmp_path, capfd, "images.npz", "7")
-    np.savez(data, images=np.zeros((9, 8, 8, 3), np.uint8), labels=np.arange(9))
-    refused(options, tmp_path, capfd, "images.npz")
+    np.savez(data, images=np.full((9, 8, 8, 3), 7.0, np.float32), labels=np.arange(9) % CLASSES)
+    refused(options, tmp_path, capfd, "images.npz", "[0, 1]")
     data.write_bytes(b"no zip")
     refused(options, tmp_path, capfd, "images.npz")
 

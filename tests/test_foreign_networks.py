@@ -186,6 +186,8 @@ def test_low_precision_tells_the_direction_too(name: str) -> None:
         converted = convert(graph, precision, Calibration(images[:8], "percentile")).graph
         check_precision(converted, precision)
         assert (labels(converted, images) == wanted).mean() > 0.9
+        again = open_onnx_file(to_bytes(converted))  # as a file that somebody quantised
+        assert again.check(images[:4]).same_labels == 4
 
 
 @pytest.mark.parametrize("name", ["gender", "age", "captcha"])

@@ -425,6 +425,8 @@ def with_function() -> onnx.ModelProto:
         (lambda: classifier([("Sigmoid", {})], classes=1), ["single value", "behind a Sigmoid"]),
         (lambda: classifier([], classes=1), ["single value", "two logits"]),
         (lambda: classifier(opset=6), ["opset 6", "convert_version"]),
+        (lambda: classifier(batch=1 << 40), ["batches of 1024"]),
+        (lambda: classifier(sides=(SIZE, 1 << 40)), ["16384 pixels"]),
         (lambda: classifier(batch="N", sides=("H", "W")), ["[?, 3, ?, ?]", "--input-size"]),
         (lambda: classifier(channels=8), ["[?, 8, 8, 8]", "--input-layout"]),
         (lambda: classifier(channels=3, sides=(SIZE, 3)), ["[?, 3, 8, 3]", "--input-layout"]),
@@ -495,6 +497,24 @@ def test_open_sizes_are_given(tmp_path: Path) -> None:
     file = open_onnx_file(path, Intake(input_size=(SIZE, SIZE)))
     assert (file.name, file.input_shape) == ("open.onnx", (3, SIZE, SIZE))
     file.check()
+
+
+def test_a_softmax_of_nothing_is_refused() -> None:
+    model = classifier()
+    del model.graph.node[-1].input[:]
+    with pytest.raises(UsageError):
+        opened(model)
+
+
+def test_names_of_a_foreign_file_do_not_break_messages() -> None:
+    model = classifier([])
+    model.graph.input.append(helper.make_tensor_value_info("a\nb" * 99, 1, [1]))
+    model.graph.node.append(helper.make_node("Div", ["scores", "a\nb" * 99], ["t"], "t"))
+    model.graph.output[0].name = "t"
+    with pytest.raises(UsageError) as caught:
+        opened(model)
+    check_message(caught.value, ["2 inputs"])
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00" * 100, b"not a model", b"\x08\x07"])

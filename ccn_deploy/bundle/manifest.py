@@ -154,7 +154,7 @@ def _upgraded(plain: dict[str, Any]) -> dict[str, Any]:
         "kind": "run", "name": "", "sha256": weights, "removed": [], "changes": [],
         "preprocessing": msgspec.to_builtins(Preprocessing()), "agreement": {},
     }  # fmt: skip
-    card |= {"name": name, "source": source}
+    card |= {"name": name, "source": source, "evaluation": {}}
     return {"card": card, "files": files, "schema": SCHEMA}
 
 

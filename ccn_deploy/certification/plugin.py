@@ -7,7 +7,7 @@ the standard library and pytest, and without ``--ccn-bundle`` it does nothing.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -31,6 +31,58 @@ DATA_OPTIONS = {
 }
 """Options of data, each with what its help shows for the value."""
 
+_LIKEWISE = (
+    "How images are made of a directory or an .npz file: as --{} of `ccn-deploy verify-parity`."
+)
+_OPTIONS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("bundle", "BUNDLE", "Directory written by `ccn-deploy export`.", {}),
+    (
+        "runtime",
+        "NAME",
+        "What runs the model (default: onnxruntime-cpu).",
+        {"default": "onnxruntime-cpu"},
+    ),
+    (
+        "precision",
+        "NAME",
+        "Precision of the deployed graph (default: fp32).",
+        {"default": "fp32"},
+    ),
+    (
+        "max-drop",
+        "SHARE",
+        "How much accuracy under attack the runtime may lose to the reference, as a share of "
+        "images (default: as for `ccn-deploy verify-robustness`).",
+        {"type": float},
+    ),
+    ("samples", "N", "Images to attack (default likewise).", {"type": int}),
+    (
+        "parity-samples",
+        "N",
+        "Images of each kind to compare with the reference (default: as for `ccn-deploy "
+        "verify-parity`).",
+        {"type": int},
+    ),
+    (
+        "attack",
+        "NAME",
+        "fgsm, pgd, deepfool, deepfool-fast or cw; may be given several times (default likewise).",
+        {"action": "append"},
+    ),
+    ("epsilons", "LIST", "Strengths of fgsm and pgd, with commas (default likewise).", {}),
+    (
+        "dataset",
+        "NAME|DIR|FILE.npz",
+        "Data set to measure on: a name, a directory of class folders, or an .npz file (default: "
+        "the one the model was trained on).",
+        {},
+    ),
+    ("data-dir", "DIR", "Directory with the files of a data set that has a name.", {"type": Path}),
+    *((name, metavar, _LIKEWISE.format(name), {}) for name, metavar in DATA_OPTIONS.items()),
+    ("threads", "N", "CPU threads (default: the runtime's choice).", {"type": int}),
+)
+"""Options without ``--ccn-``: what stands for the value, the help, and how pytest reads it."""
+
 _USAGE = (
     f"The claims need a bundle to judge.\nGive one: pytest --pyargs {PACKAGE} --ccn-bundle BUNDLE"
 )
@@ -39,72 +91,8 @@ _USAGE = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options; each has the name and the meaning it has in the commands."""
     group = parser.getgroup("ccn-deploy", "certification of a bundle (ccn-deploy)")
-    group.addoption(
-        "--ccn-bundle", metavar="BUNDLE", help="Directory written by `ccn-deploy export`."
-    )
-    group.addoption(
-        "--ccn-runtime",
-        metavar="NAME",
-        default="onnxruntime-cpu",
-        help="What runs the model (default: onnxruntime-cpu).",
-    )
-    group.addoption(
-        "--ccn-precision",
-        metavar="NAME",
-        default="fp32",
-        help="Precision of the deployed graph (default: fp32).",
-    )
-    group.addoption(
-        "--ccn-max-drop",
-        metavar="SHARE",
-        type=float,
-        help="How much accuracy under attack the runtime may lose to the reference, as a share "
-        "of images (default: as for `ccn-deploy verify-robustness`).",
-    )
-    group.addoption(
-        "--ccn-samples", metavar="N", type=int, help="Images to attack (default likewise)."
-    )
-    group.addoption(
-        "--ccn-parity-samples",
-        metavar="N",
-        type=int,
-        help="Images of each kind to compare with the reference (default: as for `ccn-deploy "
-        "verify-parity`).",
-    )
-    group.addoption(
-        "--ccn-attack",
-        metavar="NAME",
-        action="append",
-        help="fgsm, pgd, deepfool, deepfool-fast or cw; may be given several times (default "
-        "likewise).",
-    )
-    group.addoption(
-        "--ccn-epsilons",
-        metavar="LIST",
-        help="Strengths of fgsm and pgd, with commas (default likewise).",
-    )
-    group.addoption(
-        "--ccn-dataset",
-        metavar="NAME|DIR|FILE.npz",
-        help="Data set to measure on: a name, a directory of class folders, or an .npz file "
-        "(default: the one the model was trained on).",
-    )
-    group.addoption(
-        "--ccn-data-dir",
-        metavar="DIR",
-        type=Path,
-        help="Directory with the files of a data set that has a name.",
-    )
-    for name, metavar in DATA_OPTIONS.items():
-        group.addoption(
-            f"--ccn-{name}",
-            metavar=metavar,
-            help=f"How images are made of a directory or an .npz file: as --{name} of `ccn-deploy "
-            "verify-parity`.",
-        )
-    group.addoption(
-        "--ccn-threads", metavar="N", type=int, help="CPU threads (default: the runtime's choice)."
-    )
+    for name, metavar, what, more in _OPTIONS:
+        group.addoption(f"--ccn-{name}", metavar=metavar, help=what, **more)
 
 
 def pytest_configure(config: pytest.Config) -> None:

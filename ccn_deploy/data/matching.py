@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ccn_deploy.data.dataset import Dataset, Labels, check_labels
+from ccn_deploy.data.files import listed
 from ccn_deploy.data.options import ModelInput
 from ccn_deploy.errors import UsageError
 

@@ -216,6 +216,8 @@ def _check_attribute(attribute: AttributeProto, label: str, limits: Limits) -> N
             f"{label} takes its attribute {attribute.name!r} from a function.",
             "Inline the model's functions: onnx.inliner.inline_local_functions.",
         )
+    if not isinstance(attribute.name, str):  # bytes that are no UTF-8 come as they are
+        raise GraphError(f"{label} has an attribute whose name is no text.", "Export it again.")
     if attribute.name.startswith("value_string"):
         raise GraphError(f"{label} holds text.", "Export a network that computes with numbers.")
     for tensor in (attribute.t,) if attribute.HasField("t") else attribute.tensors:

@@ -143,7 +143,15 @@ def _weighted(step: Step) -> Tensor:
     # A weight (with what was folded into it) is rounded once, and so is each product.
     operands = (step.constant * step.store**2 + step.accumulate**2) / 3 * squares
     std = sum_error_std(total, squares, _terms(node, factors), step.accumulate)
-    return step.summed((std.square() + operands).sqrt())
+    return _of_one_sign(step.summed((std.square() + operands).sqrt()), factors)
+
+
+def _of_one_sign(rounded: Tensor, terms: Sequence[Tensor]) -> Tensor:
+    """Keep a sum of terms that are not negative from becoming negative, which rounding never does.
+
+    Its errors have the size of the exact sum's, and on a grid the noisy sum itself may be 0.
+    """
+    return rounded.clamp(min=0.0) if all(bool((x >= 0).all()) for x in terms) else rounded
 
 
 def _terms(node: Node, factors: Sequence[Tensor]) -> int:
@@ -171,14 +179,16 @@ def _terms(node: Node, factors: Sequence[Tensor]) -> int:
 def _sum(step: Step) -> Tensor:
     x, total = _only(step), step.run(step.exact)
     squares = step.run([x.square(), *step.exact[1:]])
-    return step.summed(sum_error_std(total, squares, _reduced(step), step.accumulate))
+    std = sum_error_std(total, squares, _reduced(step), step.accumulate)
+    return _of_one_sign(step.summed(std), [x])
 
 
 def _mean(step: Step) -> Tensor:
     x, mean = _only(step), step.run(step.exact)
     terms = _reduced(step)
     squares = terms * step.run([x.square(), *step.exact[1:]])
-    return step.summed(sum_error_std(terms * mean, squares, terms, step.accumulate) / terms)
+    std = sum_error_std(terms * mean, squares, terms, step.accumulate) / terms
+    return _of_one_sign(step.summed(std), [x])
 
 
 def _sum_of_squares(step: Step) -> Tensor:
@@ -189,7 +199,8 @@ def _sum_of_squares(step: Step) -> Tensor:
     total, squares = (result.square(), fourth.square()) if root else (result, fourth)
     std = sum_error_std(total, squares, _reduced(step), step.accumulate)
     std = (std.square() + step.accumulate**2 / 3 * squares).sqrt()  # each square is rounded
-    return step.summed(std / (2 * result.clamp(min=1e-30)) if root else std)
+    std = std / (2 * result.clamp(min=1e-30)) if root else std
+    return _of_one_sign(step.summed(std), [fourth])
 
 
 def _only(step: Step) -> Tensor:
@@ -315,18 +326,18 @@ EXACT = frozenset(
         "Abs", "ArgMax", "ArgMin", "Cast", "CastLike", "Ceil", "Clip", "Concat", "ConstantOfShape",
         "DepthToSpace", "Dropout", "Expand", "EyeLike", "Flatten", "Floor", "Gather",
         "GatherElements", "GatherND", "GlobalMaxPool", "Hardmax", "Identity", "Max", "MaxPool",
-        "Min", "Neg", "OneHot", "Pad", "Range", "ReduceMax", "ReduceMin", "Relu", "Reshape",
-        "Round", "ScatterElements", "ScatterND", "Shape", "Sign", "Size", "Slice", "SpaceToDepth",
-        "Split", "Squeeze", "ThresholdedRelu", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze",
-        "Where",
+        "Min", "Neg", "OneHot", "Pad", "QuantizeLinear", "Range", "ReduceMax", "ReduceMin", "Relu",
+        "Reshape", "Round", "ScatterElements", "ScatterND", "Shape", "Sign", "Size", "Slice",
+        "SpaceToDepth", "Split", "Squeeze", "ThresholdedRelu", "Tile", "TopK", "Transpose", "Trilu",
+        "Unsqueeze", "Where",
     }
 )  # fmt: skip
 """Ops that choose, move or compare their inputs and round nothing."""
 
 ONE_ROUNDING = frozenset(
     {
-        "Add", "Div", "LeakyRelu", "Mean", "Mod", "Mul", "PRelu", "Reciprocal", "Shrink", "Sqrt",
-        "Sub", "Sum",
+        "Add", "DequantizeLinear", "Div", "LeakyRelu", "Mean", "Mod", "Mul", "PRelu", "Reciprocal",
+        "Shrink", "Sqrt", "Sub", "Sum",
     }
 )  # fmt: skip
 """Ops whose exact result is rounded once."""

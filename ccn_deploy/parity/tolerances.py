@@ -75,13 +75,13 @@ _U16 = 2.0**-11
 _UB16 = 2.0**-8
 
 TOLERANCES: dict[str, Tolerance] = {
-    name: Tolerance(name, arithmetic, max_relative, max_units)
-    for name, arithmetic, max_relative, max_units in (
-        ("fp32", Arithmetic(store=_U32, accumulate=_U32, norm=_U32), 1e-4, 8.0),
-        ("fp16", Arithmetic(store=_U16, accumulate=_U16, norm=_U32), 2e-2, 2.0),
-        ("bf16", Arithmetic(store=_UB16, accumulate=_U32, norm=_U32), 5e-2, 3.0),
-        ("int8", Arithmetic(store=_U32, accumulate=_U32, norm=_U32, grid="int8"), 0.15, 4.0),
-        ("fp8", Arithmetic(store=_U32, accumulate=_U32, norm=_U32, grid="fp8"), 0.4, 4.0),
+    policy.precision: policy
+    for policy in (
+        Tolerance("fp32", Arithmetic(_U32, _U32, _U32), max_relative=1e-4, max_units=8.0),
+        Tolerance("fp16", Arithmetic(_U16, _U16, _U32), max_relative=2e-2, max_units=2.0),
+        Tolerance("bf16", Arithmetic(_UB16, _U32, _U32), max_relative=5e-2, max_units=3.0),
+        Tolerance("int8", Arithmetic(_U32, _U32, _U32, "int8"), max_relative=0.15, max_units=4.0),
+        Tolerance("fp8", Arithmetic(_U32, _U32, _U32, "fp8"), max_relative=0.4, max_units=4.0),
     )
 }
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.extras import require
-from ccn_deploy.report.examples import Example
+from ccn_deploy.report.examples import Example, data_uri
 from ccn_deploy.report.figures import draw
 from ccn_deploy.report.page import page_of
 from ccn_deploy.report.view import Page
@@ -69,7 +70,21 @@ def render(page: Page) -> str:
         for target in page.targets
     ]
     template = environment.from_string(_resource(_TEMPLATE))
-    return str(template.render(page=page, figures=figures, css=safe(_resource(_STYLE))))
+    attacks = dict.fromkeys(name for example in page.examples for name in example.attacked)
+    return str(
+        template.render(
+            page=page,
+            figures=figures,
+            attacks=list(attacks),
+            class_name=partial(_class_name, page.class_names),
+            data_uri=data_uri,
+            css=safe(_resource(_STYLE)),
+        )
+    )
+
+
+def _class_name(names: Sequence[str], label: int) -> str:
+    return names[label] if 0 <= label < len(names) else "no answer"
 
 
 def _resource(name: str) -> str:

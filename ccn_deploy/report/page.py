@@ -9,7 +9,6 @@ from ccn_deploy.bundle import Bundle
 from ccn_deploy.report.curves import curves
 from ccn_deploy.report.examples import Example
 from ccn_deploy.report.parity import parity_table
-from ccn_deploy.report.pictures import pictures_of
 from ccn_deploy.report.provenance import digests, provenance
 from ccn_deploy.report.view import Fact, Page, Target
 from ccn_deploy.robustness import PrecisionsResult, RobustnessResult
@@ -64,7 +63,8 @@ def page_of(
         precisions=precision_table(result) if isinstance(result, PrecisionsResult) else None,
         targets=targets,
         parity=parity_table(parity) if parity else None,
-        pictures=pictures_of(examples, bundle.card.class_names),
+        examples=examples,
+        class_names=bundle.card.class_names,
         pictured=targets[0].name,
         warnings=warnings,
         command=command,
@@ -79,7 +79,7 @@ def _target(result: RobustnessResult) -> Target:
     others = {row.title for row in result.bounded}
     minimal = {title: e for title, e in result.efforts.items() if title not in others}
     return Target(
-        name=_name(result),
+        name=result.measurement.target,
         verdict=Mark.of(result.verdict),
         reason=_reason(result),
         curves=curves(result),
@@ -91,19 +91,16 @@ def _target(result: RobustnessResult) -> Target:
     )
 
 
-def _name(result: RobustnessResult) -> str:
-    return f"{result.measurement.runtime}-{result.measurement.precision}"
-
-
 def _reason(result: RobustnessResult) -> str:
     """Return the verdict's reason in one sentence."""
     if result.verdict is Verdict.PASS:
         worst = max(row.gate.upper95 for row in result.rows)
         allowed = f"{100 * result.max_drop:g}"
+        measurement = result.measurement
         return (
-            f"In none of {len(result.rows)} comparisons on {result.measurement.n} images does "
-            f"{_name(result)} fall behind {REFERENCE} by more than {100 * worst:.2f} points, at "
-            f"95 % confidence; {allowed} {'is' if allowed == '1' else 'are'} allowed."
+            f"In none of {len(result.rows)} comparisons on {measurement.n} images does "
+            f"{measurement.target} fall behind {REFERENCE} by more than {100 * worst:.2f} points, "
+            f"at 95 % confidence; {allowed} {'is' if allowed == '1' else 'are'} allowed."
         )
     first, *others = (row for row in result.rows if row.gate.verdict is result.verdict)
     also = f"; likewise in {len(others)} more {'row' if len(others) == 1 else 'rows'}"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ccn_deploy.attacks.source import GRADIENTS
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.report.view import Fact
 from ccn_deploy.robustness import Evidence, Measurement
@@ -25,7 +24,7 @@ def provenance(bundle: Bundle, measurements: Sequence[Measurement]) -> list[Fact
     }
     machines = dict.fromkeys(header["machine"] for header in headers if "machine" in header)
     gpus = dict.fromkeys(header["gpu"]["name"] for header in headers if header.get("gpu"))
-    sources = {m.precision: f"{m.gradient}, {GRADIENTS[m.gradient]}" for m in measurements}
+    sources = {m.precision: m.gradient_source for m in measurements}
     alike = len(set(sources.values())) == 1
     gradients = [sources[first.precision]] if alike else [f"{p}: {s}" for p, s in sources.items()]
     facts = [
@@ -38,8 +37,10 @@ def provenance(bundle: Bundle, measurements: Sequence[Measurement]) -> list[Fact
             f"the first {first.n} images of the permutation with seed {first.seed}",
         ),
         Fact("Gradients", f"{'; '.join(gradients)}; every verdict is the runtime's own"),
-        Fact("Versions", _list(f"{name} {version}" for name, version in sorted(versions.items()))),
-        Fact("Machine", _list([*machines, *gpus])),
+        Fact(
+            "Versions", ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        ),
+        Fact("Machine", ", ".join([*machines, *gpus])),
         Fact("Manifest", bundle.manifest.digest, code=True),
     ]
     return [fact for fact in facts if fact.value]
@@ -65,12 +66,8 @@ def _evidence(measurements: Sequence[Measurement]) -> list[Evidence]:
 
 def _training(training: Mapping[str, Any]) -> str:
     """Return what the manifest says of the training, on a line; digests stand elsewhere."""
-    return _list(
+    return ", ".join(
         f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
         for name, value in training.items()
         if isinstance(value, str | int | float) and not name.endswith("digest")
     )
-
-
-def _list(items: Iterable[str]) -> str:
-    return ", ".join(items)

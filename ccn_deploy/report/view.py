@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ccn_deploy.report.examples import Example
 from ccn_deploy.report.figures import Curve
 from ccn_deploy.tables import Mark, Table
 
@@ -17,41 +18,6 @@ class Fact:
     value: str
     note: str = ""
     code: bool = False
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image with what the runtime says of it."""
-
-    uri: str
-    alt: str
-    prediction: str
-    fooled: bool
-    note: str
-
-
-@dataclass(frozen=True)
-class PictureRow:
-    """One attack, or none, on every example; None where there is no image."""
-
-    name: str
-    cells: Sequence[Picture | None]
-
-
-@dataclass(frozen=True)
-class PictureColumn:
-    """One example."""
-
-    label: str
-    index: int
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The examples as a table: attacks down, images across."""
-
-    columns: Sequence[PictureColumn]
-    rows: Sequence[PictureRow]
 
 
 @dataclass(frozen=True)
@@ -81,7 +47,9 @@ class Page:
         target: What was measured, in the heading.
         precisions: Several precisions side by side, if there are several.
         targets: One for each precision.
-        pictured: The target whose answers stand below the pictures.
+        examples: Images and what attacks made of them, with the answers of ``pictured``.
+        class_names: Of the answers.
+        pictured: The name of a target.
     """
 
     verdict: Mark
@@ -93,7 +61,8 @@ class Page:
     precisions: Table | None
     targets: Sequence[Target]
     parity: Table | None
-    pictures: Pictures | None
+    examples: Sequence[Example]
+    class_names: Sequence[str]
     pictured: str
     warnings: Sequence[str]
     command: str

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ccn_deploy.attacks import AttackSpec, suite
-from ccn_deploy.attacks.source import Gradient, no_gradients, source
+from ccn_deploy.attacks.source import GRADIENTS, Gradient, no_gradients, source
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.errors import IntegrityError, UsageError
@@ -105,6 +105,16 @@ class Measurement:
     n: int
     pairs: tuple[Pair, ...]
     agreement: GradientAgreement | None = None
+
+    @property
+    def target(self) -> str:
+        """Runtime and precision, as tables have them."""
+        return f"{self.runtime}-{self.precision}"
+
+    @property
+    def gradient_source(self) -> str:
+        """Where the gradients came from, for people."""
+        return f"{self.gradient}, {GRADIENTS[self.gradient]}"
 
 
 class Progress(Protocol):

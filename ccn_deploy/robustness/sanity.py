@@ -24,7 +24,7 @@ def sanity_findings(
         bounded: Its rows of attacks with an epsilon.
     """
     found: list[str] = []
-    if f"{measurement.runtime}-{measurement.precision}" == str(REFERENCE):
+    if measurement.target == str(REFERENCE):
         found.append("The runtime is the reference itself: nothing is compared.")
     if clean.runtime.count == 0:
         found.append("Every image is wrong before any attack: no robustness was measured.")

@@ -15,14 +15,14 @@ from ccn_deploy.tables import NORMS, Cell, Mark, Row, Table, number, percent, te
 def accuracy_table(result: RobustnessResult) -> Table:
     """Return accuracy without an attack and under every one that is judged."""
     about = (
-        "Each of the two is attacked itself. Beside "
-        "the drop in points stands its one-sided 95 % bound, the number that is judged. “Differ” "
-        "counts images that one gets right and the other does not."
+        "Each of the two is attacked itself. Beside the drop in points stands its one-sided 95 % "
+        "bound, the number that is judged. “Differ” counts images that one gets right and the "
+        "other does not. An attack stands with its epsilon."
     )
     if result.minimal:
         about += (
-            " An attack that looks for the smallest perturbation stands with d: an image counts as "
-            "right if it was right before and must be moved by more than d times its norm."
+            " One that looks for the smallest perturbation stands with d: an image counts as right "
+            "if it was right before and must be moved by more than d times its norm."
         )
     measurement = result.measurement
     return Table(

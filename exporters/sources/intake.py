@@ -17,7 +17,10 @@ _PIXEL_CHANNELS = (1, 3)
 """Sizes of an axis that can be nothing but the channels of a picture."""
 
 LARGEST_SIDE = 1 << 14
-"""Pixels of the longest side that is taken in."""
+"""Pixels of the longest side that is taken in; channels, too."""
+
+LARGEST_BATCH = 1024
+"""The largest batch that a file may be fixed to."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,11 @@ def image_shape(
         raise UsageError(
             f"Input {name!r} takes {shown}: height and width are open.",
             "Say which size it is deployed with: --input-size HEIGHTxWIDTH.",
+        )
+    if max(channels, height, width) > LARGEST_SIDE or (sizes[0] or 1) > LARGEST_BATCH:
+        raise UsageError(
+            f"Input {name!r} takes {shown}, which are no images.",
+            f"At most {LARGEST_SIDE} pixels a side and batches of {LARGEST_BATCH} are taken in.",
         )
     if intake.input_size not in (None, (height, width)):
         raise UsageError(

@@ -203,7 +203,7 @@ def _strip_head(
 
 
 def _is_head(node: onnx.NodeProto) -> bool:
-    if node.domain not in ("", "ai.onnx") or node.op_type not in HEAD:
+    if node.domain not in ("", "ai.onnx") or node.op_type not in HEAD or not node.input:
         return False
     if node.op_type == "Cast":
         return any(a.name == "to" and a.i in _FLOATS for a in node.attribute)
@@ -213,5 +213,6 @@ def _is_head(node: onnx.NodeProto) -> bool:
 
 def listed(names: Sequence[str]) -> str:
     """Return the first names, for a sentence; a foreign file's may be of any length and number."""
-    shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in names[:8]]
+    plain = (" ".join(name.split()) for name in names[:8])
+    shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in plain]
     return ", ".join(shown) + (", ..." if len(names) > 8 else "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +36,8 @@ def session(model: bytes, what: str) -> Any:
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it raises
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no base of their own
         raise UsageError(
             f"{what} does not load in ONNX Runtime: {one_line(error)}",

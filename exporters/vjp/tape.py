@@ -17,8 +17,8 @@ from ccn_deploy.graph.graph import Graph, Node, Shape
 from ccn_deploy.graph.signature import CANDIDATES, COTANGENTS
 
 STILL_WORKS = (
-    "Export without the gradient graph: parity, serving, and attacks by scores and by labels "
-    "need none."
+    "Export with --no-gradient: parity, serving, and attacks by scores and by labels need no "
+    "gradients of the runtime."
 )
 
 
