@@ -60,10 +60,6 @@ def _divide(x: Tensor, y: Tensor) -> Tensor:
     return torch.div(x, y, rounding_mode="trunc")
 
 
-def _modulo(call: Call) -> Function:
-    return torch.fmod if call.get("fmod", 0) else torch.remainder
-
-
 def _power(call: Call) -> Function:
     exponent = call.number_at(1)
     if call.known[1] is None or call.known[1].numel() != 1:
@@ -135,15 +131,6 @@ def _shrink(call: Call) -> Function:
     return run
 
 
-def _softplus(x: Tensor) -> Tensor:
-    # torch's default threshold, 20, is a float32 one: in float64 it errs by 2e-9.
-    return F.softplus(x, threshold=40.0)
-
-
-def _where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return torch.where(condition.to(x.device), x, y)
-
-
 def _is_infinite(call: Call) -> Function:
     low, high = call.get("detect_negative", 1), call.get("detect_positive", 1)
     return lambda x: torch.isinf(x) & ((x < 0) & bool(low) | (x > 0) & bool(high))
@@ -185,7 +172,7 @@ OPERATORS: dict[str, Operator] = {
     "Mean": _plain(_mean),
     "Min": _fold(torch.minimum),
     "Mish": _plain(F.mish),
-    "Mod": _modulo,
+    "Mod": lambda call: torch.fmod if call.get("fmod", 0) else torch.remainder,
     "Mul": _binary(torch.mul),
     "Neg": _plain(torch.neg),
     "Not": _plain(torch.logical_not),
@@ -205,7 +192,8 @@ OPERATORS: dict[str, Operator] = {
     "Sign": _plain(torch.sign),
     "Sin": _plain(torch.sin),
     "Sinh": _plain(torch.sinh),
-    "Softplus": _plain(_softplus),
+    # torch's default threshold, 20, is a float32 one: in float64 it errs by 2e-9.
+    "Softplus": _plain(lambda x: F.softplus(x, threshold=40.0)),
     "Softsign": _plain(F.softsign),
     "Sqrt": _plain(guarded_sqrt),
     "Sub": _binary(torch.sub),
@@ -216,6 +204,6 @@ OPERATORS: dict[str, Operator] = {
     "ThresholdedRelu": _set(
         lambda x, alpha: torch.where(x > alpha, x, torch.zeros_like(x)), alpha=1.0
     ),
-    "Where": _plain(_where),
+    "Where": _plain(lambda condition, x, y: torch.where(condition.to(x.device), x, y)),
     "Xor": _binary(torch.logical_xor),
 }

@@ -55,13 +55,9 @@ def _sum_of_squares(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
     return x.square().sum(axes, keepdim=keep, dtype=x.dtype)
 
 
-def _norm(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
-    return guarded_sqrt(_sum_of_squares(x, axes, keep))
-
-
 OPERATORS: dict[str, Operator] = {
     "ReduceL1": _reduction(lambda x, axes, keep: _sum(x.abs(), axes, keep)),
-    "ReduceL2": _reduction(_norm),
+    "ReduceL2": _reduction(lambda x, axes, keep: guarded_sqrt(_sum_of_squares(x, axes, keep))),
     "ReduceLogSum": _reduction(lambda x, axes, keep: _sum(x, axes, keep).log()),
     "ReduceLogSumExp": _reduction(lambda x, axes, keep: x.logsumexp(axes, keepdim=keep)),
     "ReduceMax": _reduction(lambda x, axes, keep: x.amax(axes, keepdim=keep)),
@@ -143,10 +139,6 @@ def _einsum(call: Call) -> Function:
     return lambda *inputs: torch.einsum(equation, *inputs)
 
 
-def _matmul(call: Call) -> Function:
-    return torch.matmul
-
-
 _MORE: dict[str, Any] = {
     "ArgMax": _extreme(lambda x, axis, keep: x.argmax(axis, keepdim=keep)),
     "ArgMin": _extreme(lambda x, axis, keep: x.argmin(axis, keepdim=keep)),
@@ -154,7 +146,7 @@ _MORE: dict[str, Any] = {
     "Gemm": _gemm,
     "Hardmax": _softmax(_hardmax),
     "LogSoftmax": _softmax(torch.log_softmax),
-    "MatMul": _matmul,
+    "MatMul": lambda call: torch.matmul,
     "Softmax": _softmax(torch.softmax),
     "TopK": _top,
 }

@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from ccn_deploy.errors import LoweringError
 from ccn_deploy.exporters.precision.formats import Format, encoded, rounded
-from ccn_deploy.exporters.precision.types import Signatures
+from ccn_deploy.exporters.precision.types import UNTYPED, Signatures
 from ccn_deploy.graph.builder import GraphBuilder, stored
 from ccn_deploy.graph.graph import Graph, Node
 from ccn_deploy.graph.signature import OUTPUT
@@ -132,7 +132,7 @@ class _Caster:
         for at, tensor in enumerate(node.inputs):
             if tensor in self._graph.constants:
                 copy.input[at] = self._constant(tensor, is_low and at in low_inputs)
-            elif at in low_inputs or (tensor in self._low and not self._is_untyped(node, at)):
+            elif at in low_inputs or (tensor in self._low and not (at == 0 and node.op in UNTYPED)):
                 copy.input[at] = self._read(tensor, is_low and at in low_inputs)
         self._builder.nodes.append(copy)
         if is_low:
@@ -140,10 +140,6 @@ class _Caster:
                 self._low.add(node.outputs[at])
                 if node.outputs[at] == OUTPUT:
                     self._widen_logits(copy, at)
-
-    def _is_untyped(self, node: Node, at: int) -> bool:
-        """Whether a node takes a low tensor as it is, to the same effect."""
-        return at == 0 and node.op in ("Cast", "Shape", "Size")
 
     def _widen_logits(self, node: onnx.NodeProto, at: int) -> None:
         """Let a cast after the last node return the logits."""

@@ -102,7 +102,8 @@ class _Grid:
         largest = np.abs(value).max(axis=tuple(set(range(value.ndim)) - {axis}))
         scale = (np.where(largest > 0, largest, 1) / self._to.largest).astype(np.float32)
         steps = value / np.expand_dims(scale, tuple(set(range(value.ndim)) - {axis}))
-        stored = name if self._is_free(name) else f"{name}.{self._to.precision}{axis}"
+        alone = len(self._graph.readers[name]) == 1  # then its numbers can take its name
+        stored = name if alone else f"{name}.{self._to.precision}{axis}"
         self._keep(encoded(stored, np.clip(steps, -self._to.largest, self._to.largest), self._to))
         self.builder.constant(f"{stored}.scale", scale)
         self._keep(encoded(f"{stored}.zero", np.zeros(len(scale), np.float32), self._to))
@@ -111,10 +112,6 @@ class _Grid:
         self.builder.node("DequantizeLinear", reads, result, axis=axis)
         self._made[name, axis] = result
         return result
-
-    def _is_free(self, name: str) -> bool:
-        """Whether only one product reads a constant, whose numbers can take its name."""
-        return len(self._graph.readers[name]) == 1
 
     def _keep(self, constant: onnx.TensorProto) -> None:
         self.builder.constants[constant.name] = constant

@@ -58,7 +58,7 @@ def gradient_graph(forward: Graph) -> onnx.ModelProto:
     found: dict[str, list[Gradient]] = {OUTPUT: [Gradient(turned[0])]}
     for node in reversed(forward.nodes):
         _step_back(tape, node, live, found)
-    gradient = _total(tape, INPUT, found)
+    gradient = _whole(tape, INPUT, _sum(tape, INPUT, found))
     rank = len(forward.shapes[INPUT])
     tape.nodes.append(
         helper.make_node(
@@ -119,10 +119,6 @@ def _sum(tape: Tape, tensor: str, found: dict[str, list[Gradient]]) -> Gradient:
         total = tape.node("Add", inputs, f"{tensor}.grad")[0]
     found[tensor] = [Gradient(total)]
     return found[tensor][0]
-
-
-def _total(tape: Tape, tensor: str, found: dict[str, list[Gradient]]) -> str:
-    return _whole(tape, tensor, _sum(tape, tensor, found))
 
 
 def _whole(tape: Tape, tensor: str, gradient: Gradient) -> str:
