@@ -58,14 +58,17 @@ class GraphBuilder:
         name: str,
         inputs: Mapping[str, Sequence[int | str]],
         outputs: Mapping[str, Sequence[int | str]],
+        *,
+        opset: int = OPSET,
+        ir_version: int = IR_VERSION,
     ) -> onnx.ModelProto:
         """Return the whole graph, given the shapes of its float32 inputs and outputs."""
         constants = list(self.constants.values())
         graph = helper.make_graph(self.nodes, name, floats(inputs), floats(outputs), constants)
         return helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", opset)],
+            ir_version=ir_version,
             producer_name="ccn-deploy",
         )
 

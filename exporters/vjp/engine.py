@@ -26,7 +26,7 @@ from ccn_deploy.errors import NoGradientError
 from ccn_deploy.exporters.canonical import canonical
 from ccn_deploy.exporters.vjp.table import RULES
 from ccn_deploy.exporters.vjp.tape import STILL_WORKS, Gradient, Site, Tape, no_gradient
-from ccn_deploy.graph.builder import floats
+from ccn_deploy.graph.builder import GraphBuilder
 from ccn_deploy.graph.graph import Graph, Node
 from ccn_deploy.graph.signature import BATCH, CANDIDATES, COTANGENTS, GRADIENTS, INPUT, OUTPUT
 
@@ -133,18 +133,12 @@ def _model(tape: Tape) -> onnx.ModelProto:
     source = tape.forward.model
     pixels = [d.dim_value for d in source.graph.input[0].type.tensor_type.shape.dim[1:]]
     classes = tape.forward.classes
-    inputs = {INPUT: [BATCH, *pixels], COTANGENTS: [BATCH, CANDIDATES, classes]}
-    outputs = {OUTPUT: [BATCH, classes], GRADIENTS: [BATCH, CANDIDATES, *pixels]}
-    graph = helper.make_graph(
-        tape.nodes,
+    builder = GraphBuilder()
+    builder.nodes, builder.constants = tape.nodes, tape.constants
+    return builder.model(
         source.graph.name,
-        inputs=floats(inputs),
-        outputs=floats(outputs),
-        initializer=list(tape.constants.values()),
-    )
-    return helper.make_model(
-        graph,
-        opset_imports=list(source.opset_import),
+        {INPUT: [BATCH, *pixels], COTANGENTS: [BATCH, CANDIDATES, classes]},
+        {OUTPUT: [BATCH, classes], GRADIENTS: [BATCH, CANDIDATES, *pixels]},
+        opset=tape.forward.opset,
         ir_version=source.ir_version,
-        producer_name="ccn-deploy",
     )
