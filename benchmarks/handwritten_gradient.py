@@ -24,7 +24,7 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from ccn_deploy.errors import LoweringError
-from ccn_deploy.exporters.lowering import Placed, add_layers
+from ccn_deploy.exporters.lowering import add_layer, deployed_layers
 from ccn_deploy.graph.builder import GraphBuilder
 from ccn_deploy.graph.signature import BATCH, CANDIDATES, COTANGENTS, GRADIENTS, INPUT, OUTPUT
 from ccn_deploy.layers import (
@@ -63,6 +63,23 @@ class Gradient:
 
     tensor: str
     factor: str | None = None
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A layer in the graph.
+
+    Attributes:
+        name: The layer's, as in the weights file.
+        layer: The layer.
+        x: Name of the tensor it reads.
+        y: Name of the tensor it returns.
+    """
+
+    name: str
+    layer: nn.Module
+    x: str
+    y: str
 
 
 @dataclass(frozen=True)
@@ -144,7 +161,7 @@ def lower_gradient(model: Classifier) -> onnx.ModelProto:
         LoweringError: A kind of layer, or an option of one, that has no lowering.
     """
     builder = GraphBuilder()
-    placed = add_layers(builder, model)
+    placed = place_layers(builder, model)
     shapes = tensor_shapes(model, placed)
     builder.node("Shape", [COTANGENTS], LEAD, start=0, end=2)
     builder.constant(LIFTED, np.array([1], dtype=np.int64))
@@ -164,6 +181,18 @@ def lower_gradient(model: Classifier) -> onnx.ModelProto:
             GRADIENTS: [BATCH, CANDIDATES, *model.architecture.input_shape],
         },
     )
+
+
+def place_layers(builder: GraphBuilder, model: Classifier) -> list[Placed]:
+    """Add the nodes of every layer and return the layers in order of execution."""
+    placed: list[Placed] = []
+    layers, x = deployed_layers(model), INPUT
+    for name, layer in layers:
+        y = OUTPUT if name == layers[-1][0] else name
+        add_layer(builder, layer, name, x, y)
+        placed.append(Placed(name, layer, x, y))
+        x = y
+    return placed
 
 
 def tensor_shapes(model: Classifier, placed: Sequence[Placed]) -> dict[str, tuple[int, ...]]:

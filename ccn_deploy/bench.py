@@ -39,7 +39,7 @@ class BenchRequest:
     Attributes:
         runtimes: Names; every one that the bundles have files for and this machine can run, if
             empty. One that is named and cannot be had is an error.
-        precisions: Likewise.
+        precisions: Names; every one that the bundles have files in, if empty.
         batches: Images a call.
         threads: CPU threads of one call; the runtime's choice if None.
         seconds: Of timed calls for each bundle, runtime, precision and batch.

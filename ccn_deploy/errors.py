@@ -173,6 +173,11 @@ def named(kind: str, name: str, choices: Mapping[str, T]) -> T:
     return choices[name]
 
 
+def one_line(error: BaseException) -> str:
+    """Return 300 characters of a library's message on one line; if it has none, its kind."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def first_line(error: BaseException) -> str:
     """Return the kind of an error that somebody else's code raised, and its text's first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

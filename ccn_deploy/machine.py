@@ -19,30 +19,11 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "ccn-deploy",
-    "cuda-bindings",
-    "cuda-python",
-    "foolbox",
-    "jinja2",
-    "lightning-fabric",
-    "matplotlib",
-    "mlxtend",
-    "msgspec",
-    "numpy",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxscript",
-    "pillow",
-    "rich",
-    "safetensors",
-    "scipy",
-    "tensorrt",
-    "tensorrt-rtx",
-    "torch",
-    "tritonclient",
-    "typer",
-)
+    "ccn-deploy", "cuda-bindings", "cuda-python", "foolbox", "jinja2", "lightning-fabric",
+    "matplotlib", "mlxtend", "msgspec", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu",
+    "onnxscript", "pillow", "rich", "safetensors", "scipy", "tensorrt", "tensorrt-rtx", "torch",
+    "tritonclient", "typer",
+)  # fmt: skip
 """Distributions that are looked for."""
 
 NO_CUDA_PYTHON = "cuda-python is not installed, so GPUs cannot be seen"

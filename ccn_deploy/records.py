@@ -90,7 +90,7 @@ def document(record: Record) -> dict[str, Any]:
     return plain
 
 
-def decode(data: bytes, record: type[R], what: str, hint: str, *, limit: int = LARGEST) -> R:
+def decode(data: bytes, record: type[R], what: str, hint: str) -> R:
     """Read a record from the bytes that :func:`encode` wrote.
 
     Args:
@@ -98,13 +98,12 @@ def decode(data: bytes, record: type[R], what: str, hint: str, *, limit: int = L
         record: The type to read.
         what: Begins the error: ``"manifest.json"``.
         hint: What to do about a damaged document.
-        limit: Most bytes that are parsed.
 
     Raises:
         IntegrityError: Too large or too deep, no JSON, a field missing, unknown or of another
             type or range, or not in canonical form.
     """
-    return _decode(data, record, what, hint, limit=limit, form=canonical_json)
+    return _decode(data, record, what, hint, limit=LARGEST, form=canonical_json)
 
 
 def decode_line(data: bytes, record: type[R], what: str, hint: str, *, limit: int = 1 << 16) -> R:
@@ -159,13 +158,13 @@ def unseal(data: bytes, what: str, hint: str) -> dict[str, Any]:
     return plain
 
 
-def plain_object(data: bytes, what: str, hint: str, *, limit: int = LARGEST) -> dict[str, Any]:
+def plain_object(data: bytes, what: str, hint: str) -> dict[str, Any]:
     """Return a JSON object as it is, whatever is in it.
 
     Raises:
         IntegrityError: Too large, too deep, or no JSON object.
     """
-    _check_bounds(data, what, hint, limit)
+    _check_bounds(data, what, hint, LARGEST)
     try:
         return msgspec.json.decode(data, type=dict[str, Any])
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:

@@ -52,7 +52,7 @@ class RunRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         architecture: A name in :data:`ccn_deploy.architectures.ARCHITECTURES`; empty if it is
             none of ours.
-        defense: A name in :data:`ccn_deploy.defenses.DEFENSES`; likewise.
+        defense: A name in :data:`ccn_deploy.defenses.DEFENSES`; empty if it is none of ours.
         network: The factory of a network of the user's own, as it was named.
         compact: Names of its layers that were made compact.
         input_shape: (channels, height, width) of a network of the user's own.

@@ -13,7 +13,9 @@ from ccn_deploy.cli.options import (
     DataDirOption,
     DatasetOption,
     JsonOption,
+    OptionGroup,
     SeedOption,
+    takes,
     takes_data_options,
 )
 
@@ -25,11 +27,65 @@ if TYPE_CHECKING:
 SCHEMA = "ccn-deploy/export/1"
 
 
-_SOURCE = "What the source expects"
-"""Heading of the options below in --help."""
+SOURCE = OptionGroup(
+    "What the source expects",
+    {
+        "weights": ("FILE", True, "Weights of a module, .safetensors or .pth; nothing is "
+            "unpickled."),
+        "classes": ("FILE", "numbers", "Names of the classes: one a line, or JSON."),
+        "name": (None, "the file's", "Of the network."),
+        "preprocessing": ("FILE", True, "Hugging Face's preprocessor_config.json or timm's "
+            "config.json; the options below beat it."),
+        "input_layout": (None, "told from the file", "nchw or nhwc."),
+        "input_range": ("LOW,HIGH", "0,1", "Values of a black and of a white pixel, such as "
+            "0,255."),
+        "mean": ("M,...", "0", "Subtracted: one number, or one a channel in the source's order and "
+            "range."),
+        "std": ("S,...", "1", "What is then divided by: one number, or one a channel."),
+        "channel_order": (None, "rgb", "rgb or bgr."),
+        "input_size": ("HxW", True, "Of the images, where the source leaves it open."),
+        "input_name": (None, True, "Input with the images, where a file has several."),
+        "output_name": (None, "the first", "Output with the logits or probabilities."),
+    },
+    aliases={"input_name": "--input"},
+)  # fmt: skip
+
+
+def _source_options(**said: str | None) -> SourceOptions:
+    """Return what the options of :data:`SOURCE` say; they beat a file of preprocessing.
+
+    Raises:
+        UsageError: One of them means nothing, or the file cannot be read.
+    """
+    from ccn_deploy.exporters.sources.intake import Intake, parse_numbers, parse_size
+    from ccn_deploy.exporters.sources.opening import SourceOptions
+    from ccn_deploy.exporters.sources.preprocessing_config import read_preprocessing
+
+    given: dict[str, Any] = {key: value for key, value in said.items() if value is not None}
+    weights, classes, preprocessing = (
+        Path(given.pop(key)) if key in given else None
+        for key in ("weights", "classes", "preprocessing")
+    )
+    name = given.pop("name", "")
+    for key in ("input", "output"):
+        given[key] = given.pop(f"{key}_name", None)
+    for key, count in (("mean", None), ("std", None), ("input_range", 2)):
+        if key in given:
+            given[key] = parse_numbers(given[key], f"--{key.replace('_', '-')}", count)
+    if "input_size" in given:
+        given["input_size"] = parse_size(given["input_size"])
+    told = None if preprocessing is None else read_preprocessing(preprocessing)
+    return SourceOptions(
+        intake=(Intake() if told is None else told.intake).replaced(**given),
+        weights=weights,
+        classes=classes,
+        evaluation={} if told is None else told.facts(),
+        name=name,
+    )
 
 
 @takes_data_options
+@takes("expected", SOURCE, _source_options)
 def export(
     source: Annotated[
         str,
@@ -44,113 +100,7 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a bundle that is there.")
     ] = False,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            "--weights",
-            metavar="FILE",
-            help="Weights of a module, .safetensors or .pth; nothing is unpickled.",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = None,
-    classes: Annotated[
-        Path | None,
-        typer.Option(
-            "--classes",
-            metavar="FILE",
-            help="Names of the classes: one a line, or JSON.",
-            show_default="numbers",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = None,
-    name: Annotated[
-        str,
-        typer.Option(
-            "--name", help="Of the network.", show_default="the file's", rich_help_panel=_SOURCE
-        ),
-    ] = "",
-    preprocessing: Annotated[
-        Path | None,
-        typer.Option(
-            "--preprocessing",
-            metavar="FILE",
-            help="Hugging Face's preprocessor_config.json or timm's config.json; the options below "
-            "beat it.",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = None,
-    input_layout: Annotated[
-        str | None,
-        typer.Option(
-            "--input-layout",
-            help="nchw or nhwc.",
-            show_default="told from the file",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = None,
-    input_range: Annotated[
-        str | None,
-        typer.Option(
-            "--input-range",
-            metavar="LOW,HIGH",
-            help="Values of a black and of a white pixel, such as 0,255.",
-            show_default="0,1",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = None,
-    mean: Annotated[
-        str | None,
-        typer.Option(
-            "--mean",
-            metavar="M,...",
-            help="Subtracted: one number, or one a channel in the source's order and range.",
-            show_default="0",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = None,
-    std: Annotated[
-        str | None,
-        typer.Option(
-            "--std",
-            metavar="S,...",
-            help="What is then divided by, likewise.",
-            show_default="1",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = None,
-    channel_order: Annotated[
-        str | None,
-        typer.Option(
-            "--channel-order", help="rgb or bgr.", show_default="rgb", rich_help_panel=_SOURCE
-        ),
-    ] = None,
-    input_size: Annotated[
-        str | None,
-        typer.Option(
-            "--input-size",
-            metavar="HxW",
-            help="Of the images, where the source leaves it open.",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = None,
-    input_name: Annotated[
-        str,
-        typer.Option(
-            "--input-name",
-            "--input",
-            help="Input with the images, where a file has several.",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = "",
-    output_name: Annotated[
-        str,
-        typer.Option(
-            "--output-name",
-            help="Output with the logits or probabilities.",
-            show_default="the first",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = "",
+    expected: SourceOptions,
     formats: Annotated[
         list[str] | None,
         typer.Option(
@@ -248,30 +198,10 @@ def export(
 
     notes: list[str] = []
     request = CalibrationRequest(
-        calibration,
-        calibration_samples,
-        seed,
-        dataset,
-        data_dir,
-        data,
-        notes.append,
-    )
-    given = _source_options(
-        preprocessing,
-        weights=weights,
-        classes=classes,
-        name=name,
-        input_layout=input_layout,
-        input_range=input_range,
-        mean=mean,
-        std=std,
-        channel_order=channel_order,
-        input_size=input_size,
-        input=input_name,
-        output=output_name,
+        calibration, calibration_samples, seed, dataset, data_dir, data, notes.append
     )
     with console.err.status("Opening the source") as status:
-        opened = open_source(source, given)
+        opened = open_source(source, expected)
         if isinstance(opened, NetworkSource):
             notes += opened.notes
         bundle = export_bundle(
@@ -297,39 +227,6 @@ def export(
         _print(document)
     for note in dict.fromkeys([*_notes(document, optimize), *notes]):
         console.err.print(note, soft_wrap=True, markup=False)
-
-
-def _source_options(
-    preprocessing: Path | None,
-    *,
-    weights: Path | None,
-    classes: Path | None,
-    name: str,
-    **intake: str | None,
-) -> SourceOptions:
-    """Return what the options say of the source; they beat a file of preprocessing.
-
-    Raises:
-        UsageError: One of them means nothing, or the file cannot be read.
-    """
-    from ccn_deploy.exporters.sources.intake import Intake, parse_numbers, parse_size
-    from ccn_deploy.exporters.sources.opening import SourceOptions
-    from ccn_deploy.exporters.sources.preprocessing_config import read_preprocessing
-
-    given: dict[str, Any] = {key: value for key, value in intake.items() if value is not None}
-    for key, count in (("mean", None), ("std", None), ("input_range", 2)):
-        if key in given:
-            given[key] = parse_numbers(given[key], f"--{key.replace('_', '-')}", count)
-    if "input_size" in given:
-        given["input_size"] = parse_size(given["input_size"])
-    told = None if preprocessing is None else read_preprocessing(preprocessing)
-    return SourceOptions(
-        intake=(Intake() if told is None else told.intake).replaced(**given),
-        weights=weights,
-        classes=classes,
-        evaluation={} if told is None else told.facts(),
-        name=name,
-    )
 
 
 def _notes(document: dict[str, Any], optimize: str | None) -> Iterator[str]:

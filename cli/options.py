@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -13,7 +14,7 @@ import typer
 from ccn_deploy.targets import DEPLOYED_PRECISIONS, RUNTIMES
 
 if TYPE_CHECKING:
-    from ccn_deploy.data import Dataset
+    from ccn_deploy.data import DataOptions, Dataset
 
 BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Directory written by `ccn-deploy export`.")
@@ -63,67 +64,104 @@ JsonOption = Annotated[
 ]
 
 
-_DATA_OPTIONS: dict[str, tuple[str, bool | str, str]] = {
-    "resize": (
-        "MODE",
-        "shortest",
-        "Of images in folders: shortest (aspect kept, as small as covers the network's size), "
-        "shortest:256 (of the shorter side), stretch, none.",
-    ),
-    "crop": ("MODE", "center", "After resizing: center, none."),
-    "interpolation": (
-        "NAME",
-        "bilinear",
-        "Of resizing: nearest, bilinear, bicubic, lanczos, box.",
-    ),
-    "layout": (
-        "NAME",
-        "told by the number of channels",
-        "Of images in an .npz file: nchw, nhwc.",
-    ),
-    "npz_images": ("KEY", True, "The array of images in an .npz file that has several."),
-    "npz_labels": ("KEY", True, "Likewise, of labels."),
-}
-"""How images are made: by option, what stands for its value, its default and its help."""
+@dataclass(frozen=True)
+class OptionGroup:
+    """Options of text that make one parameter of a command.
+
+    Attributes:
+        heading: Above them in ``--help``.
+        options: By name: what stands for the value, the default that is shown, and the help.
+        aliases: By name, another spelling.
+    """
+
+    heading: str
+    options: Mapping[str, tuple[str | None, str | bool, str]]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def parameters(self) -> list[inspect.Parameter]:
+        """Return them as typer reads them; what is not given is None."""
+        return [self._parameter(name) for name in self.options]
+
+    def _parameter(self, name: str) -> inspect.Parameter:
+        metavar, default, explained = self.options[name]
+        spellings = [f"--{name.replace('_', '-')}"]
+        if name in self.aliases:
+            spellings.append(self.aliases[name])
+        option = typer.Option(
+            *spellings,
+            metavar=metavar,
+            help=explained,
+            show_default=default,
+            rich_help_panel=self.heading,
+        )
+        annotation = Annotated[str | None, option]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(name, kind, default=None, annotation=annotation)
+
+
+DATA = OptionGroup(
+    _DATA,
+    {
+        "resize": ("MODE", "shortest", "Of images in folders: shortest (aspect kept, as small as "
+            "covers the network's size), shortest:256 (of the shorter side), stretch, none."),
+        "crop": ("MODE", "center", "After resizing: center, none."),
+        "interpolation": ("NAME", "bilinear", "Of resizing: nearest, bilinear, bicubic, lanczos, "
+            "box."),
+        "layout": ("NAME", "told by the number of channels", "Of images in an .npz file: nchw, "
+            "nhwc."),
+        "npz_images": ("KEY", True, "The array of images in an .npz file that has several."),
+        "npz_labels": ("KEY", True, "The array of labels in one that has several."),
+    },
+)  # fmt: skip
+"""How images are made."""
 
 
 def takes_data_options(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command with a parameter ``data: DataOptions`` take the options that make it up."""
 
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
+    def data_options(**given: Any) -> DataOptions:
         from ccn_deploy.data import DataOptions
 
-        names = {name: name for name in _DATA_OPTIONS}
-        names |= {"npz_images": "images_key", "npz_labels": "labels_key"}
-        data = DataOptions(**{field: given.pop(name) for name, field in names.items()})
-        command(data=data, **given)
+        names = {"npz_images": "images_key", "npz_labels": "labels_key"}
+        names = {"npz_images": "images_key", "npz_labels": "labels_key"}
+        return DataOptions(**{names.get(name, name): value for name, value in given.items()})
 
-    hints = get_type_hints(command, localns={"DataOptions": object}, include_extras=True)
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        if parameter.name == "data":
-            parameters += map(_data_parameter, _DATA_OPTIONS)
-        else:
-            parameters.append(parameter.replace(annotation=hints[parameter.name]))
-    # What typer reads of a command.
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
+    return takes("data", DATA, data_options)(command)
 
 
-def _data_parameter(name: str) -> inspect.Parameter:
-    metavar, default, explained = _DATA_OPTIONS[name]
-    option = typer.Option(
-        f"--{name.replace('_', '-')}",
-        metavar=metavar,
-        help=explained,
-        show_default=default,
-        rich_help_panel=_DATA,
-    )
-    annotation = Annotated[str | None, option]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=None, annotation=annotation)
+def takes(
+    target: str, group: OptionGroup, make: Callable[..., Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command take options in place of one parameter.
+
+    Args:
+        target: Name of the parameter.
+        group: The options.
+        make: Makes the parameter's value of theirs, by name.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            made = make(**{name: given.pop(name) for name in group.options})
+            command(**{target: made}, **given)
+
+        signature = inspect.signature(command)
+        unknown = {"DataOptions": object, "SourceOptions": object}
+        hints = get_type_hints(command, localns=unknown, include_extras=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in signature.parameters.values():
+            if parameter.name == target:
+                parameters += group.parameters()
+            else:
+                annotation = hints.get(parameter.name, parameter.annotation)
+                parameters.append(parameter.replace(annotation=annotation))
+        # What typer reads of a command.
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
 
 
 def tell_notes(*datasets: Dataset) -> None:

@@ -14,11 +14,12 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper, version_converter
+from onnx import TensorProto, helper, version_converter
 
-from ccn_deploy.graph.builder import IR_VERSION, OPSET
+from ccn_deploy.graph.builder import IR_VERSION, OPSET, stored
 from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.graph.graph import Graph, Node
+from ccn_deploy.graph.shapes import reached_by_images
 
 Values = dict[str, NDArray[Any]]
 Types = dict[str, np.dtype[Any]]
@@ -92,8 +93,7 @@ def _widen_groups(model: onnx.ModelProto) -> None:
             if value is None or not isinstance(channels, int):
                 continue
             name = f"{node.outputs[0]}.{('scale', 'shift')[index - 1]}"
-            wide = np.repeat(value, channels // groups)
-            model.graph.initializer.append(numpy_helper.from_array(wide, name))
+            model.graph.initializer.append(stored(name, np.repeat(value, channels // groups)))
             node.proto.input[index] = name
 
 
@@ -114,22 +114,14 @@ def _fold(model: onnx.ModelProto) -> None:
     _replace(model.graph.node, [node for node in model.graph.node if node.output[0] not in folded])
     held = {constant.name for constant in model.graph.initializer}
     model.graph.initializer.extend(
-        numpy_helper.from_array(np.asarray(value, order="C"), name)
-        for name, value in folded.items()
-        if name not in held
+        stored(name, value) for name, value in folded.items() if name not in held
     )
 
 
 def _still(graph: Graph) -> list[Node]:
     """Return the nodes that no pixel can reach: they see constants and sizes alone."""
-    reached = set(graph.inputs)
-    found = []
-    for node in graph.nodes:
-        if node.op not in ("Shape", "Size") and not reached.isdisjoint(node.inputs):
-            reached.update(node.outputs)
-        else:
-            found.append(node)
-    return found
+    reached = reached_by_images(graph)
+    return [node for node in graph.nodes if reached.isdisjoint(node.outputs)]
 
 
 def _types(model: onnx.ModelProto) -> Types:
@@ -195,9 +187,7 @@ def _fix_reshapes(model: onnx.ModelProto) -> None:
         if sizes.count(-1) > 1 or 0 in sizes:
             continue
         name = f"{node.outputs[0]}.shape"
-        model.graph.initializer.append(
-            numpy_helper.from_array(np.array(sizes, dtype=np.int64), name)
-        )
+        model.graph.initializer.append(stored(name, np.array(sizes, dtype=np.int64)))
         node.proto.input[1] = name
 
 

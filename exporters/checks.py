@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import shape_inference
 
-from ccn_deploy.errors import GraphError, LoweringError
+from ccn_deploy.errors import GraphError, LoweringError, one_line
 from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.graph.graph import Graph
 from ccn_deploy.graph.signature import BATCH, CANDIDATES, COTANGENTS, GRADIENTS, INPUT, OUTPUT
@@ -54,8 +54,8 @@ def check_valid(graph: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(graph, full_check=True)
     except (onnx.checker.ValidationError, shape_inference.InferenceError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise LoweringError(f"The ONNX checker refuses the graph: {text}", HINT) from error
+        what = f"The ONNX checker refuses the graph: {one_line(error)}"
+        raise LoweringError(what, HINT) from error
 
 
 def check_plain(graph: onnx.ModelProto) -> None:

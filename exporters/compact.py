@@ -164,10 +164,10 @@ class _Reading:
         """Whether a root is that of the sum of squares of each patch that a product reads."""
         node = self._graph.made_by.get(root.inputs[0])
         if node is not None and node.op == "Conv":
-            kernel = self._graph.constants.get(node.inputs[1])
-            if window is None or kernel is None or not _same_window(node, product):
+            if window is None or not self._is_plain(node) or self._window(node) != window:
                 return False
-            if kernel.shape != (1, 1, *window.kernel) or (kernel != 1).any():
+            kernel = self._graph.constants[node.inputs[1]]
+            if kernel.shape[:2] != (1, 1) or (kernel != 1).any():
                 return False
             self._nodes.append(node)
             node = self._graph.made_by.get(node.inputs[0])
@@ -191,8 +191,7 @@ class _Reading:
             return False
         self._nodes.append(square)
         if square.op == "Pow":
-            exponent = self._graph.constants.get(square.inputs[1])
-            return square.inputs[0] == x and exponent is not None and bool((exponent == 2).all())
+            return square.inputs[0] == x and self._graph.number(square.inputs[1]) == 2
         return square.op == "Mul" and square.inputs == (x, x)
 
     def _bias(self, quotient: Node, rank: int) -> tuple[Node, NDArray[np.float32] | None]:
@@ -240,23 +239,6 @@ class _Reading:
 def _other(graph: Graph, node: Node) -> str:
     """Return the tensor that a node reads and that is no constant; "" if there is none."""
     return next((tensor for tensor in node.inputs if tensor not in graph.constants), "")
-
-
-def _same_window(one: Node, other: Node) -> bool:
-    """Whether two convolutions slide alike."""
-    usual: Mapping[str, Sequence[int]] = {
-        "strides": (1, 1),
-        "pads": (0, 0, 0, 0),
-        "dilations": (1, 1),
-    }
-    return (
-        one.attributes.get("group", 1) == 1
-        and one.attributes.get("auto_pad", "NOTSET") == "NOTSET"
-        and all(
-            list(one.attributes.get(name, value)) == list(other.attributes.get(name, value))
-            for name, value in usual.items()
-        )
-    )
 
 
 def _pair(value: Sequence[int]) -> tuple[int, int]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ccn_deploy.bundle import MANIFEST, Bundle, Lineage, NewFile, write_bundle
+from ccn_deploy.bundle import Bundle, Lineage, NewFile, write_bundle
+from ccn_deploy.bundle.writer import check_target
 from ccn_deploy.errors import DatasetNotFoundError, UsageError, unknown
 from ccn_deploy.exporters import bundle_graphs
 from ccn_deploy.exporters.bundle_draft import BundleDraft
@@ -130,7 +131,7 @@ def export_bundle(
     )
     _check_names(wanted, formats, precisions)
     target = Path(output)
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     if isinstance(source, TrainedRun):
         source = of_run(source)
     draft = BundleDraft(source)
@@ -321,20 +322,4 @@ def _check_used(wanted: Wanted) -> None:
         raise UsageError(
             "--tf32 is for engines, and none is asked for.",
             "Add --format tensorrt-rtx or tensorrt, or leave it out.",
-        )
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Refuse before the work is done, and never replace what is no bundle."""
-    if not target.exists():
-        return
-    if not overwrite:
-        raise UsageError(
-            f"{target} exists already.",
-            "Choose another --output, or add --overwrite to replace it.",
-        )
-    if not (target / MANIFEST).is_file():
-        raise UsageError(
-            f"{target} exists and is no bundle: it has no {MANIFEST}, so it is not replaced.",
-            "Choose another --output, or remove it yourself.",
         )

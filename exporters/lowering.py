@@ -6,7 +6,6 @@ Compact layers are in :mod:`ccn_deploy.exporters.compact_nodes`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,23 +24,6 @@ Lowering = Callable[[GraphBuilder, Any, str, str, str], None]
 """Adds a layer's nodes, given the builder, the layer, its name, its input and its output."""
 
 
-@dataclass(frozen=True)
-class Placed:
-    """A layer in the graph.
-
-    Attributes:
-        name: The layer's, as in the weights file.
-        layer: The layer.
-        x: Name of the tensor it reads.
-        y: Name of the tensor it returns.
-    """
-
-    name: str
-    layer: nn.Module
-    x: str
-    y: str
-
-
 def lower(model: Classifier) -> onnx.ModelProto:
     """Return the forward graph of a network in float32: images in [0, 1] to logits.
 
@@ -52,29 +34,17 @@ def lower(model: Classifier) -> onnx.ModelProto:
         LoweringError: A kind of layer, or an option of one, that has no lowering.
     """
     builder = GraphBuilder()
-    add_layers(builder, model)
-    return builder.model(
-        model.architecture.name,
-        {INPUT: [BATCH, *model.architecture.input_shape]},
-        {OUTPUT: [BATCH, model.classes]},
-    )
-
-
-def add_layers(builder: GraphBuilder, model: Classifier) -> list[Placed]:
-    """Add the nodes of every layer and return the layers in order of execution.
-
-    Raises:
-        LoweringError: As :func:`lower` does.
-    """
-    placed = []
     layers = deployed_layers(model)
     x = INPUT
     for name, layer in layers:
         y = OUTPUT if name == layers[-1][0] else name
         add_layer(builder, layer, name, x, y)
-        placed.append(Placed(name, layer, x, y))
         x = y
-    return placed
+    return builder.model(
+        model.architecture.name,
+        {INPUT: [BATCH, *model.architecture.input_shape]},
+        {OUTPUT: [BATCH, model.classes]},
+    )
 
 
 def add_layer(builder: GraphBuilder, layer: nn.Module, name: str, x: str, y: str) -> None:

@@ -25,13 +25,12 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
-from onnx import helper, numpy_helper
 
 from ccn_deploy.errors import LoweringError
 from ccn_deploy.exporters.canonical import canonical
-from ccn_deploy.exporters.checks import check_plain, check_valid
+from ccn_deploy.exporters.checks import HINT, check_plain, check_valid
 from ccn_deploy.exporters.compact import CompactLayer, Window, compact_layers
+from ccn_deploy.graph.builder import GraphBuilder
 from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.graph.graph import Graph
 
@@ -40,8 +39,6 @@ TARGETS = ("onnxruntime-cpu",)
 
 POINTWISE: dict[str, Any] = {"kernel_shape": (1, 1), "strides": (1, 1), "pads": (0, 0, 0, 0)}
 """Attributes of a convolution that spreads one channel over many."""
-
-HINT = "Nothing was written; this is a bug in the exporter, please report it."
 
 CLOSE = 1e-9
 """Largest difference of logits in float64, of their scale, that the order of sums explains."""
@@ -63,10 +60,10 @@ def optimize(forward: Graph) -> onnx.ModelProto:
     for node in forward.nodes:
         layer = replaced.get(node.name)
         if layer is None:
-            rewriting.nodes.append(node.proto)
+            rewriting.builder.nodes.append(node.proto)
         elif node.outputs[0] == layer.y:
             rewriting.add(layer)
-    return rewriting.model()
+    return rewriting.builder.model_like(forward)
 
 
 def differs(forward: Graph) -> bool:
@@ -109,8 +106,7 @@ class _Rewriting:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._made: dict[str, onnx.TensorProto] = {}
-        self.nodes: list[onnx.NodeProto] = []
+        self.builder = GraphBuilder()
 
     def add(self, layer: CompactLayer) -> None:
         """Add the nodes of a compact layer, and of the ReLU that is a part of it."""
@@ -133,81 +129,51 @@ class _Rewriting:
             name += "_"
         return name
 
-    def model(self) -> onnx.ModelProto:
-        """Return the graph, with the constants that are still read."""
-        read = {tensor for node in self.nodes for tensor in node.input}
-        kept = [
-            numpy_helper.from_array(np.asarray(value, order="C"), name)
-            for name, value in self._graph.constants.items()
-            if name in read and name not in self._made
-        ]
-        model = self._graph.model
-        body = model.graph
-        return helper.make_model(
-            helper.make_graph(
-                self.nodes, body.name, body.input, body.output, [*kept, *self._made.values()]
-            ),
-            opset_imports=[helper.make_opsetid("", self._graph.opset)],
-            ir_version=model.ir_version,
-            producer_name=model.producer_name,
-        )
-
     def _conv(self, layer: CompactLayer, window: Window) -> None:
-        name, x = layer.name, layer.x
-        delta = self._constant(f"{name}.delta", layer.delta)
-        weight = self._constant(f"{name}.weight", layer.weight)
+        name, x, g = layer.name, layer.x, self.builder
+        delta = g.constant(f"{name}.delta", layer.delta)
+        weight = g.constant(f"{name}.weight", layer.weight)
         ones = np.ones((len(layer.weight), 1, 1, 1), dtype=np.float32)
 
         summed = self._squares(layer)
         if window.is_single():
             patches = summed
         else:
-            columns = self._constant(f"{name}.columns", window.sums(1).T)
-            rows = self._constant(f"{name}.rows", window.sums(0))
-            strips = self._node("MatMul", [summed, columns], f"{name}.strips")
-            patches = self._node("MatMul", [rows, strips], f"{name}.patches")
-        norm = self._node("Sqrt", [patches], f"{name}.norm")
-        divisor = self._node("Add", [norm, delta], f"{name}.divisor")
+            columns = g.constant(f"{name}.columns", window.sums(1).T)
+            rows = g.constant(f"{name}.rows", window.sums(0))
+            strips = g.node("MatMul", [summed, columns], f"{name}.strips")
+            patches = g.node("MatMul", [rows, strips], f"{name}.patches")
+        norm = g.node("Sqrt", [patches], f"{name}.norm")
+        divisor = g.node("Add", [norm, delta], f"{name}.divisor")
         shift = ""
         if layer.bias is not None:
-            bias = self._constant(f"{name}.bias", layer.bias.reshape(-1, 1, 1, 1))
-            shift = self._node("Conv", [divisor, bias], f"{name}.shift", **POINTWISE)
-        scaled = self._node("Conv", [x, weight], f"{name}.product", **layer.attributes)
+            bias = g.constant(f"{name}.bias", layer.bias.reshape(-1, 1, 1, 1))
+            shift = g.node("Conv", [divisor, bias], f"{name}.shift", **POINTWISE)
+        scaled = g.node("Conv", [x, weight], f"{name}.product", **layer.attributes)
         if shift:
-            scaled = self._node("Add", [scaled, shift], f"{name}.shifted")
+            scaled = g.node("Add", [scaled, shift], f"{name}.shifted")
         if layer.rectified:
-            scaled = self._node("Relu", [scaled], f"{name}.rectified")
-        reciprocal = self._node("Reciprocal", [divisor], f"{name}.reciprocal")
-        spread = self._constant(f"{name}.ones", ones)
-        factor = self._node("Conv", [reciprocal, spread], f"{name}.factor", **POINTWISE)
-        self._node("Mul", [scaled, factor], layer.last, layer.y)
+            scaled = g.node("Relu", [scaled], f"{name}.rectified")
+        reciprocal = g.node("Reciprocal", [divisor], f"{name}.reciprocal")
+        spread = g.constant(f"{name}.ones", ones)
+        factor = g.node("Conv", [reciprocal, spread], f"{name}.factor", **POINTWISE)
+        g.node("Mul", [scaled, factor], layer.last, output=layer.y)
 
     def _linear(self, layer: CompactLayer) -> None:
         # Divided before the product, not after it: then Gemm adds the bias, and a ReLU is fused.
-        name, x = layer.name, layer.x
-        delta = self._constant(f"{name}.delta", layer.delta)
-        reads = [self._constant(f"{name}.weight", layer.weight)]
+        name, x, g = layer.name, layer.x, self.builder
+        delta = g.constant(f"{name}.delta", layer.delta)
+        reads = [g.constant(f"{name}.weight", layer.weight)]
         if layer.bias is not None:
-            reads.append(self._constant(f"{name}.bias", layer.bias.reshape(-1)))
+            reads.append(g.constant(f"{name}.bias", layer.bias.reshape(-1)))
         summed = self._squares(layer)
-        norm = self._node("Sqrt", [summed], f"{name}.norm")
-        divisor = self._node("Add", [norm, delta], f"{name}.divisor")
-        unit = self._node("Div", [x, divisor], f"{name}.unit")
-        self._node("Gemm", [unit, *reads], layer.last, layer.y, **layer.attributes)
+        norm = g.node("Sqrt", [summed], f"{name}.norm")
+        divisor = g.node("Add", [norm, delta], f"{name}.divisor")
+        unit = g.node("Div", [x, divisor], f"{name}.unit")
+        g.node("Gemm", [unit, *reads], layer.last, output=layer.y, **layer.attributes)
 
     def _squares(self, layer: CompactLayer) -> str:
-        axes = self._constant(f"{layer.name}.axes", np.array([1], dtype=np.int64))
-        squares = self._node("Mul", [layer.x, layer.x], f"{layer.name}.squares")
-        return self._node("ReduceSum", [squares, axes], f"{layer.name}.sum", keepdims=1)
-
-    def _constant(self, name: str, value: NDArray[Any]) -> str:
-        """Add a constant; one of the same name and another value is only read by the old nodes."""
-        self._made[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
-        return name
-
-    def _node(
-        self, op: str, inputs: list[str], name: str, output: str = "", **attributes: Any
-    ) -> str:
-        output = output or name
-        self.nodes.append(helper.make_node(op, inputs, [output], name=name, **attributes))
-        return output
+        g = self.builder
+        axes = g.constant(f"{layer.name}.axes", np.array([1], dtype=np.int64))
+        squares = g.node("Mul", [layer.x, layer.x], f"{layer.name}.squares")
+        return g.node("ReduceSum", [squares, axes], f"{layer.name}.sum", keepdims=1)

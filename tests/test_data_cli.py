@@ -79,9 +79,9 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 
 def test_a_network_is_trained_on_folders_and_knows_how_images_were_made(bundle: Bundle) -> None:
-    assert bundle.manifest.class_names == CLASSES
-    assert bundle.manifest.training["dataset"] == "halves/"
-    assert bundle.manifest.training["test_accuracy"] == 1.0
+    assert bundle.manifest.card.class_names == CLASSES
+    assert bundle.manifest.card.training["dataset"] == "halves/"
+    assert bundle.manifest.card.training["test_accuracy"] == 1.0
     found = [file.details for file in bundle.manifest.files if file.precision == "int8"]
     assert all(part in json.dumps(found) for part in ('"halves/"', '"stretch"', '"bilinear"'))
 

@@ -14,8 +14,7 @@ from onnx import TensorProto, helper
 
 from ccn_deploy.attacks import suite
 from ccn_deploy.attacks.foolbox_model import NativeModel
-from ccn_deploy.attacks.loss import slope
-from ccn_deploy.attacks.passes import NativePass, forward
+from ccn_deploy.attacks.passes import NativePass, forward, slope
 from ccn_deploy.attacks.perform import perform
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data import load_dataset

@@ -107,7 +107,7 @@ class Plan:
         class_names: One per logit.
         data: Name, digests and sizes of the two splits.
         seed: See :class:`TrainConfig`.
-        threads: Likewise.
+        threads: CPU threads of each process; see :class:`TrainConfig`.
         device: ``"cpu"`` or ``"cuda"``.
         devices: Number of processes.
         torch: Version of torch; another one may round otherwise.

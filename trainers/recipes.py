@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ccn_deploy.errors import UsageError, unknown
+from ccn_deploy.errors import UsageError, named
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,4 @@ def recipe_named(name: str) -> Recipe:
     Raises:
         UsageError: No such recipe; the hint suggests the nearest.
     """
-    try:
-        return RECIPES[name.lower()]
-    except KeyError:
-        raise unknown("recipe", name, RECIPES) from None
+    return named("recipe", name.lower(), RECIPES)

@@ -150,20 +150,15 @@ class RunDirectory:
 
 def _record(plan: Plan, finished: Finished | None = None) -> RunRecord:
     network = plan.network
+    named: dict[str, Any]
     if isinstance(network, OwnNetwork):
-        return RunRecord(
-            schema="ccn-deploy/run/1",
-            network=network.factory,
-            compact=network.compact,
-            input_shape=network.input_shape,
-            class_names=plan.class_names,
-            training=plan.settings(),
-            finished=finished,
-        )
+        named = {"network": network.factory, "compact": network.compact}
+        named["input_shape"] = network.input_shape
+    else:
+        named = {"architecture": network.architecture.name, "defense": network.defense.name}
     return RunRecord(
         schema="ccn-deploy/run/1",
-        architecture=network.architecture.name,
-        defense=network.defense.name,
+        **named,
         class_names=plan.class_names,
         training=plan.settings(),
         finished=finished,

@@ -10,13 +10,12 @@ import math
 from typing import Any
 
 import torch
-from foolbox.attacks.base import MinimizationAttack, get_criterion, raise_if_kwargs
-from foolbox.criteria import Misclassification
+from foolbox.attacks.base import MinimizationAttack, raise_if_kwargs
 from foolbox.distances import l2
 from foolbox.models.base import Model
 from torch import Tensor
 
-from ccn_deploy.attacks.passes import Pass, forward, tensor_of
+from ccn_deploy.attacks.passes import Pass, forward, labels_of, tensor_of
 
 _STABILITY = 1e-4
 """Added to a step's length, so that a sample on the boundary still moves."""
@@ -94,11 +93,9 @@ class L2DeepFool(MinimizationAttack):
             **kwargs: None are taken.
         """
         raise_if_kwargs(kwargs)
-        criterion = get_criterion(criterion)
-        if not isinstance(criterion, Misclassification):
-            raise ValueError(f"DeepFool is untargeted and cannot serve {criterion!r}")
+        labels = labels_of(criterion, "DeepFool")
         images, restore_type = tensor_of(inputs)
-        return restore_type(self._search(model, images, criterion.labels.raw))
+        return restore_type(self._search(model, images, labels))
 
     def _search(self, model: Model, start: Tensor, labels: Tensor) -> Tensor:
         result = start.clone()

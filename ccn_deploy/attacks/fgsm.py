@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from foolbox.attacks.base import FixedEpsilonAttack, get_criterion, raise_if_kwargs
-from foolbox.criteria import Misclassification
+from foolbox.attacks.base import FixedEpsilonAttack, raise_if_kwargs
 from foolbox.distances import linf
 from foolbox.models.base import Model
 
-from ccn_deploy.attacks.passes import forward, tensor_of
+from ccn_deploy.attacks.passes import forward, labels_of, tensor_of
 
 
 class LinfFGSM(FixedEpsilonAttack):
@@ -42,11 +41,8 @@ class LinfFGSM(FixedEpsilonAttack):
             **kwargs: None are taken.
         """
         raise_if_kwargs(kwargs)
-        criterion = get_criterion(criterion)
-        if not isinstance(criterion, Misclassification):
-            raise ValueError(f"FGSM here is untargeted and cannot serve {criterion!r}")
+        labels = labels_of(criterion, "FGSM here")
         images, restore_type = tensor_of(inputs)
         everything = torch.arange(len(images), device=images.device)
-        labels = criterion.labels.raw
         direction = forward(model, images, labels=labels).loss_gradient(everything, labels).sign()
         return restore_type((images + epsilon * direction).clamp(*model.bounds))

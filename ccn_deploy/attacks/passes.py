@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from eagerpy.astensor import astensor, astensor_
+from foolbox.attacks.base import get_criterion
+from foolbox.criteria import Misclassification
 from foolbox.models.base import Model
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ccn_deploy.attacks.loss import slope
 from ccn_deploy.errors import RuntimeUnavailableError
 from ccn_deploy.runtimes.base import LossGradient, Runtime
 
@@ -52,6 +53,37 @@ class Pass(Protocol):
             labels: Theirs, int64 [n].
         """
         ...
+
+
+def slope(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the gradient [N, classes] of each cross-entropy with respect to the logits.
+
+    The label's part is the sum of the other probabilities, not its own less one: where a network
+    is sure, that difference is rounding, and the step would go anywhere.
+
+    Args:
+        logits: [N, classes].
+        labels: int64 [N].
+    """
+    rows = torch.arange(len(labels), device=labels.device)
+    found = torch.log_softmax(logits, dim=-1).exp()
+    found[rows, labels] = 0.0
+    found[rows, labels] = -found.sum(dim=-1)
+    return found
+
+
+def labels_of(criterion: Any, attack: str) -> Tensor:
+    """Return the labels int64 [N] that an untargeted attack is to leave.
+
+    Args:
+        criterion: ``Misclassification``, or labels.
+        attack: Begins the error.
+    """
+    criterion = get_criterion(criterion)
+    if not isinstance(criterion, Misclassification):
+        raise ValueError(f"{attack} is untargeted and cannot serve {criterion!r}")
+    labels: Tensor = criterion.labels.raw
+    return labels
 
 
 def tensor_of(inputs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from foolbox.attacks.base import FixedEpsilonAttack, MinimizationAttack
 from foolbox.models.pytorch import PyTorchModel
-from numpy.typing import NDArray
 
 from ccn_deploy.attacks.cw import L2CarliniWagner
 from ccn_deploy.attacks.deepfool import L2DeepFool
@@ -17,8 +16,7 @@ from ccn_deploy.attacks.fgsm import LinfFGSM
 from ccn_deploy.attacks.passes import QueryCounter
 from ccn_deploy.attacks.pgd import LinfPGD
 from ccn_deploy.attacks.spec import AttackSpec
-
-Array = NDArray[Any]
+from ccn_deploy.runtimes.base import Array
 
 
 def perform(

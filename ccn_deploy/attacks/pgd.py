@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from foolbox.attacks.base import FixedEpsilonAttack, get_criterion, raise_if_kwargs
-from foolbox.criteria import Misclassification
+from foolbox.attacks.base import FixedEpsilonAttack, raise_if_kwargs
 from foolbox.distances import linf
 from foolbox.models.base import Model
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ccn_deploy.attacks.passes import forward, tensor_of
+from ccn_deploy.attacks.passes import forward, labels_of, tensor_of
 
 
 class LinfPGD(FixedEpsilonAttack):
@@ -70,11 +69,9 @@ class LinfPGD(FixedEpsilonAttack):
             **kwargs: None are taken.
         """
         raise_if_kwargs(kwargs)
-        criterion = get_criterion(criterion)
-        if not isinstance(criterion, Misclassification):
-            raise ValueError(f"PGD here is untargeted and cannot serve {criterion!r}")
+        labels = labels_of(criterion, "PGD here")
         images, restore_type = tensor_of(inputs)
-        return restore_type(self._with_logits(model, images, criterion.labels.raw, epsilon))
+        return restore_type(self._with_logits(model, images, labels, epsilon))
 
     def _with_logits(self, model: Model, origin: Tensor, labels: Tensor, epsilon: float) -> Tensor:
         seeds = np.arange(len(origin)) if self.seeds is None else self.seeds

@@ -25,7 +25,7 @@ class Preprocessing(Record, frozen=True):
         channel_order: ``"rgb"`` or ``"bgr"``.
         range: (low, high), the values of a black and of a white pixel before mean and std.
         mean: One per channel in the source's channel order, in units of the range; empty for 0.
-        std: Likewise, above 0; empty for 1.
+        std: One per channel in that order, above 0; empty for 1.
 
     Raises:
         UsageError: A range of no width, a std that is not positive, or a value that is
@@ -67,12 +67,6 @@ class Preprocessing(Record, frozen=True):
             if values:
                 parts.append(f"{what} {' '.join(f'{value:g}' for value in dict.fromkeys(values))}")
         return ", ".join(parts)
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the source takes images in [0, 1], NCHW and RGB, as they are."""
-        same = not any(self.mean) and all(value == 1 for value in self.std)
-        return same and self == Preprocessing(mean=self.mean, std=self.std)
 
     def check(self, channels: int) -> None:
         """Refuse a format that images of so many channels cannot have.

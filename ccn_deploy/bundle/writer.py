@@ -53,6 +53,26 @@ class NewFile:
         return FileRecord(sha256=sha256(self.data), bytes=len(self.data), **said)
 
 
+def check_target(path: Path, overwrite: bool) -> None:
+    """Refuse a path where no bundle may be written: what is no bundle is never replaced.
+
+    Raises:
+        UsageError: Something is there and ``overwrite`` is false, or it is no bundle.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        raise UsageError(
+            f"{path} exists already.",
+            "Choose another --output, or add --overwrite to replace it.",
+        )
+    if not (path / MANIFEST).is_file():
+        raise UsageError(
+            f"{path} exists and is no bundle: it has no {MANIFEST}, so it is not replaced.",
+            "Choose another --output, or remove it yourself.",
+        )
+
+
 def write_bundle(
     path: Path, *, card: ModelCard, files: Sequence[NewFile], overwrite: bool = False
 ) -> Bundle:
@@ -61,14 +81,10 @@ def write_bundle(
     The same content gives the same bytes: a bundle holds no time and no path.
 
     Raises:
-        UsageError: ``path`` exists and ``overwrite`` is false, or what is there is no bundle.
+        UsageError: As :func:`check_target`.
         StorageError: The disk is full or not writable; nothing half-written is left.
     """
-    if overwrite and path.exists() and not (path / MANIFEST).is_file():
-        raise UsageError(
-            f"{path} is not a bundle, so --overwrite does not replace it.",
-            "Choose another --output, or remove it yourself.",
-        )
+    check_target(path, overwrite)
     manifest = Manifest(card, tuple(file.record() for file in files)).to_bytes()
     with atomic_directory(path, overwrite=overwrite) as directory:
         for file in files:

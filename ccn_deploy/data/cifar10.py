@@ -29,17 +29,8 @@ FILES: dict[Split, tuple[str, ...]] = {
     "test": ("test_batch.bin",),
 }
 CLASS_NAMES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
 INSIDE = "cifar-10-batches-bin"
 PICKLED = "cifar-10-batches-py"
 

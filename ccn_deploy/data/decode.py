@@ -19,7 +19,7 @@ from ccn_deploy.data.arrays import as_float
 from ccn_deploy.data.dataset import Images
 from ccn_deploy.data.files import printable, read_regular
 from ccn_deploy.data.options import DataOptions, parse_resize
-from ccn_deploy.errors import InputError
+from ccn_deploy.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -230,7 +230,7 @@ def _explained(path: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # its parsers raise whatever a damaged file makes of them
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = one_line(error)
         if "cannot identify image file" in why:
             why = "it is damaged, or no image of a kind that is read"
         raise InputError(

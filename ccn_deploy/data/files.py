@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -60,6 +61,11 @@ def read_regular(path: str | Path, limit: int) -> bytes:
 def printable(path: str | Path) -> str:
     """Return a path as it can be printed: bytes that are no UTF-8 are escaped."""
     return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Return the first names, for a sentence, and whether there are more."""
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
 
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends

@@ -24,7 +24,7 @@ import numpy as np
 
 from ccn_deploy.data.dataset import Dataset, Split
 from ccn_deploy.data.decode import SUFFIXES, Geometry, shape_of, stack
-from ccn_deploy.data.files import open_regular, printable
+from ccn_deploy.data.files import listed, open_regular, printable
 from ccn_deploy.data.options import DEFAULT, NPZ_OPTIONS, DataOptions, ModelInput
 from ccn_deploy.errors import DatasetNotFoundError, InputError
 from ccn_deploy.extras import require
@@ -285,8 +285,7 @@ def _empty(empty: list[str], place: Path, split: Split) -> Iterator[str]:
             "its class.",
             "Put images in it, or remove the folder.",
         )
-    names = ", ".join([*empty[:3], *(["..."] if len(empty) > 3 else [])])
-    yield f"{len(empty)} classes have no images: {names}."
+    yield f"{len(empty)} classes have no images: {listed(empty, 3)}."
 
 
 def _nothing(place: Path, skipped: Skipped) -> tuple[str, str]:
@@ -329,5 +328,5 @@ def _shown(shape: tuple[int, int, int], options: DataOptions) -> str:
 
 def _listed(counts: Counter[str]) -> str:
     """Return the commonest names with how often each occurs."""
-    shown = [f"{name} ({count})" if count > 1 else name for name, count in counts.most_common(6)]
-    return ", ".join([*shown, *(["..."] if len(counts) > len(shown) else [])])
+    shown = [f"{name} ({count})" if count > 1 else name for name, count in counts.most_common()]
+    return listed(shown, 6)

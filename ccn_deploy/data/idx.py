@@ -201,20 +201,14 @@ MNIST = IdxSet(
     inside=("raw", "MNIST/raw"),
 )
 
+_GARMENTS = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+    "Ankle boot",
+)  # fmt: skip
+
 FASHION_MNIST = IdxSet(
     name="fashion-mnist",
-    class_names=(
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    ),
+    class_names=_GARMENTS,
     base_url="https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
     published={
         "train-images-idx3-ubyte": (

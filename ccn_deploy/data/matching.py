@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ccn_deploy.data.dataset import Dataset, Labels, check_labels
+from ccn_deploy.data.files import listed
 from ccn_deploy.data.options import ModelInput
 from ccn_deploy.errors import UsageError
 
@@ -92,7 +93,7 @@ def _check_known(dataset: Dataset, ours: list[str], theirs: list[str]) -> None:
     unknown = [name for name in ours if name not in known]
     if not unknown:
         return
-    listed = ", ".join(repr(name) for name in unknown[:SHOWN])
+    some = ", ".join(repr(name) for name in unknown[:SHOWN])
     more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
     near = difflib.get_close_matches(unknown[0], theirs, n=1, cutoff=0.5)
     if theirs == [str(number) for number in range(len(theirs))]:
@@ -103,11 +104,10 @@ def _check_known(dataset: Dataset, ours: list[str], theirs: list[str]) -> None:
     elif near:
         hint = f"Did you mean {near[0]!r}? Name the classes as the network does."
     else:
-        few = ", ".join(theirs[: 2 * SHOWN]) + (", ..." if len(theirs) > 2 * SHOWN else "")
-        hint = f"The network's {len(theirs)} classes: {few}."
+        hint = f"The network's {len(theirs)} classes: {listed(theirs, 2 * SHOWN)}."
     raise UsageError(
         f"{dataset.name} has {len(unknown)} of {len(ours)} classes that the network does not "
-        f"have: {listed}{more}.",
+        f"have: {some}{more}.",
         hint,
     )
 

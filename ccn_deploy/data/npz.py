@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from ccn_deploy.data.arrays import check_pixel_type, dataset_from_arrays
 from ccn_deploy.data.dataset import Dataset, Split
-from ccn_deploy.data.files import open_regular, printable
+from ccn_deploy.data.files import listed, open_regular, printable
 from ccn_deploy.data.options import DEFAULT, FOLDER_OPTIONS, DataOptions, ModelInput
-from ccn_deploy.errors import InputError, UsageError
+from ccn_deploy.errors import InputError, UsageError, one_line
 
 MAX_MEMBERS = 256
 """Arrays in one file."""
@@ -140,9 +140,8 @@ def _archive(file: BinaryIO, path: Path) -> Iterator[zipfile.ZipFile]:
             f"{printable(path)} does not fit into memory.", "Give fewer images."
         ) from error
     except Exception as error:  # zipfile, zlib and NumPy raise many kinds for a damaged file
-        why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{printable(path)} is no whole .npz file ({why[:200]}).",
+            f"{printable(path)} is no whole .npz file ({one_line(error)}).",
             "Write it with numpy.savez or numpy.savez_compressed.",
         ) from error
 
@@ -282,7 +281,7 @@ def _only(headers: Mapping[str, Header], kinds: tuple[str, ...], fits: Any) -> s
 
 def _shown(headers: Iterable[Header]) -> str:
     texts = [str(header) for header in headers]
-    return ", ".join([*texts[:8], *(["..."] if len(texts) > 8 else [])]) or "nothing"
+    return listed(texts, 8) or "nothing"
 
 
 def _check_headers(images: Header, labels: Header, path: Path) -> None:

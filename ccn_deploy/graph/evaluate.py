@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ccn_deploy.errors import GraphError
+from ccn_deploy.errors import GraphError, one_line
 from ccn_deploy.graph.calls import Call, Function
 from ccn_deploy.graph.graph import Graph, Node
 from ccn_deploy.graph.ops import OPERATORS
@@ -216,8 +216,7 @@ class GraphModule(nn.Module):
             raise
         except (RuntimeError, IndexError, ValueError, TypeError, KeyError) as error:
             raise GraphError(
-                f"Node {node.name!r} ({node.op}) cannot be computed: "
-                f"{' '.join(str(error).split())[:200]}.",
+                f"Node {node.name!r} ({node.op}) cannot be computed: {one_line(error)}.",
                 "Check the graph's shapes and the size of the batch that it is made for.",
             ) from error
         return made if isinstance(made, tuple) else (made,)

@@ -46,6 +46,13 @@ class Node:
     attributes: Mapping[str, Any]
     proto: onnx.NodeProto
 
+    def copy(self) -> onnx.NodeProto:
+        """Return a copy of the node itself under its unique name, for another graph."""
+        copy = onnx.NodeProto()
+        copy.CopyFrom(self.proto)
+        copy.name = self.name
+        return copy
+
 
 class Graph:
     """A graph that :func:`ccn_deploy.graph.reader.read_graph` let in, or that was built here.
@@ -196,6 +203,11 @@ class Graph:
 
         return probe(self)
 
+    def number(self, tensor: str) -> float | None:
+        """Return a constant's value where it is one number; None for any other tensor."""
+        value = self.constants.get(tensor)
+        return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
+
     def above(self, tensor: str = OUTPUT) -> tuple[Node, ...]:
         """Return the nodes that a tensor depends on, in order of execution."""
         names: set[str] = set()
@@ -206,6 +218,11 @@ class Graph:
                 names.add(node.name)
                 ahead.extend(node.inputs)
         return tuple(node for node in self.nodes if node.name in names)
+
+
+def type_name(element_type: int) -> str:
+    """Return ``"float16"`` for ``TensorProto.FLOAT16``."""
+    return str(onnx.TensorProto.DataType.Name(element_type)).lower()
 
 
 def _value(attribute: onnx.AttributeProto) -> Any:

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ccn_deploy.graph.graph import Graph, Node
 from ccn_deploy.graph.signature import OUTPUT
 from ccn_deploy.graph.structure import find_norms
 
 UNSHOWN = frozenset(
     {
-        "Cast",
-        "CastLike",
-        "Concat",
-        "Dropout",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "Identity",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
+        "Cast", "CastLike", "Concat", "Dropout", "Expand", "Flatten", "Gather", "Identity",
+        "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
     }
-)
+)  # fmt: skip
 """Operators that compute nothing: their results are other nodes' results in another place."""
 
 
@@ -48,6 +37,13 @@ def layer_outputs(graph: Graph) -> dict[str, str]:
         if tensor == output or visible:
             found[node.name] = tensor
     return found
+
+
+def layer_of(node: str, layers: Collection[str]) -> str:
+    """Return the layer that a node is, or is a part of; "" if it is a part of none."""
+    while node and node not in layers:
+        node = node.rpartition(".")[0]
+    return node
 
 
 def _shown(node: Node, names: set[str]) -> bool:

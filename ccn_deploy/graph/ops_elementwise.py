@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,16 @@ def _plain(function: Callable[..., Tensor]) -> Operator:
     return lambda call: function
 
 
+def _set(function: Callable[..., Tensor], **defaults: Any) -> Operator:
+    """Hand attributes over by their names; ``defaults`` are those of the standard."""
+
+    def operator(call: Call) -> Function:
+        settings = {name: call.get(name, value) for name, value in defaults.items()}
+        return lambda x: function(x, **settings)
+
+    return operator
+
+
 def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Operator:
     """Broadcast as NumPy does; before operator set 7 an attribute said where to begin."""
 
@@ -47,10 +58,6 @@ def _divide(x: Tensor, y: Tensor) -> Tensor:
     if x.is_floating_point():
         return x / y
     return torch.div(x, y, rounding_mode="trunc")
-
-
-def _modulo(call: Call) -> Function:
-    return torch.fmod if call.get("fmod", 0) else torch.remainder
 
 
 def _power(call: Call) -> Function:
@@ -114,42 +121,6 @@ def _prelu(call: Call) -> Function:
     return run
 
 
-def _elu(call: Call) -> Function:
-    alpha = call.get("alpha", 1.0)
-    return lambda x: F.elu(x, alpha)
-
-
-def _celu(call: Call) -> Function:
-    alpha = call.get("alpha", 1.0)
-    return lambda x: F.celu(x, alpha)
-
-
-def _selu(call: Call) -> Function:
-    alpha = call.get("alpha", 1.67326319217681884765625)
-    gamma = call.get("gamma", 1.05070102214813232421875)
-    return lambda x: gamma * F.elu(x, alpha)
-
-
-def _hard_sigmoid(call: Call) -> Function:
-    alpha, beta = call.get("alpha", 0.2), call.get("beta", 0.5)
-    return lambda x: (x * alpha + beta).clamp(0, 1)
-
-
-def _gelu(call: Call) -> Function:
-    approximate = call.get("approximate", "none")
-    return lambda x: F.gelu(x, approximate=approximate)
-
-
-def _swish(call: Call) -> Function:
-    alpha = call.get("alpha", 1.0)
-    return lambda x: x * torch.sigmoid(alpha * x)
-
-
-def _thresholded_relu(call: Call) -> Function:
-    alpha = call.get("alpha", 1.0)
-    return lambda x: torch.where(x > alpha, x, torch.zeros_like(x))
-
-
 def _shrink(call: Call) -> Function:
     bias, edge = call.get("bias", 0.0), call.get("lambd", 0.5)
 
@@ -158,15 +129,6 @@ def _shrink(call: Call) -> Function:
         return torch.where(x < -edge, x + bias, inner)
 
     return run
-
-
-def _softplus(x: Tensor) -> Tensor:
-    # torch's default threshold, 20, is a float32 one: in float64 it errs by 2e-9.
-    return F.softplus(x, threshold=40.0)
-
-
-def _where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return torch.where(condition.to(x.device), x, y)
 
 
 def _is_infinite(call: Call) -> Function:
@@ -185,20 +147,20 @@ OPERATORS: dict[str, Operator] = {
     "Atan": _plain(torch.atan),
     "Atanh": _plain(torch.atanh),
     "Ceil": _plain(torch.ceil),
-    "Celu": _celu,
+    "Celu": _set(F.celu, alpha=1.0),
     "Clip": _clip,
     "Cos": _plain(torch.cos),
     "Cosh": _plain(torch.cosh),
     "Div": _binary(_divide),
-    "Elu": _elu,
+    "Elu": _set(F.elu, alpha=1.0),
     "Equal": _binary(torch.eq),
     "Erf": _plain(torch.erf),
     "Exp": _plain(torch.exp),
     "Floor": _plain(torch.floor),
-    "Gelu": _gelu,
+    "Gelu": _set(F.gelu, approximate="none"),
     "Greater": _binary(torch.gt),
     "GreaterOrEqual": _binary(torch.ge),
-    "HardSigmoid": _hard_sigmoid,
+    "HardSigmoid": _set(lambda x, alpha, beta: (x * alpha + beta).clamp(0, 1), alpha=0.2, beta=0.5),
     "HardSwish": _plain(F.hardswish),
     "IsInf": _is_infinite,
     "IsNaN": _plain(torch.isnan),
@@ -210,7 +172,7 @@ OPERATORS: dict[str, Operator] = {
     "Mean": _plain(_mean),
     "Min": _fold(torch.minimum),
     "Mish": _plain(F.mish),
-    "Mod": _modulo,
+    "Mod": lambda call: torch.fmod if call.get("fmod", 0) else torch.remainder,
     "Mul": _binary(torch.mul),
     "Neg": _plain(torch.neg),
     "Not": _plain(torch.logical_not),
@@ -220,21 +182,28 @@ OPERATORS: dict[str, Operator] = {
     "Reciprocal": _plain(torch.reciprocal),
     "Relu": _plain(torch.relu),
     "Round": _plain(torch.round),
-    "Selu": _selu,
+    "Selu": _set(
+        lambda x, alpha, gamma: gamma * F.elu(x, alpha),
+        alpha=1.67326319217681884765625,
+        gamma=1.05070102214813232421875,
+    ),
     "Shrink": _shrink,
     "Sigmoid": _plain(torch.sigmoid),
     "Sign": _plain(torch.sign),
     "Sin": _plain(torch.sin),
     "Sinh": _plain(torch.sinh),
-    "Softplus": _plain(_softplus),
+    # torch's default threshold, 20, is a float32 one: in float64 it errs by 2e-9.
+    "Softplus": _plain(lambda x: F.softplus(x, threshold=40.0)),
     "Softsign": _plain(F.softsign),
     "Sqrt": _plain(guarded_sqrt),
     "Sub": _binary(torch.sub),
     "Sum": _fold(torch.add),
-    "Swish": _swish,
+    "Swish": _set(lambda x, alpha: x * torch.sigmoid(alpha * x), alpha=1.0),
     "Tan": _plain(torch.tan),
     "Tanh": _plain(torch.tanh),
-    "ThresholdedRelu": _thresholded_relu,
-    "Where": _plain(_where),
+    "ThresholdedRelu": _set(
+        lambda x, alpha: torch.where(x > alpha, x, torch.zeros_like(x)), alpha=1.0
+    ),
+    "Where": _plain(lambda condition, x, y: torch.where(condition.to(x.device), x, y)),
     "Xor": _binary(torch.logical_xor),
 }

@@ -109,10 +109,6 @@ def _one_hot(call: Call) -> Function:
     return run
 
 
-def _nonzero(x: Tensor) -> Tensor:
-    return x.nonzero().T
-
-
 def _trilu(call: Call) -> Function:
     cut: Callable[..., Tensor] = torch.triu if call.get("upper", 1) else torch.tril
     diagonal = call.number_at(1, default=0)
@@ -124,7 +120,7 @@ OPERATORS: dict[str, Operator] = {
     "Gather": _gather,
     "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
-    "NonZero": lambda call: _nonzero,
+    "NonZero": lambda call: lambda x: x.nonzero().T,
     "OneHot": _one_hot,
     "ScatterElements": _scatter_elements,
     "ScatterND": _scatter_nd,

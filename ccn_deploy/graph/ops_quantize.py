@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from ccn_deploy.graph.calls import Call, Function, Operator
@@ -21,17 +22,6 @@ _RANGES: dict[str, tuple[int, int]] = {
     "int32": (-(2**31), 2**31 - 1),
 }
 
-_BY_NUMBER = {
-    2: "uint8",
-    3: "int8",
-    4: "uint16",
-    5: "int16",
-    6: "int32",
-    17: "float8_e4m3fn",
-    19: "float8_e5m2",
-    21: "uint4",
-    22: "int4",
-}
 _FLOAT8 = {"float8_e4m3fn": NARROW_FLOATS[17], "float8_e5m2": NARROW_FLOATS[19]}
 
 
@@ -48,7 +38,8 @@ def _spread(call: Call, values: Tensor, x: Tensor) -> Tensor:
 def _kind(call: Call) -> str:
     """Return the name of the type that is rounded to."""
     zero: np.dtype[Any] | None = call.types[2] if len(call.types) > 2 else None
-    kind = zero.name if zero is not None else _BY_NUMBER.get(call.get("output_dtype", 0), "uint8")
+    asked = call.get("output_dtype", 0) or TensorProto.UINT8
+    kind = (zero or helper.tensor_dtype_to_np_dtype(asked)).name
     if kind not in _RANGES and kind not in _FLOAT8:
         raise call.refuse(f"rounding to {kind} is not supported")
     return kind

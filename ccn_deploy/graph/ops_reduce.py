@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,24 +52,6 @@ def _product(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
 
 def _sum_of_squares(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
     return x.square().sum(axes, keepdim=keep, dtype=x.dtype)
-
-
-def _norm(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
-    return guarded_sqrt(_sum_of_squares(x, axes, keep))
-
-
-OPERATORS: dict[str, Operator] = {
-    "ReduceL1": _reduction(lambda x, axes, keep: _sum(x.abs(), axes, keep)),
-    "ReduceL2": _reduction(_norm),
-    "ReduceLogSum": _reduction(lambda x, axes, keep: _sum(x, axes, keep).log()),
-    "ReduceLogSumExp": _reduction(lambda x, axes, keep: x.logsumexp(axes, keepdim=keep)),
-    "ReduceMax": _reduction(lambda x, axes, keep: x.amax(axes, keepdim=keep)),
-    "ReduceMean": _reduction(_mean),
-    "ReduceMin": _reduction(lambda x, axes, keep: x.amin(axes, keepdim=keep)),
-    "ReduceProd": _reduction(_product),
-    "ReduceSum": _reduction(_sum),
-    "ReduceSumSquare": _reduction(_sum_of_squares),
-}
 
 
 def _softmax(function: Callable[[Tensor, int], Tensor]) -> Operator:
@@ -143,20 +124,24 @@ def _einsum(call: Call) -> Function:
     return lambda *inputs: torch.einsum(equation, *inputs)
 
 
-def _matmul(call: Call) -> Function:
-    return torch.matmul
-
-
-_MORE: dict[str, Any] = {
+OPERATORS: dict[str, Operator] = {
     "ArgMax": _extreme(lambda x, axis, keep: x.argmax(axis, keepdim=keep)),
     "ArgMin": _extreme(lambda x, axis, keep: x.argmin(axis, keepdim=keep)),
     "Einsum": _einsum,
     "Gemm": _gemm,
     "Hardmax": _softmax(_hardmax),
     "LogSoftmax": _softmax(torch.log_softmax),
-    "MatMul": _matmul,
+    "MatMul": lambda call: torch.matmul,
+    "ReduceL1": _reduction(lambda x, axes, keep: _sum(x.abs(), axes, keep)),
+    "ReduceL2": _reduction(lambda x, axes, keep: guarded_sqrt(_sum_of_squares(x, axes, keep))),
+    "ReduceLogSum": _reduction(lambda x, axes, keep: _sum(x, axes, keep).log()),
+    "ReduceLogSumExp": _reduction(lambda x, axes, keep: x.logsumexp(axes, keepdim=keep)),
+    "ReduceMax": _reduction(lambda x, axes, keep: x.amax(axes, keepdim=keep)),
+    "ReduceMean": _reduction(_mean),
+    "ReduceMin": _reduction(lambda x, axes, keep: x.amin(axes, keepdim=keep)),
+    "ReduceProd": _reduction(_product),
+    "ReduceSum": _reduction(_sum),
+    "ReduceSumSquare": _reduction(_sum_of_squares),
     "Softmax": _softmax(torch.softmax),
     "TopK": _top,
 }
-
-OPERATORS |= _MORE

@@ -76,12 +76,8 @@ def _cubic(d: NDArray[np.float64], a: float) -> NDArray[np.float64]:
 
 
 COORDINATES = (
-    "align_corners",
-    "asymmetric",
-    "half_pixel",
-    "half_pixel_symmetric",
-    "pytorch_half_pixel",
-)
+    "align_corners", "asymmetric", "half_pixel", "half_pixel_symmetric", "pytorch_half_pixel",
+)  # fmt: skip
 """The ways to lay the new pixels over the old ones that are supported."""
 
 

@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -250,7 +251,7 @@ def _round_to(x: Tensor, kind: torch.dtype) -> Tensor:
 
 def _cast(call: Call) -> Function:
     kind = call.get("to")
-    kind = _NUMBERS[kind] if isinstance(kind, str) else kind
+    kind = TensorProto.DataType.Value(kind) if isinstance(kind, str) else kind
     if kind not in (1, 11) and kind not in NARROW_FLOATS and kind not in INTEGERS:
         raise call.refuse(f"no numbers of ONNX's element type {kind}")
     return lambda x: cast(x, kind, call.dtype)
@@ -284,19 +285,9 @@ NARROW_FLOATS: dict[int, torch.dtype] = {
 """Element types of ONNX below float32."""
 
 INTEGERS: dict[int, torch.dtype] = {
-    2: torch.uint8,
-    3: torch.int8,
-    4: torch.int32,
-    5: torch.int16,
-    6: torch.int32,
-    7: torch.int64,
-    9: torch.bool,
-    12: torch.int64,
-    13: torch.int64,
+    int(helper.np_dtype_to_tensor_dtype(np.dtype(name))): kind for name, kind in TORCH_TYPES.items()
 }
 """Element types of ONNX that hold integers or truth values."""
-
-_NUMBERS = {"FLOAT": 1, "FLOAT16": 10, "DOUBLE": 11, "INT32": 6, "INT64": 7, "BOOL": 9}
 
 
 def _dropout(call: Call) -> Function:

@@ -80,6 +80,14 @@ class Window:
             found.append(max((windows - 1) * stride + reach - size, 0))
         return found
 
+    def padded(
+        self, x: Tensor, kernel: Sequence[int], value: float = 0.0, beyond: float = 0.0
+    ) -> Tensor:
+        """Pad an image for a pool: with one value, and with another what ceil mode adds behind."""
+        before, after = self.padding(x.shape[2:], kernel)
+        x = padded(x, before, after, value)
+        return padded(x, [0] * self.rank, self.beyond(x.shape[2:], kernel, after), beyond)
+
 
 def padded(x: Tensor, before: Sequence[int], after: Sequence[int], value: float = 0.0) -> Tensor:
     """Pad (or, where negative, crop) the last axes of a tensor."""
@@ -151,11 +159,7 @@ def _max_pool(call: Call) -> Function:
         pads: Sequence[int] | int = window.before
         ceil = window.ceil
         if not native:
-            before, after = window.padding(x.shape[2:], kernel)
-            sizes = [n + b + a for n, b, a in zip(x.shape[2:], before, after, strict=True)]
-            more = window.beyond(sizes, kernel, after)
-            ends = [a + b for a, b in zip(after, more, strict=True)]
-            x, pads, ceil = padded(x, before, ends, -math.inf), 0, False
+            x, pads, ceil = window.padded(x, kernel, -math.inf, -math.inf), 0, False
         if call.outputs == 1:
             return pool(x, kernel, window.strides, pads, window.dilations, ceil)
         if not native:
@@ -196,13 +200,8 @@ def _average_pool(call: Call) -> Function:
         if native:
             found: Tensor = pool(x, kernel, window.strides, window.before, window.ceil, counted)
             return found
-        before, after = window.padding(x.shape[2:], kernel)
-        sizes = [n + b + a for n, b, a in zip(x.shape[2:], before, after, strict=True)]
-        more = window.beyond(sizes, kernel, after)
-        ends = [a + b for a, b in zip(after, more, strict=True)]
-        inside = x.new_ones(1, 1, *x.shape[2:])
-        counts = padded(padded(inside, before, after, float(counted)), [0] * rank, more)
-        sums = _window_sums(padded(x, before, ends), kernel, window)
+        counts = window.padded(x.new_ones(1, 1, *x.shape[2:]), kernel, float(counted))
+        sums = _window_sums(window.padded(x, kernel), kernel, window)
         return sums / _window_sums(counts, kernel, window)
 
     return run
@@ -214,11 +213,7 @@ def _lp_pool(call: Call) -> Function:
     p = call.get("p", 2)
 
     def run(x: Tensor) -> Tensor:
-        before, after = window.padding(x.shape[2:], kernel)
-        sizes = [n + b + a for n, b, a in zip(x.shape[2:], before, after, strict=True)]
-        more = window.beyond(sizes, kernel, after)
-        ends = [a + b for a, b in zip(after, more, strict=True)]
-        return _window_sums(padded(x, before, ends).abs().pow(p), kernel, window).pow(1 / p)
+        return _window_sums(window.padded(x, kernel).abs().pow(p), kernel, window).pow(1 / p)
 
     return run
 

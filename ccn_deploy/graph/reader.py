@@ -27,14 +27,10 @@ CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 
 RANDOM = frozenset(
     {
-        "Bernoulli",
-        "Multinomial",
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
+        "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
         "RandomUniformLike",
     }
-)
+)  # fmt: skip
 """Operators whose result differs from one run to the next."""
 
 _OTHER_TYPES = frozenset(
@@ -174,8 +170,12 @@ def _check_type(value: onnx.ValueInfoProto) -> None:
         )
 
 
+def _label(node: NodeProto) -> str:
+    return f"Node {node.name or (node.output[0] if node.output else '')!r}"
+
+
 def _check_node(node: NodeProto, limits: Limits) -> None:
-    label = f"Node {node.name or (node.output[0] if node.output else '')!r}"
+    label = _label(node)
     if node.domain not in DOMAINS:
         raise GraphError(
             f"{label} is {node.op_type} of the domain {node.domain!r}, which is not ONNX's own.",
@@ -278,7 +278,7 @@ def _check_order(graph: onnx.GraphProto) -> None:
         raise GraphError("Two constants have one name.", "Export it again.")
     made.update(value.name for value in graph.input)
     for node in graph.node:
-        label = f"Node {node.name or (node.output[0] if node.output else '')!r}"
+        label = _label(node)
         for name in _named(node.input):
             if name not in made:
                 raise GraphError(

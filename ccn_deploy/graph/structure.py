@@ -36,7 +36,9 @@ _WITH_CONSTANT = frozenset({"Add", "Clip", "Div", "Max", "Mul", "Sub"})
 _UP = _PLACES | _SUMS | _WITH_CONSTANT
 _DOWN = _PLACES | _WITH_CONSTANT | {"Reciprocal"}
 _MEANS = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
-_PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
+
+PRODUCTS = ("Conv", "Gemm", "MatMul")
+"""Operators that multiply activations by weights."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,28 @@ def find_norms(graph: Graph) -> tuple[Norm, ...]:
     return tuple(sorted(found, key=lambda norm: order[norm.name]))
 
 
+def channel_axis(graph: Graph, node: Node) -> int | None:
+    """Return the axis of output channels in the weight of a product; None of any other node."""
+    if node.op not in PRODUCTS or node.inputs[0] in graph.constants:
+        return None
+    weight = graph.constants.get(node.inputs[1])
+    if weight is None:
+        return None
+    if node.op == "Conv":
+        return 0
+    if weight.ndim != 2 or node.attributes.get("transA", 0):
+        return None
+    return 0 if node.op == "Gemm" and node.attributes.get("transB", 0) else 1
+
+
+def adds_up(graph: Graph, node: Node) -> bool:
+    """Whether a node multiplies by a constant that has no negative number."""
+    if node.op not in ("Conv", "MatMul", "Mul", "Div"):
+        return False
+    factors = [graph.constants.get(tensor) for tensor in node.inputs[:2]]
+    return any(factor is not None and bool((factor >= 0).all()) for factor in factors)
+
+
 @dataclass(frozen=True)
 class _Climb:
     """The way from a root up to the square."""
@@ -115,11 +139,6 @@ class _Search:
         elif self._is_root(node):
             yield from self._root(node)
 
-    def _value(self, tensor: str) -> float | None:
-        """Return a constant's value where it is one number."""
-        value = self.graph.constants.get(tensor)
-        return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
-
     def _moving(self, node: Node) -> list[str]:
         """Return the inputs of a node that depend on the images."""
         return [name for name in node.inputs if name in self.moving]
@@ -129,11 +148,11 @@ class _Search:
             return False
         if node.op in ("ReduceL2", "Sqrt"):
             return True
-        return node.op == "Pow" and 0 < abs(self._value(node.inputs[1]) or 0) < 1
+        return node.op == "Pow" and 0 < abs(self.graph.number(node.inputs[1]) or 0) < 1
 
     def _is_square(self, node: Node) -> bool:
         if node.op == "Pow":
-            return self._value(node.inputs[1]) == 2
+            return self.graph.number(node.inputs[1]) == 2
         return node.op == "ReduceSumSquare" or (
             node.op == "Mul" and node.inputs[0] == node.inputs[1]
         )
@@ -196,7 +215,7 @@ class _Search:
 
     def _descend(self, root: Node) -> _Descent | None:
         """Follow a root to the nearest division by it, or product with its reciprocal."""
-        inverse = root.op == "Pow" and (self._value(root.inputs[1]) or 0) < 0
+        inverse = root.op == "Pow" and (self.graph.number(root.inputs[1]) or 0) < 0
         ahead: list[tuple[str, tuple[Node, ...], bool]] = [(root.outputs[0], (), inverse)]
         while ahead:
             tensor, nodes, inverse = ahead.pop(0)
@@ -230,7 +249,7 @@ class _Search:
             return self._centred_kind(centre)
         if self._origin(down.product) != self._origin(climb.squared):
             return "root"
-        if root.op == "Pow" and abs(self._value(root.inputs[1]) or 0) != 0.5:
+        if root.op == "Pow" and abs(self.graph.number(root.inputs[1]) or 0) != 0.5:
             return "lrn"
         return "rms" if any(node.op in _MEANS for node in climb.nodes) else "lp"
 
@@ -249,11 +268,11 @@ class _Search:
     def _is_compact(self, climb: _Climb, down: _Descent, root: Node) -> bool:
         """Tell whether a product of x is divided by the norm of the patches of the same x."""
         product = self.graph.made_by.get(self._origin(down.product))
-        if product is None or product.op not in _PRODUCTS or down.nodes[-1].op != "Div":
+        if product is None or product.op not in PRODUCTS or down.nodes[-1].op != "Div":
             return False
         if self._origin(product.inputs[0]) != self._origin(climb.squared):
             return False
-        if root.op == "Pow" and self._value(root.inputs[1]) != 0.5:
+        if root.op == "Pow" and self.graph.number(root.inputs[1]) != 0.5:
             return False
         return all(
             node.op not in _MEANS and node.op != "MatMul" and self._only_adds(node)

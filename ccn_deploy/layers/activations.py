@@ -1,4 +1,4 @@
-"""LayerOutputs and the input shift."""
+"""The bounded ReLU, and the shift of the input."""
 
 from __future__ import annotations
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -139,8 +137,10 @@ def collect(
             "precision": "fp64",
             "version": str(torch.__version__),
         }
+        from ccn_deploy.runtimes.torch_runtime import torch_threads
+
         measurement = _Measurement(bundle, request, options, runtime, setting)
-        with _torch_threads(torch, request.threads):
+        with torch_threads(request.threads):
             evidence = measurement.run(data, progress)
     evidence.write(path)
     return evidence
@@ -428,13 +428,3 @@ class _Steps:
         assert self._done == self._total
         if self._progress:
             self._progress("done", self._total, self._total)
-
-
-@contextlib.contextmanager
-def _torch_threads(torch: ModuleType, threads: int | None) -> Iterator[None]:
-    had = torch.get_num_threads()
-    torch.set_num_threads(threads or had)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(had)

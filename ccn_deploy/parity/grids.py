@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.graph.graph import Graph, Node
-from ccn_deploy.graph.layers import layer_outputs
-from ccn_deploy.graph.structure import find_norms
+from ccn_deploy.graph.layers import layer_of, layer_outputs
+from ccn_deploy.graph.structure import channel_axis, find_norms
 from ccn_deploy.parity.rounding_rules import Errors
 
 STRETCH = 0.05
@@ -28,8 +28,6 @@ _FORMATS: dict[str, tuple[float, torch.dtype | None]] = {
     "fp8": (448.0, torch.float8_e4m3fn),
 }
 """Largest number of each grid, and its dtype if its steps are not equal."""
-
-_PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass
@@ -70,14 +68,12 @@ class Grids:
         found = [
             node
             for node in graph.nodes
-            if node.op in _PRODUCTS
-            and node.inputs[0] not in graph.constants
-            and node.inputs[1] in graph.constants
+            if channel_axis(graph, node) is not None
             and (node.name not in inside or node.name in ranges)
         ]
         limits, layers, left = {}, layer_outputs(graph), dict(ranges)
         for node in found:
-            key = node.name if node.name in left else _layer_of(node.name, layers)
+            key = node.name if node.name in left else layer_of(node.name, layers)
             if key in left:
                 limits[node.inputs[0]] = left.pop(key)
         products = frozenset(node.name for node in found if node.inputs[0] in limits)
@@ -108,8 +104,9 @@ class Grids:
         if node.name not in self.products:
             return model.apply(node, given)
         x, weight, *rest = given
-        assert x is not None and weight is not None
-        weights = self._weights(weight, _channel_axis(node, weight), errors)
+        channels = channel_axis(model.graph, node)
+        assert x is not None and weight is not None and channels is not None
+        weights = self._weights(weight, channels, errors)
         pieces = [
             model.apply(node, [piece, own, *rest])[0]
             for piece, own in zip(
@@ -152,17 +149,3 @@ def _stretch(errors: Errors, dtype: torch.dtype) -> Tensor:
     stretch.uniform_(1 - STRETCH, 1 + STRETCH, generator=errors.generator)
     stretch[0] = 1.0
     return stretch
-
-
-def _channel_axis(node: Node, weight: Tensor) -> int:
-    """Return the axis of output channels in the weights of a product."""
-    if node.op == "Conv" or (node.op == "Gemm" and node.attributes.get("transB", 0)):
-        return 0
-    return weight.dim() - 1
-
-
-def _layer_of(node: str, layers: Mapping[str, str]) -> str:
-    """Return the layer that a node is, or is a part of; "" if it is a part of none."""
-    while node and node not in layers:
-        node = node.rpartition(".")[0]
-    return node

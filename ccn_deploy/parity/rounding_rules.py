@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ccn_deploy.graph.calls import Inputs
 from ccn_deploy.graph.graph import Node
-
-Inputs = Sequence[Tensor | None]
 
 FEW = 4.0
 """Units in the last place by which a library's transcendental functions may be off."""

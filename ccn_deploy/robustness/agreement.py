@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from ccn_deploy.attacks.spec import AttackSpec
 from ccn_deploy.bundle import Bundle
@@ -20,7 +19,7 @@ from ccn_deploy.errors import IntegrityError
 from ccn_deploy.extras import require
 from ccn_deploy.records import Count, Record, decode_sealed, encode_sealed
 from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession
-from ccn_deploy.runtimes.base import Runtime
+from ccn_deploy.runtimes.base import Array, Runtime
 from ccn_deploy.storage import canonical_json, read_regular, sha256, write_atomic
 from ccn_deploy.targets import Target
 
@@ -33,8 +32,6 @@ PROBE = AttackSpec(
     "pgd", "linf", 0.1, True, {"steps": 10, "rel_stepsize": 0.2, "random_start": False}
 )
 """Makes the adversarial points: where it stops, an attack walks."""
-
-Array = NDArray[Any]
 
 Cosine = Annotated[float, msgspec.Meta(ge=-1, le=1)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]

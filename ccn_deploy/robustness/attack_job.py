@@ -14,7 +14,7 @@ from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.extras import require
 from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession
 from ccn_deploy.robustness.evidence import Picture, Sample, Status
-from ccn_deploy.runtimes.base import Runtime
+from ccn_deploy.runtimes.base import Array, Runtime
 from ccn_deploy.targets import Target
 
 TOLERANCE = 1e-6
@@ -22,8 +22,6 @@ TOLERANCE = 1e-6
 
 KEPT_IMAGES = 8
 """How many attacked images an evidence file keeps, for people to look at."""
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -62,10 +61,10 @@ class AttackSession:
             RuntimeUnavailableError: The runtime has no gradients of its own and is asked for them.
         """
         from ccn_deploy.attacks.foolbox_model import foolbox_model, reference_model
-        from ccn_deploy.runtimes.torch_runtime import load_reference
+        from ccn_deploy.runtimes.torch_runtime import load_reference, torch_threads
 
         if self._reference is None:
-            self._stack.enter_context(_torch_threads(self._options.threads))
+            self._stack.enter_context(torch_threads(self._options.threads))
             self._reference = load_reference(self.bundle)
         key = target, clip, gradient
         if key not in self._models:
@@ -75,15 +74,3 @@ class AttackSession:
                 else foolbox_model(self.runtime(target, clip), self._reference, gradient=gradient)
             )
         return self._models[key]
-
-
-@contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

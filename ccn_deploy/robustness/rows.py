@@ -112,7 +112,7 @@ class MinimizationSide:
         failed_correct: Those among them that are right without an attack.
         found: Proportion of all images for which something was found: the attack's success.
         rho: Of the images where something was found.
-        l2: Likewise, the Euclidean norm of the perturbation.
+        l2: Euclidean norm of the perturbation, of the images where something was found.
         rho_correct: Those among them that are right without an attack.
         accuracy_at: By d: share that is right, and not fooled within ``rho <= d``.
     """

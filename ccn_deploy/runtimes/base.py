@@ -243,15 +243,24 @@ def check_cotangents(cotangents: Array, images: int, spec: RuntimeSpec) -> None:
             f"Cotangents must be a NumPy array of float32, got {kind}.",
             "Convert with: cotangents.astype('float32').",
         )
+    check_cotangent_shape(cotangents, images, spec)
+    if not np.isfinite(cotangents).all():
+        raise InputError(
+            "Cotangents have NaN or infinite values.", "Check the loss that they are slopes of."
+        )
+
+
+def check_cotangent_shape(cotangents: Array, images: int, spec: RuntimeSpec) -> None:
+    """Refuse another shape than [N, K, classes].
+
+    Raises:
+        InputError: It is another one.
+    """
     if cotangents.ndim != 3 or cotangents.shape[::2] != (images, spec.classes):
         raise InputError(
             f"Cotangents must have shape [{images}, K, {spec.classes}], got "
             f"{list(cotangents.shape)}.",
             "Give K rows of one weight a logit for each image.",
-        )
-    if not np.isfinite(cotangents).all():
-        raise InputError(
-            "Cotangents have NaN or infinite values.", "Check the loss that they are slopes of."
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.data.dataset import check_labels
-from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError
+from ccn_deploy.errors import InputError, IntegrityError, RuntimeUnavailableError, one_line
 from ccn_deploy.extras import require
 from ccn_deploy.graph.signature import COTANGENTS, GRADIENTS, INPUT, OUTPUT
 from ccn_deploy.runtimes.base import (
@@ -338,11 +338,6 @@ def make_spec(
         thread_safe=True,
         graph=bundle.program(target).path,
     )
-
-
-def one_line(error: Exception) -> str:
-    """Return the first 300 characters of a library's message, on one line."""
-    return " ".join(str(error).split())[:300]
 
 
 def load_library(name: str) -> ModuleType:

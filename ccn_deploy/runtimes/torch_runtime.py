@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ccn_deploy.bundle import Bundle
-from ccn_deploy.errors import GraphError, InputError, IntegrityError, RuntimeUnavailableError
+from ccn_deploy.errors import GraphError, IntegrityError, RuntimeUnavailableError
 from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.graph.graph import Graph
 from ccn_deploy.graph.layers import layer_outputs
@@ -22,11 +22,26 @@ from ccn_deploy.runtimes.base import (
     RuntimeOptions,
     RuntimeSpec,
     already_closed,
+    check_cotangent_shape,
     check_images,
 )
 from ccn_deploy.targets import RUNTIMES, Role
 
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+@contextlib.contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many threads of the CPU in a block; None for as many as it does."""
+    before = torch.get_num_threads()
+    changed = count is not None and count != before
+    if count is not None and changed:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if changed:
+            torch.set_num_threads(before)
 
 
 def load_reference(bundle: Bundle, dtype: torch.dtype = torch.float32) -> GraphModule:
@@ -160,12 +175,7 @@ class TorchRuntime(Closing):
         """
         model = self._network()
         check_images(images, self._spec, check_range=self._options.check_range)
-        if cotangents.ndim != 3 or cotangents.shape[::2] != (len(images), self._spec.classes):
-            raise InputError(
-                f"Cotangents must have shape [{len(images)}, K, {self._spec.classes}], got "
-                f"{list(cotangents.shape)}.",
-                "Give K rows of one weight a logit for each image.",
-            )
+        check_cotangent_shape(cotangents, len(images), self._spec)
         logits, gradients = [], []
         with self._settings(), torch.enable_grad():
             for x, c in zip(self._split(images), self._split(cotangents), strict=True):
@@ -210,10 +220,7 @@ class TorchRuntime(Closing):
         with contextlib.ExitStack() as stack:
             if self._device.type == "cuda":
                 stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
-            wanted, had = self._options.threads, torch.get_num_threads()
-            if wanted is not None and wanted != had:
-                stack.callback(torch.set_num_threads, had)
-                torch.set_num_threads(wanted)
+            stack.enter_context(torch_threads(self._options.threads))
             yield
 
 

@@ -5,12 +5,11 @@ that :func:`check_precision` asserts on the converted graph.
 """
 
 from ccn_deploy.exporters.precision.calibration import METHODS, Calibration
-from ccn_deploy.exporters.precision.convert import GRADIENTS, PRECISIONS, Converted, convert
+from ccn_deploy.exporters.precision.convert import PRECISIONS, Converted, convert
 from ccn_deploy.exporters.precision.ranges import NumericReport, numeric_report
 from ccn_deploy.exporters.precision.structure import check_precision
 
 __all__ = [
-    "GRADIENTS",
     "METHODS",
     "PRECISIONS",
     "Calibration",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,8 @@ def ranges(graph: Graph, tensors: Mapping[str, str], calibration: Calibration) -
             extra_options={"symmetric": True, **options},
         )
         with contextlib.redirect_stdout(io.StringIO()):  # stdout is for results
-            for batch in _batches(calibration.images):
-                calibrator.collect_data(_Reader(batch))
+            for at in range(0, len(calibration.images), BATCH):
+                calibrator.collect_data(_Reader(calibration.images[at : at + BATCH]))
             found = calibrator.compute_data()
     limits = {}
     for tensor, reader in tensors.items():
@@ -106,11 +106,6 @@ def _watched(graph: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
             onnx.helper.make_tensor_value_info(f"{tensor}.seen", onnx.TensorProto.FLOAT, None)
         )
     return copy
-
-
-def _batches(images: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-    for at in range(0, len(images), BATCH):
-        yield images[at : at + BATCH]
 
 
 class _Reader:

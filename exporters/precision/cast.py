@@ -11,11 +11,12 @@ from collections.abc import Set
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from ccn_deploy.errors import LoweringError
 from ccn_deploy.exporters.precision.formats import Format, encoded, rounded
-from ccn_deploy.exporters.precision.types import Signatures
+from ccn_deploy.exporters.precision.types import UNTYPED, Signatures
+from ccn_deploy.graph.builder import GraphBuilder, stored
 from ccn_deploy.graph.graph import Graph, Node
 from ccn_deploy.graph.signature import OUTPUT
 
@@ -72,19 +73,15 @@ def round_constants(forward: Graph, to: Format, low: Set[str]) -> onnx.ModelProt
             else:
                 others.add(tensor)
     names = {name: f"{name}.{to.precision}" if name in others else name for name in values}
-    nodes = []
+    builder = GraphBuilder()
     for node in forward.nodes:
-        copy = _named_copy(node)
+        copy = node.copy()
         for at in reads_low[node.name]:
             copy.input[at] = names.get(node.inputs[at], node.inputs[at])
-        nodes.append(copy)
-    constants = [
-        numpy_helper.from_array(np.asarray(value, order="C"), name)
-        for name, value in forward.constants.items()
-        if name not in values or name in others
-    ]
-    constants += [numpy_helper.from_array(value, names[name]) for name, value in values.items()]
-    return _model(forward.model, nodes, constants, forward.opset, forward.model.ir_version)
+        builder.nodes.append(copy)
+    for name, value in values.items():
+        builder.constant(names[name], value)
+    return builder.model_like(forward)
 
 
 def to_half(graph: Graph, to: Format, low: Set[str]) -> onnx.ModelProto:
@@ -111,8 +108,7 @@ class _Caster:
         self._signatures = Signatures(graph, to)
         self._low: set[str] = set()
         self._casts: dict[tuple[str, bool], str] = {}
-        self._nodes: list[onnx.NodeProto] = []
-        self._constants: dict[str, TensorProto] = {}
+        self._builder = GraphBuilder()
         self._taken = set(self._signatures.types)
         self._low_constants = {
             node.inputs[at]
@@ -125,43 +121,32 @@ class _Caster:
         """Return the converted copy."""
         for node in self._graph.nodes:
             self._convert(node)
-        model = self._graph.model
-        return _model(
-            model,
-            self._nodes,
-            list(self._constants.values()),
-            max(self._graph.opset, self._to.opset),
-            max(model.ir_version, self._to.ir_version),
+        return self._builder.model_like(
+            self._graph, opset=self._to.opset, ir_version=self._to.ir_version
         )
 
     def _convert(self, node: Node) -> None:
         is_low = node.name in self._low_names
         low_inputs = self._signatures.low_inputs(node)
-        copy = _named_copy(node)
+        copy = node.copy()
         for at, tensor in enumerate(node.inputs):
             if tensor in self._graph.constants:
                 copy.input[at] = self._constant(tensor, is_low and at in low_inputs)
-            elif at in low_inputs or (tensor in self._low and not self._is_untyped(node, at)):
+            elif at in low_inputs or (tensor in self._low and not (at == 0 and node.op in UNTYPED)):
                 copy.input[at] = self._read(tensor, is_low and at in low_inputs)
-        self._nodes.append(copy)
+        self._builder.nodes.append(copy)
         if is_low:
             for at in self._signatures.low_outputs(node):
                 self._low.add(node.outputs[at])
                 if node.outputs[at] == OUTPUT:
                     self._widen_logits(copy, at)
 
-    def _is_untyped(self, node: Node, at: int) -> bool:
-        """Whether a node takes a low tensor as it is, to the same effect."""
-        return at == 0 and node.op in ("Cast", "Shape", "Size")
-
     def _widen_logits(self, node: onnx.NodeProto, at: int) -> None:
         """Let a cast after the last node return the logits."""
         name = self._fresh(f"{OUTPUT}.{self._to.precision}")
         node.output[at] = name
         self._low.discard(OUTPUT)
-        self._nodes.append(
-            helper.make_node("Cast", [name], [OUTPUT], name=f"{OUTPUT}.fp32", to=TensorProto.FLOAT)
-        )
+        self._builder.node("Cast", [name], f"{OUTPUT}.fp32", output=OUTPUT, to=TensorProto.FLOAT)
 
     def _read(self, tensor: str, low: bool) -> str:
         """Return the name of a tensor in the format that a node computes in."""
@@ -170,8 +155,7 @@ class _Caster:
         if (tensor, low) not in self._casts:
             name = self._fresh(f"{tensor}.{self._to.precision if low else 'fp32'}")
             to = self._to.onnx if low else TensorProto.FLOAT
-            self._nodes.append(helper.make_node("Cast", [tensor], [name], name=name, to=to))
-            self._casts[tensor, low] = name
+            self._casts[tensor, low] = self._builder.node("Cast", [tensor], name, to=to)
         return self._casts[tensor, low]
 
     def _constant(self, name: str, low: bool) -> str:
@@ -179,11 +163,9 @@ class _Caster:
         value = self._graph.constants[name]
         if low:
             made = encoded(name, value, self._to)
-        elif name in self._low_constants:
-            made = numpy_helper.from_array(np.asarray(value, order="C"), f"{name}.fp32")
         else:
-            made = numpy_helper.from_array(np.asarray(value, order="C"), name)
-        self._constants[made.name] = made
+            made = stored(f"{name}.fp32" if name in self._low_constants else name, value)
+        self._builder.constants[made.name] = made
         return str(made.name)
 
     def _fresh(self, name: str) -> str:
@@ -210,27 +192,3 @@ def _rounded(node: Node, name: str, value: NDArray[np.float32], to: Format) -> N
             f"Keep it in float32 with --keep-fp32 {node.name}, or export in bf16.",
         )
     return found
-
-
-def _named_copy(node: Node) -> onnx.NodeProto:
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node.proto)
-    copy.name = node.name
-    return copy
-
-
-def _model(
-    like: onnx.ModelProto,
-    nodes: list[onnx.NodeProto],
-    constants: list[TensorProto],
-    opset: int,
-    ir_version: int,
-) -> onnx.ModelProto:
-    """Return a model with the ends of another."""
-    body = like.graph
-    return helper.make_model(
-        helper.make_graph(nodes, body.name, body.input, body.output, constants),
-        opset_imports=[helper.make_opsetid("", opset)],
-        ir_version=ir_version,
-        producer_name=like.producer_name,
-    )

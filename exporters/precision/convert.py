@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +16,15 @@ from ccn_deploy.exporters.precision.formats import GRIDS, HALVES, Format
 from ccn_deploy.exporters.precision.islands import island_nodes, kept_nodes
 from ccn_deploy.exporters.precision.qdq import to_grid
 from ccn_deploy.exporters.precision.sites import quantized_sites
-from ccn_deploy.exporters.precision.summary import layer_of, layer_precisions
 from ccn_deploy.exporters.vjp import gradient_graph
+from ccn_deploy.graph.builder import GraphBuilder
 from ccn_deploy.graph.graph import Graph
-from ccn_deploy.graph.layers import layer_outputs
-from ccn_deploy.graph.signature import COTANGENTS, INPUT, OUTPUT
+from ccn_deploy.graph.layers import layer_of, layer_outputs
+from ccn_deploy.graph.signature import COTANGENTS
+from ccn_deploy.graph.structure import find_norms
 
 PRECISIONS = (*HALVES, *GRIDS)
 """What a forward graph can be converted to."""
-
-GRADIENTS = tuple(HALVES)
-"""What a gradient graph can be converted to: rounding to a grid has slope zero almost everywhere,
-so a quantised network has no gradient worth following."""
 
 
 @dataclass(frozen=True)
@@ -94,24 +91,11 @@ def forward_part(graph: Graph) -> Graph:
     """Return the forward graph that a gradient graph begins with; a forward graph as it is."""
     if COTANGENTS not in graph.inputs:
         return graph
-    nodes = graph.above()
-    read = {tensor for node in nodes for tensor in node.inputs}
-    body = graph.model.graph
-    made = onnx.helper.make_graph(
-        [node.proto for node in nodes],
-        body.name,
-        [value for value in body.input if value.name == INPUT],
-        [value for value in body.output if value.name == OUTPUT],
-        [constant for constant in body.initializer if constant.name in read],
-    )
-    return Graph(
-        onnx.helper.make_model(
-            made,
-            opset_imports=graph.model.opset_import,
-            ir_version=graph.model.ir_version,
-            producer_name=graph.model.producer_name,
-        )
-    )
+    builder = GraphBuilder()
+    builder.nodes = [node.proto for node in graph.above()]
+    model = builder.model_like(graph)
+    del model.graph.input[1:], model.graph.output[1:]  # cotangents and gradients
+    return Graph(model)
 
 
 def _to_half(graph: Graph, forward: Graph, to: Format, kept: frozenset[str]) -> Converted:
@@ -119,7 +103,7 @@ def _to_half(graph: Graph, forward: Graph, to: Format, kept: frozenset[str]) -> 
     rounded = Graph(round_constants(forward, to, low))
     if COTANGENTS in graph.inputs:  # the gradient is that of the rounded weights
         rounded = Graph(gradient_graph(rounded))
-    return Converted(to_half(rounded, to, low), layer_precisions(forward, to.precision, low))
+    return Converted(to_half(rounded, to, low), _precisions(forward, to.precision, low))
 
 
 def _to_grid(
@@ -141,10 +125,37 @@ def _to_grid(
     found = ranges(forward, names, calibration)
     return Converted(
         to_grid(forward, to, sites, found, names),
-        layer_precisions(forward, to.precision, {site.node for site in sites}),
+        _precisions(forward, to.precision, {site.node for site in sites}),
         {
             **calibration.document,
             "method": calibration.method,
             "ranges": {names[tensor]: limit for tensor, limit in found.items()},
         },
     )
+
+
+def _precisions(graph: Graph, precision: str, low: Set[str]) -> dict[str, dict[str, str]]:
+    """Return, for each layer, its ``"compute"`` and, if it has one, its ``"norm"`` precision.
+
+    Args:
+        graph: Forward, float32.
+        precision: What low nodes compute in.
+        low: Names of the nodes that do; a layer is low if any of its nodes is.
+    """
+    layers = layer_outputs(graph)
+    parts: dict[str, set[str]] = {layer: set() for layer in layers}
+    for node in graph.above():
+        layer = layer_of(node.name, layers)
+        if layer:
+            parts[layer].add(node.name)
+    for layer, tensor in layers.items():
+        if tensor in graph.made_by:
+            parts[layer].add(graph.made_by[tensor].name)
+    norms = {name for norm in find_norms(graph) for name in norm.nodes}
+    return {
+        layer: {
+            "compute": precision if nodes & low else "fp32",
+            **({"norm": "fp32"} if nodes & norms else {}),
+        }
+        for layer, nodes in parts.items()
+    }

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from ccn_deploy.errors import UsageError
 from ccn_deploy.graph.graph import Graph, Node
 from ccn_deploy.graph.signature import INPUT
-from ccn_deploy.graph.structure import find_norms
+from ccn_deploy.graph.structure import adds_up, find_norms
 
 NORMALISATIONS = frozenset(
     {
@@ -137,7 +137,7 @@ def squares(graph: Graph, root: Node) -> Iterable[str]:
         seen.add(node.name)
         if _is_square(graph, node):
             yield from (*path, node.name, *_mean_before(graph, node))
-        elif node.op in UNDER_ROOTS or _adds_up(graph, node):
+        elif node.op in UNDER_ROOTS or adds_up(graph, node):
             ahead += [(read, (*path, node.name)) for read in node.inputs if read]
 
 
@@ -157,14 +157,6 @@ def _mean_before(graph: Graph, square: Node) -> Iterable[str]:
         yield node.name
 
 
-def _adds_up(graph: Graph, node: Node) -> bool:
-    """Whether a node multiplies by a constant that has no negative number."""
-    if node.op not in ("Conv", "MatMul", "Mul", "Div"):
-        return False
-    factors = [graph.constants.get(tensor) for tensor in node.inputs[:2]]
-    return any(factor is not None and bool((factor >= 0).all()) for factor in factors)
-
-
 def _inverted(graph: Graph, root: Node, path: tuple[str, ...]) -> bool:
     """Whether what is multiplied is one over a root."""
     ops = {node.name: node.op for node in graph.nodes}
@@ -176,10 +168,7 @@ def _inverted(graph: Graph, root: Node, path: tuple[str, ...]) -> bool:
 
 def power_of(graph: Graph, node: Node) -> float | None:
     """Return the exponent of a Pow, if it is one constant."""
-    if node.op != "Pow" or node.inputs[1] not in graph.constants:
-        return None
-    exponent = graph.constants[node.inputs[1]]
-    return float(exponent.reshape(-1)[0]) if exponent.size == 1 else None
+    return graph.number(node.inputs[1]) if node.op == "Pow" else None
 
 
 def _fractional_power(graph: Graph, node: Node) -> bool:

@@ -9,14 +9,13 @@ placed here, because a library's placement also quantises what a product is divi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
 
 from ccn_deploy.exporters.precision.formats import Format, encoded
 from ccn_deploy.exporters.precision.sites import Site
+from ccn_deploy.graph.builder import GraphBuilder
 from ccn_deploy.graph.graph import Graph
 from ccn_deploy.graph.structure import find_norms
 
@@ -43,33 +42,19 @@ def to_grid(
         names: By tensor: what its scale is named after.
     """
     grid = _Grid(graph, to)
+    nodes = grid.builder.nodes
     readers = _readers(graph, sites)
     by_node = {site.node: site for site in sites}
     for node in graph.nodes:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node.proto)
-        copy.name = node.name
+        copy = node.copy()
         site = by_node.get(node.name)
         for at, tensor in enumerate(node.inputs):
             if node.name in readers.get(tensor, ()):
                 copy.input[at] = grid.activation(tensor, names[tensor], ranges[tensor])
         if site is not None:
             copy.input[1] = grid.weight(site.weight, site.axis)
-        grid.nodes.append(copy)
-    body, read = graph.model.graph, {tensor for node in grid.nodes for tensor in node.input}
-    kept = [
-        numpy_helper.from_array(np.asarray(value, order="C"), name)
-        for name, value in graph.constants.items()
-        if name in read and name not in grid.constants
-    ]
-    return helper.make_model(
-        helper.make_graph(
-            grid.nodes, body.name, body.input, body.output, [*kept, *grid.constants.values()]
-        ),
-        opset_imports=[helper.make_opsetid("", graph.opset)],
-        ir_version=graph.model.ir_version,
-        producer_name=graph.model.producer_name,
-    )
+        nodes.append(copy)
+    return grid.builder.model_like(graph)
 
 
 def _readers(graph: Graph, sites: Sequence[Site]) -> dict[str, set[str]]:
@@ -90,8 +75,7 @@ class _Grid:
     def __init__(self, graph: Graph, to: Format) -> None:
         self._graph, self._to = graph, to
         self._made: dict[tuple[str, int], str] = {}
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: dict[str, onnx.TensorProto] = {}
+        self.builder = GraphBuilder()
 
     def activation(self, tensor: str, name: str, limit: float) -> str:
         """Add, once, what puts a tensor on the grid; return the name of what it stands for."""
@@ -99,13 +83,11 @@ class _Grid:
         if (tensor, -1) in self._made:
             return self._made[tensor, -1]
         scale, zero = f"{result}.scale", f"{result}.zero"
-        self._keep(
-            numpy_helper.from_array(np.array(limit / self._to.largest, np.float32), scale),
-            encoded(zero, np.zeros((), np.float32), self._to),
-        )
+        self.builder.constant(scale, np.float32(limit / self._to.largest))
+        self._keep(encoded(zero, np.zeros((), np.float32), self._to))
         low = f"{result}.{self._to.precision}"
-        self._node("QuantizeLinear", [tensor, scale, zero], low)
-        self._node("DequantizeLinear", [low, scale, zero], result)
+        self.builder.node("QuantizeLinear", [tensor, scale, zero], low)
+        self.builder.node("DequantizeLinear", [low, scale, zero], result)
         self._made[tensor, -1] = result
         return result
 
@@ -120,25 +102,16 @@ class _Grid:
         largest = np.abs(value).max(axis=tuple(set(range(value.ndim)) - {axis}))
         scale = (np.where(largest > 0, largest, 1) / self._to.largest).astype(np.float32)
         steps = value / np.expand_dims(scale, tuple(set(range(value.ndim)) - {axis}))
-        stored = name if self._is_free(name) else f"{name}.{self._to.precision}{axis}"
-        self._keep(
-            encoded(stored, np.clip(steps, -self._to.largest, self._to.largest), self._to),
-            numpy_helper.from_array(scale, f"{stored}.scale"),
-            encoded(f"{stored}.zero", np.zeros(len(scale), np.float32), self._to),
-        )
+        alone = len(self._graph.readers[name]) == 1  # then its numbers can take its name
+        stored = name if alone else f"{name}.{self._to.precision}{axis}"
+        self._keep(encoded(stored, np.clip(steps, -self._to.largest, self._to.largest), self._to))
+        self.builder.constant(f"{stored}.scale", scale)
+        self._keep(encoded(f"{stored}.zero", np.zeros(len(scale), np.float32), self._to))
         result = f"{stored}.fp32"
-        self._node(
-            "DequantizeLinear", [stored, f"{stored}.scale", f"{stored}.zero"], result, axis=axis
-        )
+        reads = [stored, f"{stored}.scale", f"{stored}.zero"]
+        self.builder.node("DequantizeLinear", reads, result, axis=axis)
         self._made[name, axis] = result
         return result
 
-    def _is_free(self, name: str) -> bool:
-        """Whether only one product reads a constant, whose numbers can take its name."""
-        return len(self._graph.readers[name]) == 1
-
-    def _keep(self, *constants: onnx.TensorProto) -> None:
-        self.constants.update((constant.name, constant) for constant in constants)
-
-    def _node(self, op: str, reads: list[str], name: str, **attributes: Any) -> None:
-        self.nodes.append(helper.make_node(op, reads, [name], name=name, **attributes))
+    def _keep(self, constant: onnx.TensorProto) -> None:
+        self.builder.constants[constant.name] = constant

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ccn_deploy.exporters.precision.fused import NORMALISED, normalised
 from ccn_deploy.graph.evaluate import GraphModule
-from ccn_deploy.graph.graph import Graph
+from ccn_deploy.graph.graph import Graph, Node
 from ccn_deploy.graph.layers import layer_outputs
 from ccn_deploy.graph.structure import Norm, find_norms
 
@@ -137,19 +137,18 @@ def numeric_report(graph: Graph, images: NDArray[np.float32]) -> NumericReport:
 
 def _is_reported(graph: Graph, norm: Norm) -> bool:
     """Whether there is a sum of squares to look at."""
-    return norm.kind != "softmax" and (bool(norm.summed) or _op(graph, norm) in NORMALISED)
+    return norm.kind != "softmax" and (bool(norm.summed) or _first(graph, norm).op in NORMALISED)
 
 
-def _op(graph: Graph, norm: Norm) -> str:
-    return next(node.op for node in graph.nodes if node.name == norm.nodes[0])
+def _first(graph: Graph, norm: Norm) -> Node:
+    return next(node for node in graph.nodes if node.name == norm.nodes[0])
 
 
 def _tensors(graph: Graph, norm: Norm) -> tuple[str, ...]:
     """Return the names of the tensors that tell what a norm met."""
     if norm.summed:
         return tuple(t for t in (norm.summed, norm.divisor, norm.product) if t)
-    node = next(node for node in graph.nodes if node.name == norm.nodes[0])
-    return (node.inputs[0],)
+    return (_first(graph, norm).inputs[0],)
 
 
 def _met(
@@ -162,7 +161,7 @@ def _met(
             summed = summed * summed
         divisor = values[norm.divisor] if norm.divisor else summed
         return summed, divisor, values[norm.product] if norm.product else np.zeros(1, np.float32)
-    node = next(node for node in graph.nodes if node.name == norm.nodes[0])
+    node = _first(graph, norm)
     return normalised(node, values[node.inputs[0]])
 
 

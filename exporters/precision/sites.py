@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import dataclass
 
-from ccn_deploy.graph.graph import Graph, Node
-
-PRODUCTS = ("Conv", "Gemm", "MatMul")
+from ccn_deploy.graph.graph import Graph
+from ccn_deploy.graph.structure import channel_axis
 
 
 @dataclass(frozen=True)
@@ -68,17 +67,3 @@ def first_products(graph: Graph, islands: Set[str]) -> frozenset[str]:
         if is_product or below:
             behind.update(node.outputs)
     return frozenset(first)
-
-
-def channel_axis(graph: Graph, node: Node) -> int | None:
-    """Return the axis of output channels in the weight of a product; None of any other node."""
-    if node.op not in PRODUCTS or node.inputs[0] in graph.constants:
-        return None
-    weight = graph.constants.get(node.inputs[1])
-    if weight is None:
-        return None
-    if node.op == "Conv":
-        return 0
-    if weight.ndim != 2 or node.attributes.get("transA", 0):
-        return None
-    return 0 if node.op == "Gemm" and node.attributes.get("transB", 0) else 1

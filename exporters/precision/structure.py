@@ -13,14 +13,13 @@ import onnx
 from onnx import TensorProto
 
 from ccn_deploy.errors import LoweringError
-from ccn_deploy.exporters.checks import check_plain, check_valid
+from ccn_deploy.exporters.checks import HINT, check_plain, check_valid
 from ccn_deploy.exporters.precision.formats import GRIDS, HALVES
 from ccn_deploy.exporters.precision.islands import kept_nodes
 from ccn_deploy.exporters.precision.types import tensor_types
-from ccn_deploy.graph.graph import Graph, Node
+from ccn_deploy.graph.graph import Graph, Node, type_name
 from ccn_deploy.graph.signature import COTANGENTS, GRADIENTS, INPUT, OUTPUT
-
-HINT = "Nothing was written; this is a bug in the exporter, please report it."
+from ccn_deploy.graph.structure import PRODUCTS, adds_up
 
 ENDS = ({INPUT, OUTPUT}, {INPUT, OUTPUT, COTANGENTS, GRADIENTS})
 """Inputs and outputs of a forward and of a gradient graph."""
@@ -33,15 +32,8 @@ SPREADING = frozenset({"Expand", "Reshape", "Squeeze", "Transpose", "Unsqueeze",
 """Ops that a norm passes without being changed, and those that must not be on its way."""
 
 ABOVE_ROOTS = SPREADING | {
-    "Add",
-    "AveragePool",
-    "Clip",
-    "GlobalAveragePool",
-    "Max",
-    "ReduceMean",
-    "ReduceSum",
-    "Sub",
-}
+    "Add", "AveragePool", "Clip", "GlobalAveragePool", "Max", "ReduceMean", "ReduceSum", "Sub",
+}  # fmt: skip
 """Ops between squares and the root of their sum, besides products with constants that add up."""
 
 BELOW_ROOTS = SPREADING | {"Add", "Clip", "Max", "ReduceSum", "Reciprocal", "Where"}
@@ -56,7 +48,6 @@ ALWAYS_WIDE = frozenset(
 )  # fmt: skip
 """Ops that compute in float32 wherever they are."""
 
-PRODUCTS = ("Conv", "Gemm", "MatMul")
 BETWEEN = ("Relu", "MaxPool", "Flatten")
 """Ops that have no business in float32 in a half precision."""
 
@@ -178,7 +169,7 @@ class _TypedGraph:
             seen.add(node.name)
             if self._is_square(node):
                 yield (*path, node)
-            elif node.op in ABOVE_ROOTS or self._adds_up(node):
+            elif node.op in ABOVE_ROOTS or adds_up(self._graph, node):
                 ahead += [(tensor, (*path, node)) for tensor in node.inputs if tensor]
 
     def _paths_down(self, root: Node) -> Iterator[tuple[Node, ...]]:
@@ -298,17 +289,10 @@ class _TypedGraph:
             made_by = self._graph.made_by.get(tensor)
         return tensor
 
-    def _adds_up(self, node: Node) -> bool:
-        """Whether a node multiplies by a constant that has no negative number."""
-        if node.op not in ("Conv", "MatMul", "Mul", "Div"):
-            return False
-        factors = [self._graph.constants.get(tensor) for tensor in node.inputs[:2]]
-        return any(factor is not None and (factor >= 0).all() for factor in factors)
-
     def _power(self, node: Node) -> float:
         """Return a Pow's exponent; that of a root where it is not known."""
-        exponent = self._graph.constants.get(node.inputs[1])
-        return 0.5 if exponent is None or exponent.size != 1 else float(exponent.reshape(-1)[0])
+        exponent = self._graph.number(node.inputs[1])
+        return 0.5 if exponent is None else exponent
 
     def _require_wide_node(self, node: Node) -> None:
         for tensor in (*node.inputs, *node.outputs):
@@ -317,10 +301,9 @@ class _TypedGraph:
 
     def _require_wide(self, tensor: str, where: str) -> None:
         if self._types[tensor] != TensorProto.FLOAT:
+            kind = type_name(self._types[tensor])
             raise LoweringError(
-                f"{where} has {tensor!r} in {_name(self._types[tensor])}; it must be float32 in "
-                "every precision.",
-                HINT,
+                f"{where} has {tensor!r} in {kind}; it must be float32 in every precision.", HINT
             )
 
     def _rounds(self, node: Node, what: str) -> LoweringError:
@@ -330,11 +313,7 @@ class _TypedGraph:
 
     def _wrong(self, node: Node, tensor: str, low: int) -> LoweringError:
         return LoweringError(
-            f"Node {node.name!r} reads {tensor!r} in {_name(self._types[tensor])} in place of "
-            f"{_name(low)}.",
+            f"Node {node.name!r} reads {tensor!r} in {type_name(self._types[tensor])} in place of "
+            f"{type_name(low)}.",
             HINT,
         )
-
-
-def _name(kind: int) -> str:
-    return str(TensorProto.DataType.Name(kind)).lower()

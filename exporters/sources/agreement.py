@@ -14,6 +14,7 @@ from onnx import TensorProto
 from torch import nn
 
 from ccn_deploy.errors import LoweringError, UsageError, first_line
+from ccn_deploy.exporters.checks import HINT
 from ccn_deploy.exporters.sources.original import Original, run, session
 from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.graph.evaluate import GraphModule
@@ -222,6 +223,6 @@ def module_agreement(module: nn.Module, graph: Graph) -> dict[str, float]:
         raise LoweringError(
             f"The graph is off by {error / max(scale, 1e-30):.1e} of the largest logit from the "
             "network it was made from.",
-            "Nothing was written; this is a bug in the exporter, please report it.",
+            HINT,
         )
     return {"images": float(len(images)), "module": error, "scale": scale}

@@ -34,7 +34,7 @@ class Intake:
         input_range: (low, high): the values of a black and of a white pixel.
         mean: One per channel in the source's order, in units of the range; one number for all
             channels; empty for 0.
-        std: Likewise; empty for 1.
+        std: One per channel, or one number for all; empty for 1.
         channel_order: ``"rgb"`` or ``"bgr"``.
         input_size: (height, width), for files in which they are open.
         input: Name of the input with the images, where there are several.

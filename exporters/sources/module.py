@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from ccn_deploy.errors import IntegrityError, UsageError, first_line
+from ccn_deploy.errors import IntegrityError, UsageError, first_line, one_line
 from ccn_deploy.exporters.sources.module_graph import readable_graph
 from ccn_deploy.exporters.sources.module_layers import WRAPPED, traceable, translations
 from ccn_deploy.extras import require
@@ -123,7 +123,7 @@ def trained_module(run: TrainedRun) -> nn.Module:
     except (RuntimeError, SafetensorError) as error:
         raise IntegrityError(
             f"The weights of {run.path} do not fit what {run.network} makes now: "
-            f"{' '.join(str(error).split())[:200]}.",
+            f"{one_line(error)}.",
             "Bring the factory back to what it was in training, or train again.",
         ) from error
     return module.eval().requires_grad_(False)

@@ -11,15 +11,14 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from ccn_deploy.errors import UsageError
 from ccn_deploy.exporters.compact_nodes import add_compact_conv, add_compact_linear
 from ccn_deploy.exporters.sources.module_layers import DOMAIN, WRAPPED
-from ccn_deploy.graph.builder import GraphBuilder
+from ccn_deploy.graph.builder import GraphBuilder, free_name
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.graph.signature import INPUT, OUTPUT
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -43,7 +42,7 @@ def readable_graph(
         UsageError: The graph calls functions or branches, or its logits depend on no image.
     """
     _refuse(traced)
-    rewriting = _Rewriting(traced.graph, network)
+    rewriting = _Rewriting(traced, network)
     for node, name in zip(traced.graph.node, _node_names(traced.graph, network), strict=True):
         rewriting.add(node, name)
     builder = rewriting.builder
@@ -71,10 +70,11 @@ def _refuse(traced: onnx.ModelProto) -> None:
 class _Rewriting:
     """Nodes and constants taken over one by one under new names."""
 
-    def __init__(self, graph: onnx.GraphProto, network: nn.Module) -> None:
+    def __init__(self, traced: onnx.ModelProto, network: nn.Module) -> None:
+        graph = traced.graph
         self.network = network
         self.builder = GraphBuilder()
-        self.constants = {c.name: c for c in graph.initializer}
+        self.constants = Graph(traced).constants
         self.output = graph.output[0].name
         self.tensors = {graph.input[0].name: INPUT}
         self.taken = {INPUT, OUTPUT}
@@ -87,7 +87,6 @@ class _Rewriting:
     def add(self, node: onnx.NodeProto, name: str) -> None:
         """Take over one node."""
         if node.op_type == "Constant":
-            self.constants[node.output[0]] = _as_tensor(node.attribute[0])
             return
         name = self._free(name)
         inputs = [self._tensor(tensor, name) for tensor in node.input]
@@ -116,11 +115,10 @@ class _Rewriting:
         """Return the new name of what a node reads, and take a constant over at its first use."""
         if not tensor or tensor in self.tensors:
             return self.tensors.get(tensor, "")
-        constant = self.constants[tensor]
         wrapped = f"{WRAPPED}."
         own = tensor.removeprefix(wrapped) if tensor.startswith(wrapped) else f"{reader}.constant"
         name = self._free(own)
-        self.tensors[tensor] = self.builder.constant(name, numpy_helper.to_array(constant))
+        self.tensors[tensor] = self.builder.constant(name, self.constants[tensor])
         return name
 
     def _made(self, tensor: str, node: str, at: int) -> str:
@@ -133,12 +131,7 @@ class _Rewriting:
 
     def _free(self, name: str) -> str:
         """Return a name that nothing has, this one if possible."""
-        free, number = name, 1
-        while free in self.taken:
-            number += 1
-            free = f"{name}_{number}"
-        self.taken.add(free)
-        return free
+        return free_name(name, self.taken, "_")
 
 
 def _node_names(graph: onnx.GraphProto, network: nn.Module) -> list[str]:
@@ -173,12 +166,3 @@ def _path(node: onnx.NodeProto, graph: onnx.GraphProto) -> str:
 def _layer(node: onnx.NodeProto) -> str:
     name: bytes = next(a.s for a in node.attribute if a.name == "layer")
     return name.decode()
-
-
-def _as_tensor(attribute: onnx.AttributeProto) -> TensorProto:
-    """Return what a Constant node holds as a tensor."""
-    value = onnx.helper.get_attribute_value(attribute)
-    if isinstance(value, TensorProto):
-        return value
-    kind = np.float32 if attribute.name.startswith("value_float") else np.int64
-    return numpy_helper.from_array(np.asarray(value, dtype=kind))

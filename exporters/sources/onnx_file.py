@@ -29,13 +29,12 @@ from ccn_deploy.exporters.sources.original import (
     declared_sizes,
     run,
     session,
-    type_name,
     with_output,
 )
 from ccn_deploy.exporters.sources.rebatch import rebatch
 from ccn_deploy.exporters.sources.take_in import Format, take_in
 from ccn_deploy.graph.builder import to_bytes
-from ccn_deploy.graph.graph import Graph
+from ccn_deploy.graph.graph import Graph, type_name
 from ccn_deploy.graph.reader import LIMITS, parse_model, read_graph
 from ccn_deploy.graph.signature import INPUT, OUTPUT
 

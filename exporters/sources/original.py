@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import helper
 
 from ccn_deploy.bundle.preprocessing import Preprocessing, from_images
-from ccn_deploy.errors import UsageError
+from ccn_deploy.errors import UsageError, one_line
 from ccn_deploy.exporters.sources.onnx_cut import Removed
 from ccn_deploy.extras import require
 
@@ -40,7 +40,7 @@ def session(model: bytes, what: str) -> Any:
             return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no base of their own
         raise UsageError(
-            f"{what} does not load in ONNX Runtime: {_first_line(error)}",
+            f"{what} does not load in ONNX Runtime: {one_line(error)}",
             "Check it with onnx.checker.check_model, or export it again.",
         ) from error
 
@@ -129,7 +129,7 @@ def run(opened: Any, output: str, feed: dict[str, NDArray[Any]]) -> NDArray[Any]
     except Exception as error:  # its exceptions have no base of their own
         shapes = ", ".join(str(list(value.shape)) for value in feed.values())
         raise UsageError(
-            f"The file fails in ONNX Runtime on input of shape {shapes}: {_first_line(error)}",
+            f"The file fails in ONNX Runtime on input of shape {shapes}: {one_line(error)}",
             "Check --input-layout and --input-size.",
         ) from error
     return np.asarray(found)
@@ -141,12 +141,3 @@ def declared_sizes(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
         int(axis.dim_value) if axis.dim_value > 0 else None
         for axis in value.type.tensor_type.shape.dim
     )
-
-
-def type_name(element_type: int) -> str:
-    """Return ``"float16"`` for ``TensorProto.FLOAT16``."""
-    return str(TensorProto.DataType.Name(element_type)).lower()
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -9,6 +9,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from ccn_deploy.graph.graph import Graph
+
 
 def rebatch(model: onnx.ModelProto, images: str, batch: int) -> tuple[str, ...]:
     """Open the first size in the targets of every Reshape that depends on the images.
@@ -28,7 +30,8 @@ def rebatch(model: onnx.ModelProto, images: str, batch: int) -> tuple[str, ...]:
         Names of the targets that were changed.
     """
     graph = model.graph
-    constants = _targets(graph)
+    targets = {n.input[1] for n in graph.node if n.op_type == "Reshape" and len(n.input) > 1}
+    constants = {name: v for name, v in Graph(model).constants.items() if name in targets}
     depends = _depending(graph, images)
     wanted: dict[str, bool] = {}  # target -> every Reshape that reads it is to change
     for node in graph.node:
@@ -47,7 +50,8 @@ def rebatch(model: onnx.ModelProto, images: str, batch: int) -> tuple[str, ...]:
         if wanted[target]:
             _replace(graph, target, new)
         else:
-            node.input[1] = _add(graph, f"{node.output[0]}.shape", new)
+            node.input[1] = f"{node.output[0]}.shape"
+            graph.initializer.append(numpy_helper.from_array(new, node.input[1]))
         changed.append(target)
     return tuple(dict.fromkeys(changed))
 
@@ -64,20 +68,6 @@ def _opened(target: NDArray[np.int64], batch: int) -> NDArray[np.int64] | None:
     else:
         return None
     return new
-
-
-def _targets(graph: onnx.GraphProto) -> dict[str, NDArray[np.int64]]:
-    """Return the constants that stand as targets of a Reshape, by name."""
-    names = {n.input[1] for n in graph.node if n.op_type == "Reshape" and len(n.input) > 1}
-    found = {c.name: numpy_helper.to_array(c) for c in graph.initializer if c.name in names}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.output[0] in names:
-            for attribute in node.attribute:
-                if attribute.name == "value":
-                    found[node.output[0]] = numpy_helper.to_array(attribute.t)
-                elif attribute.name == "value_ints":
-                    found[node.output[0]] = np.array(attribute.ints, np.int64)
-    return found
 
 
 def _depending(graph: onnx.GraphProto, tensor: str) -> Collection[str]:
@@ -100,8 +90,3 @@ def _replace(graph: onnx.GraphProto, name: str, value: NDArray[np.int64]) -> Non
                 attribute.t.CopyFrom(numpy_helper.from_array(value, attribute.t.name))
             else:
                 attribute.ints[:] = value.tolist()
-
-
-def _add(graph: onnx.GraphProto, name: str, value: NDArray[np.int64]) -> str:
-    graph.initializer.append(numpy_helper.from_array(value, name))
-    return name

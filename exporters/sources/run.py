@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ccn_deploy.errors import IntegrityError
+from ccn_deploy.errors import IntegrityError, one_line
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.extras import require
 from ccn_deploy.graph.graph import Graph
@@ -25,34 +25,21 @@ def network_from(architecture: str, defense: str, classes: int, weights: bytes) 
         IntegrityError: No safetensors, or tensors of other names, shapes or types.
     """
     model = build_model(architecture, defense, classes=classes)
-    _load(model, weights, f"{architecture} with {defense}")
-    return model.eval().requires_grad_(False)
-
-
-def _load(model: nn.Module, weights: bytes, name: str) -> None:
-    """Load trained weights.
-
-    Raises:
-        IntegrityError: No safetensors, or tensors of other names, shapes or types.
-    """
     safetensors = require("safetensors.torch", "train", "to read weights")
     try:
         state: dict[str, Tensor] = safetensors.load(weights)
     except Exception as error:  # its own error, or whatever a damaged header makes it raise
         raise IntegrityError(
-            f"The weights are no safetensors file: {' '.join(str(error).split())[:200]}.",
+            f"The weights are no safetensors file: {one_line(error)}.",
             "Train the run again, or restore the file.",
         ) from error
-    _check_fit(model, state, name)
+    _check_fit(model, state, f"{architecture} with {defense}")
     model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
 
 
 def _check_fit(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
-    """Refuse weights of another network.
-
-    Raises:
-        IntegrityError: Names the first tensor that is missing, spare, or of another form.
-    """
+    """Refuse weights of another network, by the first tensor that does not fit."""
     wanted = model.state_dict()
     for key in sorted(wanted.keys() ^ state.keys()):
         what = "lack" if key in wanted else "have a spare"

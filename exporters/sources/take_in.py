@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from ccn_deploy.bundle.preprocessing import Preprocessing
 from ccn_deploy.exporters.sources.onnx_cut import Cut
+from ccn_deploy.graph.builder import GraphBuilder, floats, free_name
 from ccn_deploy.graph.signature import BATCH, INPUT, OUTPUT
 
 LAYER = "preprocessing"
@@ -72,10 +73,10 @@ def take_in(kept: Cut, form: Format) -> tuple[onnx.ModelProto, tuple[str, ...]]:
             source, output = (new if tensor == name else tensor for tensor in (source, output))
             renamed.append(f"The file's tensor {name!r} is called {new!r}.")
     pieces.lead_in(before, source)
-    nodes = [*pieces.nodes, *graph.node, *pieces.lead_out(after, output)]
+    nodes = [*pieces.builder.nodes, *graph.node, *pieces.lead_out(after, output)]
     del graph.node[:]
     graph.node.extend(nodes)
-    graph.initializer.extend(pieces.constants)
+    graph.initializer.extend(pieces.builder.constants.values())
     _set_signature(graph, form)
     return model, tuple(renamed)
 
@@ -139,17 +140,11 @@ class _Pieces:
     """Nodes and constants that are added, under names that are free."""
 
     taken: set[str]
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: list[onnx.TensorProto] = field(default_factory=list)
+    builder: GraphBuilder = field(default_factory=GraphBuilder)
 
     def free(self, name: str) -> str:
         """Return a name that nothing has, and take it."""
-        found, number = name, 1
-        while found in self.taken:
-            number += 1
-            found = f"{name}-{number}"
-        self.taken.add(found)
-        return found
+        return free_name(name, self.taken, "-")
 
     def lead_in(self, steps: Sequence[Step], target: str) -> None:
         """Add the nodes from the images to the network's own input."""
@@ -159,10 +154,9 @@ class _Pieces:
             name = self.free(LAYER if last else f"{LAYER}.{op.lower()}")
             inputs = [x]
             if constant is not None:
-                inputs.append(self.free(f"{LAYER}.{op.lower()}.by"))
-                self.constants.append(numpy_helper.from_array(np.asarray(constant), inputs[1]))
-            x = target if last else name
-            self.nodes.append(helper.make_node(op, inputs, [x], name=name, **attributes))
+                constant_name = self.free(f"{LAYER}.{op.lower()}.by")
+                inputs.append(self.builder.constant(constant_name, constant))
+            x = self.builder.node(op, inputs, name, output=target if last else "", **attributes)
 
     def lead_out(
         self, steps: Sequence[tuple[str, dict[str, Any]]], x: str
@@ -188,7 +182,6 @@ def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
 
 
 def _set_signature(graph: onnx.GraphProto, form: Format) -> None:
-    kind = TensorProto.FLOAT
     del graph.input[:], graph.output[:]
-    graph.input.append(helper.make_tensor_value_info(INPUT, kind, [BATCH, *form.image_shape]))
-    graph.output.append(helper.make_tensor_value_info(OUTPUT, kind, [BATCH, form.classes]))
+    graph.input.extend(floats({INPUT: [BATCH, *form.image_shape]}))
+    graph.output.extend(floats({OUTPUT: [BATCH, form.classes]}))

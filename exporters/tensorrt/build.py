@@ -29,15 +29,8 @@ NOT_BY_DEFAULT = ("7.5",)
 """Compute capabilities that TensorRT-RTX builds for only if they are asked for by name."""
 
 ENVIRONMENT = (
-    "PATH",
-    "LD_LIBRARY_PATH",
-    "TMPDIR",
-    "HOME",
-    "CUDA_",
-    "NVIDIA_",
-    "SYSTEMROOT",
-    "TEMP",
-)
+    "PATH", "LD_LIBRARY_PATH", "TMPDIR", "HOME", "CUDA_", "NVIDIA_", "SYSTEMROOT", "TEMP",
+)  # fmt: skip
 """Beginnings of the environment variables that a builder may look at; it gets no others."""
 
 ATTEMPTS = 5

@@ -78,10 +78,6 @@ _NO_MEMORY = re.compile(
     r"out ?of ?memory|bad_alloc|MemoryError|(failed|cannot|unable) to (allocate|map)", re.IGNORECASE
 )
 
-_NO_MEMORY = re.compile(
-    r"out ?of ?memory|bad_alloc|MemoryError|(failed|cannot|unable) to (allocate|map)", re.IGNORECASE
-)
-
 _CAUSES: tuple[tuple[str, str, str], ...] = (
     (
         r"for Turing|check_turing",

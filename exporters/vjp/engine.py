@@ -20,12 +20,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
 from ccn_deploy.errors import NoGradientError
 from ccn_deploy.exporters.canonical import canonical
 from ccn_deploy.exporters.vjp.table import RULES
 from ccn_deploy.exporters.vjp.tape import STILL_WORKS, Gradient, Site, Tape, no_gradient
+from ccn_deploy.graph.builder import GraphBuilder
 from ccn_deploy.graph.graph import Graph, Node
 from ccn_deploy.graph.signature import BATCH, CANDIDATES, COTANGENTS, GRADIENTS, INPUT, OUTPUT
 
@@ -57,7 +58,7 @@ def gradient_graph(forward: Graph) -> onnx.ModelProto:
     found: dict[str, list[Gradient]] = {OUTPUT: [Gradient(turned[0])]}
     for node in reversed(forward.nodes):
         _step_back(tape, node, live, found)
-    gradient = _total(tape, INPUT, found)
+    gradient = _whole(tape, INPUT, _sum(tape, INPUT, found))
     rank = len(forward.shapes[INPUT])
     tape.nodes.append(
         helper.make_node(
@@ -120,10 +121,6 @@ def _sum(tape: Tape, tensor: str, found: dict[str, list[Gradient]]) -> Gradient:
     return found[tensor][0]
 
 
-def _total(tape: Tape, tensor: str, found: dict[str, list[Gradient]]) -> str:
-    return _whole(tape, tensor, _sum(tape, tensor, found))
-
-
 def _whole(tape: Tape, tensor: str, gradient: Gradient) -> str:
     if gradient.factor is None:
         return gradient.tensor
@@ -136,26 +133,12 @@ def _model(tape: Tape) -> onnx.ModelProto:
     source = tape.forward.model
     pixels = [d.dim_value for d in source.graph.input[0].type.tensor_type.shape.dim[1:]]
     classes = tape.forward.classes
-
-    def floats(name: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-
-    graph = helper.make_graph(
-        tape.nodes,
+    builder = GraphBuilder()
+    builder.nodes, builder.constants = tape.nodes, tape.constants
+    return builder.model(
         source.graph.name,
-        inputs=[
-            floats(INPUT, [BATCH, *pixels]),
-            floats(COTANGENTS, [BATCH, CANDIDATES, classes]),
-        ],
-        outputs=[
-            floats(OUTPUT, [BATCH, classes]),
-            floats(GRADIENTS, [BATCH, CANDIDATES, *pixels]),
-        ],
-        initializer=list(tape.constants.values()),
-    )
-    return helper.make_model(
-        graph,
-        opset_imports=list(source.opset_import),
+        {INPUT: [BATCH, *pixels], COTANGENTS: [BATCH, CANDIDATES, classes]},
+        {OUTPUT: [BATCH, classes], GRADIENTS: [BATCH, CANDIDATES, *pixels]},
+        opset=tape.forward.opset,
         ir_version=source.ir_version,
-        producer_name="ccn-deploy",
     )

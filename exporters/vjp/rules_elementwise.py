@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import TensorProto
 
-from ccn_deploy.exporters.vjp.table import rule, slope
+from ccn_deploy.exporters.vjp.table import Slope, rule, slope
 from ccn_deploy.exporters.vjp.tape import Gradient, Site
 from ccn_deploy.layers import SQUARE_FLOOR
 
@@ -109,11 +109,12 @@ def _power_slope(at: Site) -> str:
         less = at.add("Sub", at.node.inputs[1], at.number(1))
         return at.add("Mul", at.add("Pow", at.x, less), at.node.inputs[1])
     p = p.astype(np.float64)
-    if p.size == 1 and float(p.reshape(-1)[0]) == 1:
+    one = p.item() if p.size == 1 else None
+    if one == 1:
         return at.number(1)
-    if p.size == 1 and float(p.reshape(-1)[0]) == 2:
+    if one == 2:
         return at.add("Mul", at.x, at.number(2))
-    if p.size == 1 and float(p.reshape(-1)[0]) == 0.5:
+    if one == 0.5:
         return _root_slope(at)
     return at.add("Mul", at.add("Pow", at.x, at.array(p - 1, "less")), at.array(p, "exponent"))
 
@@ -149,11 +150,6 @@ def _extreme(at: Site, g: Gradient) -> Owed:
     return found[::-1]
 
 
-@slope("Relu")
-def _relu(at: Site) -> str:
-    return at.floats(at.add("Greater", at.y, at.number(0)))
-
-
 @rule("Clip", limits="limits constant or not dependent on the images")
 def _clip(at: Site, g: Gradient) -> Owed:
     """Pass where nothing is clipped, the limits themselves included, as in PyTorch.
@@ -178,21 +174,11 @@ def _positive(at: Site, otherwise: str) -> str:
     return at.add("Where", at.add("Greater", at.x, at.number(0)), at.number(1), otherwise)
 
 
-@slope("LeakyRelu")
-def _leaky_relu(at: Site) -> str:
-    return _positive(at, at.number(at.attribute("alpha", 0.01)))
-
-
 @rule("PRelu", limits="slope not dependent on the images")
 def _prelu(at: Site, g: Gradient) -> Owed:
     if at.needed(1):
         at.refuse("has a slope that depends on the images")
     return [at.scaled(g, _positive(at, at.node.inputs[1]))]
-
-
-@slope("ThresholdedRelu")
-def _thresholded_relu(at: Site) -> str:
-    return at.floats(at.add("Greater", at.x, at.number(at.attribute("alpha", 1.0))))
 
 
 @slope("Elu")
@@ -215,11 +201,6 @@ def _celu(at: Site) -> str:
     return _positive(at, at.add("Exp", at.add("Mul", at.x, at.number(1 / alpha))))
 
 
-@slope("Sigmoid")
-def _sigmoid(at: Site) -> str:
-    return at.add("Mul", at.y, at.add("Sub", at.number(1), at.y))
-
-
 @slope("HardSigmoid")
 def _hard_sigmoid(at: Site) -> str:
     """As Clip of a line: the limits themselves pass."""
@@ -235,16 +216,6 @@ def _hard_swish(at: Site) -> str:
     between = at.add("Add", at.add("Mul", at.x, at.number(1 / 3)), at.number(0.5))
     below = at.add("Where", at.add("Less", at.x, at.number(3)), between, at.number(1))
     return at.add("Where", at.add("LessOrEqual", at.x, at.number(-3)), at.number(0), below)
-
-
-@slope("Tanh")
-def _tanh(at: Site) -> str:
-    return at.add("Sub", at.number(1), at.add("Mul", at.y, at.y))
-
-
-@slope("Softplus")
-def _softplus(at: Site) -> str:
-    return at.add("Sigmoid", at.x)
 
 
 @slope("Softsign")
@@ -296,16 +267,6 @@ def _erf(at: Site) -> str:
     return at.add("Mul", bell, at.number(2 / math.sqrt(math.pi)))
 
 
-@slope("Exp")
-def _exp(at: Site) -> str:
-    return at.y
-
-
-@slope("Log")
-def _log(at: Site) -> str:
-    return at.add("Reciprocal", at.x)
-
-
 def _root_slope(at: Site) -> str:
     """Add ``1 / (2 y)``, but 0 where x is below the floor that keeps gradients finite.
 
@@ -315,39 +276,27 @@ def _root_slope(at: Site) -> str:
     return at.add("Where", steep, at.add("Div", at.number(0.5), at.y), at.number(0))
 
 
-slope("Sqrt")(_root_slope)
+SLOPES: dict[str, Slope] = {
+    "Abs": lambda at: at.add("Sign", at.x),
+    "Atan": lambda at: at.add("Reciprocal", at.add("Add", at.add("Mul", at.x, at.x), at.number(1))),
+    "Cos": lambda at: at.add("Neg", at.add("Sin", at.x)),
+    "Cosh": lambda at: at.add("Sinh", at.x),
+    "Exp": lambda at: at.y,
+    "LeakyRelu": lambda at: _positive(at, at.number(at.attribute("alpha", 0.01))),
+    "Log": lambda at: at.add("Reciprocal", at.x),
+    "Reciprocal": lambda at: at.add("Neg", at.add("Mul", at.y, at.y)),
+    "Relu": lambda at: at.floats(at.add("Greater", at.y, at.number(0))),
+    "Sigmoid": lambda at: at.add("Mul", at.y, at.add("Sub", at.number(1), at.y)),
+    "Sin": lambda at: at.add("Cos", at.x),
+    "Sinh": lambda at: at.add("Cosh", at.x),
+    "Softplus": lambda at: at.add("Sigmoid", at.x),
+    "Sqrt": _root_slope,
+    "Tanh": lambda at: at.add("Sub", at.number(1), at.add("Mul", at.y, at.y)),
+    "ThresholdedRelu": lambda at: at.floats(
+        at.add("Greater", at.x, at.number(at.attribute("alpha", 1.0)))
+    ),
+}
+"""Derivatives that are one line."""
 
-
-@slope("Reciprocal")
-def _reciprocal(at: Site) -> str:
-    return at.add("Neg", at.add("Mul", at.y, at.y))
-
-
-@slope("Abs")
-def _abs(at: Site) -> str:
-    return at.add("Sign", at.x)
-
-
-@slope("Sin")
-def _sin(at: Site) -> str:
-    return at.add("Cos", at.x)
-
-
-@slope("Cos")
-def _cos(at: Site) -> str:
-    return at.add("Neg", at.add("Sin", at.x))
-
-
-@slope("Atan")
-def _atan(at: Site) -> str:
-    return at.add("Reciprocal", at.add("Add", at.add("Mul", at.x, at.x), at.number(1)))
-
-
-@slope("Sinh")
-def _sinh(at: Site) -> str:
-    return at.add("Cosh", at.x)
-
-
-@slope("Cosh")
-def _cosh(at: Site) -> str:
-    return at.add("Sinh", at.x)
+for _op, _derivative in SLOPES.items():
+    slope(_op)(_derivative)

@@ -145,24 +145,11 @@ def _transposed(at: Site, window: Window, folded: str) -> str:
     full = window.full_pads()
     wide = at.sizes(at.x, [1])[0] >= WIDE
     if kernel is not None and wide and set(window.strides) == {1} and min(full) >= 0:
-        return at.add(
-            "Conv",
-            folded,
-            at.array(_turned(kernel, group), "turned"),
-            part="conv",
-            kernel_shape=window.kernel,
-            pads=full,
-            dilations=window.dilations,
-            group=group,
-        )
-    return at.add(
-        "ConvTranspose",
-        folded,
-        at.node.inputs[1],
-        part="conv",
-        group=group,
-        **window.transposed(),
-    )
+        turned = at.array(_turned(kernel, group), "turned")
+        plain = {"kernel_shape": window.kernel, "pads": full, "dilations": window.dilations}
+        return at.add("Conv", folded, turned, part="conv", group=group, **plain)
+    back = window.transposed()
+    return at.add("ConvTranspose", folded, at.node.inputs[1], part="conv", group=group, **back)
 
 
 def _turned(kernel: NDArray[np.float32], group: int) -> NDArray[np.float32]:

@@ -29,8 +29,8 @@ def per_channel(at: Site, value: np.ndarray) -> np.ndarray:
     return value.reshape(-1, *[1] * (at.rank(at.x) - 2))
 
 
-def _only_scale(at: Site, count: int = 2) -> None:
-    if any(at.needed(index) for index in range(1, 1 + count)):
+def _only_scale(at: Site) -> None:
+    if at.needed(1) or at.needed(2):
         at.refuse("has a scale or a shift that depends on the images")
 
 

@@ -119,9 +119,9 @@ def _extreme(at: Site, g: Gradient) -> Owed:
     return [evenly(at, kept(at, at.whole(g), axes, 1), kept(at, at.y, axes), axes)]
 
 
-def _axis(at: Site, default: int = -1) -> int:
+def _axis(at: Site) -> int:
     """Return the axis of a function along one, from 0 on, which must not be the batch's."""
-    axis: int = at.attribute("axis", default) % at.rank(at.x)
+    axis: int = at.attribute("axis", -1) % at.rank(at.x)
     at.sizes(at.x, [axis])
     return axis
 
@@ -148,14 +148,7 @@ def _cumsum(at: Site, g: Gradient) -> Owed:
     """Add up from the other end."""
     axis = at.integers(1, "an axis")[0] % at.rank(at.x)
     at.sizes(at.x, [axis])
-    return [
-        Gradient(
-            at.add(
-                "CumSum",
-                at.whole(g),
-                at.array(np.int64(axis + 1), "axis"),
-                exclusive=at.attribute("exclusive", 0),
-                reverse=1 - at.attribute("reverse", 0),
-            )
-        )
-    ]
+    tensor, along = at.whole(g), at.array(np.int64(axis + 1), "axis")
+    turned = 1 - at.attribute("reverse", 0)
+    exclusive = at.attribute("exclusive", 0)
+    return [Gradient(at.add("CumSum", tensor, along, exclusive=exclusive, reverse=turned))]

@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from ccn_deploy.errors import NoGradientError
+from ccn_deploy.graph.builder import free_name, stored
 from ccn_deploy.graph.graph import Graph, Node, Shape
 from ccn_deploy.graph.signature import CANDIDATES, COTANGENTS
 
@@ -64,8 +65,8 @@ class Tape:
         """Add a step and return the names of its outputs; the first is the node's own name."""
         key = (op, tuple(inputs), outputs, repr(sorted(attributes.items())))
         if key not in self._known:
-            first = self._free(name)
-            rest = [self._free(f"{name}.{i}") for i in range(1, outputs)]
+            first = free_name(name, self._names)
+            rest = [free_name(f"{name}.{i}", self._names) for i in range(1, outputs)]
             self.nodes.append(
                 helper.make_node(op, list(inputs), [first, *rest], name=first, **attributes)
             )
@@ -74,11 +75,10 @@ class Tape:
 
     def constant(self, value: NDArray[Any] | np.generic, name: str) -> str:
         """Add a constant and return its name. The dtype is that of ``value``."""
-        array = np.asarray(value, order="C")
-        key = (array.dtype.str, array.shape, array.tobytes())
+        key = (value.dtype.str, value.shape, value.tobytes())
         if key not in self._known:
-            free = self._free(name)
-            self.constants[free] = numpy_helper.from_array(array, free)
+            free = free_name(name, self._names)
+            self.constants[free] = stored(free, value)
             self._known[key] = [free]
         return self._known[key][0]
 
@@ -86,15 +86,6 @@ class Tape:
         """Return the name of an int64 tensor [1]: how many candidates there are."""
         name = f"{COTANGENTS}.{CANDIDATES}"
         return self.node("Shape", [COTANGENTS], name, start=1, end=2)[0]
-
-    def _free(self, name: str) -> str:
-        """Return a name that nothing has yet, and take it."""
-        free, count = name, 1
-        while free in self._names:
-            count += 1
-            free = f"{name}.{count}"
-        self._names.add(free)
-        return free
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.errors import EnvironmentUnfitError
+from ccn_deploy.graph.signature import BATCH, CANDIDATES, COTANGENTS, GRADIENTS, INPUT, OUTPUT
 from ccn_deploy.machine import Machine, this_machine
 from ccn_deploy.runtimes.base import (
     Array,
@@ -29,8 +30,6 @@ from ccn_deploy.runtimes.tensorrt.kernel_cache import cache_directory, kernel_pa
 from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
 from ccn_deploy.runtimes.tensorrt.pool import Pool
 from ccn_deploy.runtimes.tensorrt.shapes import (
-    BATCH,
-    CANDIDATES,
     Range,
     Signature,
     Sizes,
@@ -120,8 +119,8 @@ class TensorRtRuntime(Closing):
         with self._forward.borrow() as execution:
             for piece in pieces(len(images), self._forward.limits[BATCH]):
                 rows = images[piece.rows]
-                outputs = execution.run({"images": rows}, {BATCH: piece.size})
-                logits[piece.rows] = outputs["logits"][: len(rows)]
+                outputs = execution.run({INPUT: rows}, {BATCH: piece.size})
+                logits[piece.rows] = outputs[OUTPUT][: len(rows)]
         return logits
 
     def vjp(self, images: Array, cotangents: Array) -> tuple[Array, Array]:
@@ -155,9 +154,9 @@ class TensorRtRuntime(Closing):
                 for some in pieces(candidates, gradient.limits[CANDIDATES]):
                     x, c = images[piece.rows], cotangents[piece.rows, some.rows]
                     sizes: Sizes = {BATCH: piece.size, CANDIDATES: some.size}
-                    outputs = execution.run({"images": x, "cotangents": c}, sizes)
-                    logits[piece.rows] = outputs["logits"][: len(x)]
-                    gradients[piece.rows, some.rows] = outputs["gradients"][: len(x), : c.shape[1]]
+                    outputs = execution.run({INPUT: x, COTANGENTS: c}, sizes)
+                    logits[piece.rows] = outputs[OUTPUT][: len(x)]
+                    gradients[piece.rows, some.rows] = outputs[GRADIENTS][: len(x), : c.shape[1]]
         return logits, gradients
 
     def close(self) -> None:

@@ -9,9 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ccn_deploy.errors import IntegrityError
-
-BATCH = "batch"
-CANDIDATES = "candidates"
+from ccn_deploy.graph.signature import BATCH, CANDIDATES, COTANGENTS, GRADIENTS, INPUT, OUTPUT
 
 Shape = tuple[int, ...]
 Sizes = Mapping[str, int]
@@ -66,14 +64,14 @@ class Tensor:
 
 def forward_signature(image: Shape, classes: int) -> Signature:
     """Return the ends of an engine from images to logits."""
-    return Signature({"images": (BATCH, *image)}, {"logits": (BATCH, classes)})
+    return Signature({INPUT: (BATCH, *image)}, {OUTPUT: (BATCH, classes)})
 
 
 def gradient_signature(image: Shape, classes: int) -> Signature:
     """Return the ends of an engine from images and cotangents to logits and gradients."""
     return Signature(
-        {"images": (BATCH, *image), "cotangents": (BATCH, CANDIDATES, classes)},
-        {"logits": (BATCH, classes), "gradients": (BATCH, CANDIDATES, *image)},
+        {INPUT: (BATCH, *image), COTANGENTS: (BATCH, CANDIDATES, classes)},
+        {OUTPUT: (BATCH, classes), GRADIENTS: (BATCH, CANDIDATES, *image)},
     )
 
 
