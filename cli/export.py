@@ -61,7 +61,7 @@ def _source_options(**said: str | None) -> SourceOptions:
     from ccn_deploy.exporters.sources.opening import SourceOptions
     from ccn_deploy.exporters.sources.preprocessing_config import read_preprocessing
 
-    given: dict[str, Any] = {key: value for key, value in said.items() if value}
+    given: dict[str, Any] = {key: value for key, value in said.items() if value is not None}
     weights, classes, preprocessing = (
         Path(given.pop(key)) if key in given else None
         for key in ("weights", "classes", "preprocessing")

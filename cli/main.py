@@ -23,8 +23,8 @@ BUG = 70
 
 app = typer.Typer(
     name="ccn-deploy",
-    help="Train compact convolutional networks, lower them to ONNX, and measure robustness on "
-    "the runtime that is deployed.",
+    help="Deploy image classifiers on ONNX Runtime and TensorRT, and measure the robustness of "
+    "what is deployed.",
     epilog="Exit codes: 0 pass, 1 a gate failed, 2 usage, 3 environment, 4 inconclusive, "
     "5 integrity.",
     no_args_is_help=True,

@@ -51,7 +51,7 @@ def quickstart(
     ] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a plain and a compact network, lower both, prove parity, attack what was lowered."""
+    """Train a plain and a compact network, export both, prove parity, attack what is deployed."""
     from ccn_deploy.cli import console
     from ccn_deploy.extras import require
     from ccn_deploy.verdict import Verdict

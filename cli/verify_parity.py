@@ -58,7 +58,7 @@ def verify_parity(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show that a runtime computes the trained function: logits and slopes against float64."""
+    """Show that a runtime computes the function of its network: logits and slopes in float64."""
     from ccn_deploy.bundle import open_bundle
     from ccn_deploy.cli import console
     from ccn_deploy.evaluation import evaluation_data

@@ -1,4 +1,4 @@
-"""Lowering a trained network to ONNX, checking the graph, and writing the bundle."""
+"""From a network, wherever it comes from, to a bundle: graphs, checks, engines."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def forward_file(forward: Graph, sources: tuple[str, ...]) -> NewFile:
 
     Args:
         forward: From a source.
-        sources: Paths in the bundle of what it was lowered from; empty if it came from outside.
+        sources: Paths in the bundle of what it was made of; empty if it came from outside.
 
     Raises:
         LoweringError: It is not what it must be.

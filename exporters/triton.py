@@ -109,7 +109,7 @@ def write_repository(
         raise UsageError(
             f"The bundle has nothing that Triton serves by {' or '.join(backends)}."
             + "".join(f" {note}" for note in notes),
-            "Export the run again with --format tensorrt on the GPU that will serve it.",
+            "Export it again with --format tensorrt on the GPU that will serve it.",
         )
     _check_ours(output)
     labels = _labels(bundle.card.class_names)
@@ -204,7 +204,7 @@ def _of_engines(
                 raise UsageError(
                     f"{other} and {record.path} are both for GPUs of compute capability "
                     f"{capability}; Triton takes one.",
-                    "Export the run again with one engine for each GPU.",
+                    "Export it again with one engine for each GPU.",
                 )
             capabilities[capability] = name
     smallest = max(min(low for low, _, _ in profiles) for profiles in ranges)
@@ -214,7 +214,7 @@ def _of_engines(
         raise UsageError(
             f"The {precision} engines take batches of {smallest} to {largest} images, not 1 to "
             f"{limit}.",
-            "Export the run again with another --batch, which starts at 1.",
+            "Export it again with another --batch, which starts at 1.",
         )
     tuned = tuple(sorted({best for profiles in ranges for _, best, _ in profiles if best > 1}))
     return _Model(
@@ -252,7 +252,7 @@ def _described(record: FileRecord) -> tuple[str, list[str], list[tuple[int, int,
     except (msgspec.ValidationError, KeyError) as error:
         raise IntegrityError(
             f"The manifest does not say which GPUs and batches {record.path} is for.",
-            "Export the run again.",
+            "Export it again.",
         ) from error
     names = "-".join(f"sm{capability.replace('.', '')}" for capability in said.compute_capabilities)
     return f"{names}.plan", said.compute_capabilities, sizes

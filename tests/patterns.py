@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import numpy_helper, shape_inference
 from torch import nn
 
 from ccn_deploy.exporters.lowering import deployed_layers
-from ccn_deploy.graph.signature import INPUT, OUTPUT
+from ccn_deploy.graph.signature import BATCH, INPUT, OUTPUT
 from ccn_deploy.layers import BoundedReLU, CompactConv2d, CompactLinear, SubtractMean
 from ccn_deploy.models import Classifier
 
@@ -60,6 +60,24 @@ def assert_pattern(graph: onnx.ModelProto, model: Classifier) -> None:
             assert np.array_equal(numpy_helper.to_array(constants[what]), value), what
         x = y
     assert not nodes
+
+
+def assert_shapes(graph: onnx.ModelProto, classes: int) -> None:
+    """Every shape follows by ONNX's own strict inference, and keeps the symbolic batch."""
+    inferred = shape_inference.infer_shapes(
+        graph, check_type=True, strict_mode=True, data_prop=True
+    ).graph
+    shapes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*inferred.value_info, *inferred.output)
+    }
+    constants = {constant.name for constant in graph.graph.initializer}
+    for node in graph.graph.node:
+        if constants.issuperset(node.input):  # weights that come off a grid
+            continue
+        shape = shapes[node.output[0]]
+        assert shape[0] == BATCH and 0 not in shape, node.name
+    assert shapes[OUTPUT] == [BATCH, classes]
 
 
 def _given(name: str, layer: nn.Module) -> Iterator[tuple[str, NDArray[Any]]]:

@@ -263,7 +263,7 @@ def runtime(bundle: Bundle):  # type: ignore[no-untyped-def]
         yield opened
 
 
-def test_logits_are_the_runtimes_and_gradients_the_twins(bundle: Bundle, runtime) -> None:  # type: ignore[no-untyped-def]
+def test_logits_are_the_runtimes_and_gradients_the_reference(bundle: Bundle, runtime) -> None:  # type: ignore[no-untyped-def]
     images, _ = digits(5)
     cotangents = np.random.default_rng(0).standard_normal((5, 3, 10)).astype(np.float32)
     reference = load_reference(bundle)
@@ -297,9 +297,9 @@ def test_a_pass_on_a_runtime_asks_no_autograd_and_gives_the_same(bundle: Bundle)
     cotangents = torch.randn(3, 2, 10, generator=torch.Generator().manual_seed(0))
     with open_runtime(bundle, "onnxruntime-cpu", "fp32", ONE_THREAD) as opened:
         native = forward(foolbox_model(opened, None, gradient="native"), images)
-        by_twin = forward(foolbox_model(opened, load_reference(bundle)), images)
-        assert torch.equal(native.logits, by_twin.logits)
-        ours, theirs = (p.gradients(rows, cotangents) for p in (native, by_twin))
+        by_reference = forward(foolbox_model(opened, load_reference(bundle)), images)
+        assert torch.equal(native.logits, by_reference.logits)
+        ours, theirs = (p.gradients(rows, cotangents) for p in (native, by_reference))
         assert ours.shape == (3, 2, 1, 28, 28)
         assert not ours.requires_grad
         size = theirs.flatten(2).norm(dim=-1)
@@ -315,7 +315,7 @@ def test_few_rows_of_a_pass_have_the_gradients_of_all(ccn_bundle: Bundle) -> Non
     np.testing.assert_allclose(here.gradients(few, cotangents[few]), whole[few], atol=1e-5)
 
 
-def test_deepfool_on_the_runtime_agrees_with_deepfool_on_the_twin(bundle: Bundle, runtime) -> None:  # type: ignore[no-untyped-def]
+def test_deepfool_agrees_on_the_runtime_and_on_the_reference(bundle: Bundle, runtime) -> None:  # type: ignore[no-untyped-def]
     images, labels = digits(12)
     reference = load_reference(bundle)
     spec = suite(["deepfool"])[0]

@@ -269,7 +269,7 @@ def test_nonsense_settings_are_refused() -> None:
 # On a runtime, and what it costs
 
 
-def test_on_a_runtime_it_finds_what_it_finds_on_the_twin(ccn_bundle: Bundle) -> None:
+def test_on_a_runtime_it_finds_what_it_finds_on_the_reference(ccn_bundle: Bundle) -> None:
     images = digits(6)
     reference = load_reference(ccn_bundle)
     with open_runtime(ccn_bundle, "onnxruntime-cpu", "fp32", ONE_THREAD) as runtime:

@@ -171,6 +171,7 @@ FILES: dict[str, tuple[Callable[[], onnx.ModelProto], list[str], list[str]]] = {
     "two means": (classifier, ["--mean", "0.5,0.5"], ["2", "3 channels"]),
     "words for means": (classifier, ["--mean", "a,b,c"], ["--mean", "'a,b,c'"]),
     "no deviation": (classifier, ["--std", "0"], ["std"]),
+    "an empty variable for means": (classifier, ["--mean", ""], ["--mean", "''"]),
     "one end of a range": (classifier, ["--input-range", "255"], ["--input-range", "'255'"]),
     "a range upside down": (classifier, ["--input-range", "1,0"], ["range"]),
     "a size of one number": (classifier, ["--input-size", "224"], ["--input-size", "'224'"]),
@@ -346,6 +347,14 @@ def test_a_source_that_is_not_there(
     source: str, word: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     refused([source], tmp_path, capfd, word)
+
+
+@pytest.mark.parametrize("name", ["nets.py", "w.pth", "w.safetensors"])
+def test_weights_and_code_are_no_network(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(b"whatever")
+    refused([tmp_path / name], tmp_path, capfd, name, "FILE.py:FUNCTION", "--weights")
 
 
 class NotPlain:

@@ -65,7 +65,7 @@ def bundle(request: pytest.FixtureRequest) -> Bundle:
 # Which gradients are used
 
 
-def test_native_is_used_where_the_graph_is_there_and_the_twin_elsewhere(
+def test_native_is_used_where_the_graph_is_there_and_the_reference_elsewhere(
     ccn_bundle: Bundle,
 ) -> None:
     assert collect(ccn_bundle, request(2)).gradient == "native"
@@ -92,7 +92,7 @@ def test_every_source_has_evidence_of_its_own_and_one_reference(ccn_bundle: Bund
     assert sorted(kept) == [*["onnxruntime-cpu-fp32"] * 3, "torch-fp32"]
 
 
-def test_native_evidence_never_asks_the_twin_for_a_gradient(
+def test_native_evidence_never_asks_the_reference_for_a_gradient(
     ccn_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -105,7 +105,7 @@ def test_native_evidence_never_asks_the_twin_for_a_gradient(
         collect(ccn_bundle, request(4, gradient="reference"))
 
 
-def test_a_transferred_image_is_crafted_on_the_twin_and_scored_on_the_runtime(
+def test_a_transferred_image_is_crafted_on_the_reference_and_scored_on_the_runtime(
     ccn_bundle: Bundle, tmp_path: Path
 ) -> None:
     # The runtime swaps two classes; the reference does not know.
@@ -119,7 +119,7 @@ def test_a_transferred_image_is_crafted_on_the_twin_and_scored_on_the_runtime(
     np.testing.assert_array_equal(evidence.adversarial_runtime[right], scored[right])
 
 
-def test_deepfool_to_transfer_leaves_the_label_of_the_twin(
+def test_deepfool_to_transfer_leaves_the_label_of_the_reference(
     ccn_bundle: Bundle, tmp_path: Path
 ) -> None:
     broken = reorder_classes(ccn_bundle, tmp_path / "broken")
@@ -150,7 +150,7 @@ def test_a_gradient_that_vanished_or_is_not_finite_agrees_with_nothing() -> None
     assert (found.cosine_min, found.cosine_mean) == (0, pytest.approx(1 / 3))
 
 
-def test_a_healthy_bundles_gradients_agree_with_its_twins(bundle: Bundle) -> None:
+def test_a_healthy_bundles_gradients_agree_with_its_reference(bundle: Bundle) -> None:
     with AttackSession(bundle, ONE_THREAD) as session:
         found = compare_gradients(session, TARGET, *digits(24))
     for at in (found.clean, found.adversarial):
@@ -237,7 +237,7 @@ def test_the_judgement_keeps_the_agreement(ccn_bundle: Bundle) -> None:
 # Attacks on the runtime
 
 
-def test_deepfool_with_native_gradients_is_deepfool_on_the_twin(bundle: Bundle) -> None:
+def test_deepfool_with_native_gradients_is_deepfool_on_the_reference(bundle: Bundle) -> None:
     images, _ = digits(50)
     reference = load_reference(bundle)
     (spec, _) = suite(["deepfool"])

@@ -222,7 +222,7 @@ def command(bundle: Bundle, *more: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_int8_is_attacked_with_the_twins_gradients_and_says_so(quantised: Bundle) -> None:
+def test_int8_is_attacked_with_the_references_gradients_and_says_so(quantised: Bundle) -> None:
     names = ("--precision", "fp32", "--precision", "int8")
     code, output = command(quantised, *names, "--json")
     document = json.loads(output[output.index("{") :])

@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from ccn_deploy.exporters.engines import Batches, build_engine
 
 from ccn_deploy.errors import EngineBuildError
 from ccn_deploy.exporters.lowering import lower
+from ccn_deploy.exporters.tensorrt.build import Batches, build_engine
 from ccn_deploy.exporters.vjp import RULES, gradient_graph
 from ccn_deploy.exporters.vjp.table import Rule
 from ccn_deploy.graph.builder import to_bytes

@@ -55,7 +55,7 @@ def foolbox_model(
 
     Args:
         runtime: What is attacked.
-        reference: The PyTorch network it was lowered from, or None if there is none.
+        reference: The network in PyTorch that it is compared with, or None if there is none.
         gradient: ``"reference"``, or ``"native"`` for the runtime's own. ``"transfer"`` needs no
             model: what it attacks is :func:`reference_model`.
 
@@ -72,7 +72,7 @@ def foolbox_model(
     if reference is None:
         raise RuntimeUnavailableError(
             f"{runtime.spec.target} cannot be attacked by gradient: no reference was given.",
-            "Give the network it was lowered from, as load_reference(bundle) returns it.",
+            "Give the network in PyTorch, as load_reference(bundle) returns it.",
         )
     begin = partial(AutogradPass, frozen(reference))
     module = _RuntimeModule(runtime, begin).eval()
@@ -81,7 +81,7 @@ def foolbox_model(
 
 
 def reference_model(reference: nn.Module) -> PyTorchModel:
-    """Return a Foolbox model of a PyTorch network itself, on the device where it is."""
+    """Return a Foolbox model of the network in PyTorch itself, on the device where it is."""
     return PyTorchModel(frozen(reference), bounds=BOUNDS, device=device_of(reference))
 
 

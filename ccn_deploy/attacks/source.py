@@ -36,6 +36,6 @@ def no_gradients(target: str) -> RuntimeUnavailableError:
     """Return the error for a runtime that is asked for gradients of its own and has none."""
     return RuntimeUnavailableError(
         f"{target} gives no gradients of its own.",
-        "Export the run again without --no-gradient, or attack with gradients of the PyTorch "
-        "reference, which the bundle's weights make (--gradient reference).",
+        "Export it again without --no-gradient, or attack with gradients of the PyTorch "
+        "reference, the bundle's forward graph (--gradient reference).",
     )

@@ -81,7 +81,7 @@ class Bundle:
             f"The bundle has no {role} file{f' in {precision}' if precision else ''}.",
             f"It has: {', '.join(have) or 'none'}. Export again with --precision {precision}."
             if precision
-            else "Export the run again.",
+            else "Export the network again.",
         )
 
     def program(self, target: Target, role: Role = Role.FORWARD) -> FileRecord:

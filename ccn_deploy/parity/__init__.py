@@ -1,4 +1,4 @@
-"""Does a runtime compute the function that was trained?
+"""Does a runtime compute the function that the network is?
 
 :func:`collect` measures a runtime against the float64 reference and keeps what it saw;
 :func:`judge` compares that with the policy of the precision. Only a new measurement needs torch.

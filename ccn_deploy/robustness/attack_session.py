@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ccn_deploy.graph.evaluate import GraphModule
 
 REFERENCE = Target("torch")
-"""The target that deployed ones are compared with: the PyTorch network, attacked itself."""
+"""The target that deployed ones are compared with: the reference, attacked itself."""
 
 
 class AttackSession:

@@ -223,7 +223,7 @@ class OnnxRuntime(Closing):
             raise RuntimeUnavailableError(
                 f"The runtime {self._spec.name} has no input gradients: the bundle has no gradient "
                 f"graph in {self._spec.precision}.",
-                "Export the run again without --no-gradient, or take gradients from the runtime "
+                "Export it again without --no-gradient, or take gradients from the runtime "
                 "'torch', the reference of the deployed network.",
             )
         with self._lock:
@@ -311,7 +311,7 @@ def make_session(
         raise IntegrityError(
             f"{path} has the right digest and is no graph that ONNX Runtime {ort.__version__} "
             f"reads: {one_line(error)}",
-            "Export the run again; if it is from a newer version, upgrade onnxruntime.",
+            "Export it again; if it is from a newer version, upgrade onnxruntime.",
         ) from error
     if session.get_providers()[0] != provider:
         raise _no_cuda(ort, "it chose the CPU instead")
@@ -398,5 +398,5 @@ def _check_signature(session: Any, inputs: Shapes, outputs: Shapes, path: str) -
     if have != want:
         raise IntegrityError(
             f"{path} maps {have[0]} to {have[1]}, not {want[0]} to {want[1]}.",
-            "Export the run again.",
+            "Export it again.",
         )

@@ -217,7 +217,7 @@ def module_agreement(module: nn.Module, graph: Graph) -> dict[str, float]:
     error = float((found - wanted).abs().max())
     if not math.isfinite(scale):
         raise LoweringError(
-            "The trained network itself gives logits that are not finite.", "Train it again."
+            "The network itself gives logits that are not finite.", "Look for NaN in its weights."
         )
     if not error <= MODULE_TOLERANCE * max(scale, 1e-30):
         raise LoweringError(

@@ -22,6 +22,14 @@ from ccn_deploy.graph.graph import Graph
 from ccn_deploy.runs import RUN, TrainedRun, open_run
 from ccn_deploy.storage import sha256, sha256_file
 
+_BESIDE_A_FACTORY = {
+    ".py": "a file of Python",
+    ".pth": "a file of weights",
+    ".pt": "a file of weights",
+    ".safetensors": "a file of weights",
+}
+"""What is taken for a network, and is given beside a factory or has one in it."""
+
 
 @dataclass(frozen=True)
 class SourceOptions:
@@ -80,6 +88,11 @@ def open_source(given: str, options: SourceOptions | None = None) -> NetworkSour
     path = Path(given)
     if not path.exists() and ":" in given:
         return _of_module(given, options)
+    if path.suffix in _BESIDE_A_FACTORY and path.is_file():
+        raise UsageError(
+            f"{path} is {_BESIDE_A_FACTORY[path.suffix]}, and no network by itself.",
+            "Give a function that makes the network, FILE.py:FUNCTION, and its --weights FILE.",
+        )
     if path.is_file():
         if options.weights is not None:
             raise UsageError(
