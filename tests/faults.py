@@ -84,17 +84,22 @@ def turn_kernel_back(bundle: Bundle, output: Path, layer: str = "conv2") -> Bund
     """Go back through a convolution with its kernel transposed and not turned."""
 
     def edit(graph: onnx.GraphProto) -> None:
-        constant = _constant(graph, f"{layer}.grad.weight")
+        (constant,) = (
+            c
+            for c in graph.initializer
+            if c.name in (f"{layer}.grad.turned", f"{layer}.product.grad.turned")
+        )
         _set(constant, np.ascontiguousarray(numpy_helper.to_array(constant)[:, :, ::-1, ::-1]))
 
     return edited(bundle, output, edit, role=Role.GRADIENT)
 
 
-def hold_norm_fixed(bundle: Bundle, output: Path, layer: str = "conv2") -> Bundle:
+def hold_norm_fixed(bundle: Bundle, output: Path) -> Bundle:
     """Leave out the second term of a compact layer's gradient, the slope of its norm."""
 
     def edit(graph: onnx.GraphProto) -> None:
-        node = _node(graph, f"{layer}.grad")
+        node = _node(graph, "act1.grad")  # adds up the gradients by conv2's product and its norm
+        assert node.input[0] == "conv2.product.grad.unfolded"
         node.op_type = "Identity"
         del node.input[1]
 

@@ -484,7 +484,8 @@ def test_triton_repository_stands_beside_the_bundle(whole: Bundle, tmp_path: Pat
 
 
 def test_export_without_images_says_nothing_of_numbers_or_refuses(tmp_path: Path) -> None:
-    run = replace(run_of("ccn"), training={"dataset": "mnist"})
+    run = run_of("ccn")
+    run = replace(run, card=msgspec.structs.replace(run.card, training={"dataset": "mnist"}))
     nowhere = CalibrationRequest(directory=tmp_path)
     half = export_bundle(run, tmp_path / "half", precisions=("fp16",), gradient=False)
     assert "numeric" not in half.file(Role.FORWARD, "fp16").details

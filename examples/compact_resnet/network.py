@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ccn_deploy.layers import SubtractMean
+
 
 class Block(nn.Module):
     """The basic block: two convolutions beside a shortcut."""
@@ -38,6 +40,7 @@ def resnet18(width: int = 16, classes: int = 10) -> nn.Module:
         stages += [Block(inner, outer, 1 if stage == 0 else 2), Block(outer, outer, 1)]
         inner = outer
     return nn.Sequential(
+        SubtractMean(),  # or a compact layer would blow up the noise of a black background
         nn.Conv2d(1, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
