@@ -66,11 +66,16 @@ class CcnDeployError(Exception):
 
     def __init__(self, what: str, hint: str = "") -> None:
         super().__init__(what, hint)
-        self.what = what
-        self.hint = hint
+        self.what = _one_line(what)
+        self.hint = _one_line(hint)
 
     def __str__(self) -> str:
         return f"{self.what}\n{self.hint}" if self.hint else self.what
+
+
+def _one_line(text: str) -> str:
+    """Return text with line breaks and controls escaped: names in it are other people's."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UsageError(CcnDeployError):

@@ -29,10 +29,9 @@ err = Console(stderr=True, highlight=False)
 
 def print_error(error: CcnDeployError) -> None:
     """Print what happened, why, and what to do next, in one or two lines."""
-    what, hint = ("\n".join(map(plain, text.splitlines())) for text in (error.what, error.hint))
-    err.print(f"[bold red]error:[/] {what}", soft_wrap=True)
-    if hint:
-        err.print(hint, soft_wrap=True)
+    err.print(f"[bold red]error:[/] {plain(error.what)}", soft_wrap=True)
+    if error.hint:
+        err.print(plain(error.hint), soft_wrap=True)
 
 
 def print_json(document: dict[str, Any]) -> None:

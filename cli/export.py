@@ -280,16 +280,14 @@ def _document(bundle: Bundle) -> dict[str, Any]:
 
 
 def _print(document: dict[str, Any]) -> None:
-    from rich.markup import escape
-
     from ccn_deploy.cli import console
     from ccn_deploy.cli.tables import show
+    from ccn_deploy.cli.text import line, plain
     from ccn_deploy.tables import Row, Table, texts
 
-    path = escape(document["bundle"])
-    console.out.print(f"[bold]{path}[/]: {escape(document['title'])}", soft_wrap=True)
+    line(f"[bold]{plain(document['bundle'])}[/]: {plain(document['title'])}")
     for topic, text in document["source"].items():
-        console.out.print(f"{topic}: {escape(text)}", soft_wrap=True)
+        line(f"{topic}: {plain(text)}")
     rows = [
         Row(file["path"], texts(f"{file['bytes']:,}", file["sha256"][:16]))
         for file in document["files"]
@@ -299,7 +297,7 @@ def _print(document: dict[str, Any]) -> None:
         ops = file["details"].get("ops")
         if ops:
             summary = ", ".join(f"{count} {op}" for op, count in ops.items())
-            console.out.print(f"ops in {escape(file['path'])}: {summary}", soft_wrap=True)
-    console.out.print(f"digest {document['digest']}", soft_wrap=True)
+            line(f"ops in {plain(file['path'])}: {summary}")
+    line(f"digest {document['digest']}")
     command = f"ccn-deploy verify-parity {shlex.quote(document['bundle'])}"
-    console.err.print(f"Next: {escape(command)}", soft_wrap=True)
+    console.err.print(f"Next: {plain(command)}", soft_wrap=True)

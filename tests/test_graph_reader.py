@@ -161,6 +161,16 @@ def test_refuses(name) -> None:
     assert found.value.hint
 
 
+@pytest.mark.parametrize("name", ["line\nbreak", "carriage\rreturn", "red\x1b[31m", "next\u2028"])
+def test_what_names_hold_does_not_reach_the_terminal(name: str) -> None:
+    """A file of somebody else's could write lines of its own into the message, or over it."""
+    with pytest.raises(GraphError) as caught:
+        read_graph(small(node(name)).SerializeToString())
+    what, hint = str(caught.value).split("\n")
+    assert (what + hint).isprintable()
+    assert name[:3] in what
+
+
 def test_takes_what_is_fine() -> None:
     graph = read_graph(small().SerializeToString())
     assert [n.name for n in graph.nodes] == ["scale"]

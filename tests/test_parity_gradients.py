@@ -89,7 +89,7 @@ def test_two_ways_of_breaking_ties_differ_and_agree_once_untied(defense: str) ->
 def shifts(model: GraphModule, images: NDArray[np.float32]) -> NDArray[np.float64]:
     cotangents = slopes(len(images), 1, model.graph.classes)
     truth = autograd(model, images, cotangents)
-    return measure_shifts(model, images, cotangents[:, 0], truth[:, 0], POLICY).largest
+    return measure_shifts(model, images, cotangents, truth, POLICY).largest
 
 
 @pytest.mark.parametrize("defense", ["sm", "ccn"])
@@ -130,6 +130,22 @@ def test_a_kink_of_a_unit_on_which_nothing_depends_is_none() -> None:
     model = unit(0.0, weight=0.0)
     image = np.array([0.3, 0.7, 0.6, 0.4], dtype=np.float32).reshape(1, 1, 2, 2)
     assert shifts(model, image)[0] < ALLOWED
+
+
+def test_a_kink_of_opposite_logits_is_found_though_a_random_row_is_nearly_their_sum() -> None:
+    """The unit near its bend pulls the two logits apart and leaves their sum as it is."""
+    model = unit(3e-8)
+    image = np.array([0.3, 0.7, 0.6, 0.4], dtype=np.float32).reshape(1, 1, 2, 2)
+    rows = np.array(
+        [[[1, -1], [1, 1.00001]]], dtype=np.float32
+    )  # of five
+    truth = autograd(model, image, rows)
+    random, both = (
+        measure_shifts(model, image, rows[:, used], truth[:, used], POLICY).largest[0]
+        for used in ([1], [0, 1])
+    )
+    assert random < ALLOWED
+    assert both > 0.1
 
 
 # The comparison

@@ -61,8 +61,8 @@ def measure_shifts(
     Args:
         model: The forward graph in float64.
         images: float32 [n, C, H, W].
-        cotangents: [n, classes], one row an image.
-        truth: The exact gradients [n, C, H, W] for these cotangents.
+        cotangents: [n, K, classes].
+        truth: The exact gradients [n, K, C, H, W] for these cotangents.
         policy: Of the precision.
         seed: Of the errors.
     """
@@ -90,15 +90,15 @@ def rounding_shifts(
     pairs: int,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """Return how far errors of an arithmetic moved each image's gradient, [n].
+    """Return how far errors of an arithmetic moved any gradient of each image, [n].
 
     Ties are taken out as they are in the comparison.
 
     Args:
         model: As for :func:`measure_shifts`, and so are images, cotangents and truth.
         images: float32 [n, C, H, W].
-        cotangents: [n, classes].
-        truth: [n, C, H, W].
+        cotangents: [n, K, classes].
+        truth: [n, K, C, H, W].
         arithmetic: What is modelled.
         pairs: Draws of errors, each run with both signs.
         seed: Of the errors.
@@ -106,14 +106,14 @@ def rounding_shifts(
     generator = torch.Generator().manual_seed(seed)
     kept = images_kept(model.graph, 2 * _KEPT)
     shifts = np.zeros(len(images))
-    wanted = untied(truth[:, None], images)
+    wanted = untied(truth, images)
     for at in range(0, len(images), kept):
         piece = slice(at, at + kept)
         x = torch.from_numpy(images[piece]).double()
         rows = torch.from_numpy(cotangents[piece]).double()
         for _ in range(pairs):
             for gradients in _noisy_pair(model, x, rows, arithmetic, generator):
-                change = np.abs(untied(gradients[:, None], images[piece]) - wanted[piece])
+                change = np.abs(untied(gradients, images[piece]) - wanted[piece])
                 shifts[piece] = np.maximum(shifts[piece], change.max(axis=(1, 2)))
     return shifts
 
@@ -125,7 +125,7 @@ def _noisy_pair(
     arithmetic: Arithmetic,
     generator: torch.Generator,
 ) -> NDArray[np.float64]:
-    """Return the gradients [2, N, C, H, W] of the network with errors, and with their opposite."""
+    """Return the gradients [2, N, K, C, H, W] of the network with errors, and their opposite."""
     rounding = RoundingModel(model, arithmetic, Errors(generator, draws=2, paired=True))
     leaf = torch.cat([images] * 2).requires_grad_(True)
     with torch.enable_grad():
@@ -133,10 +133,12 @@ def _noisy_pair(
         for tensor, _, noisy in rounding.run(images, leaf):
             if tensor == model.output:
                 logits = noisy
-        loss = (logits * torch.cat([cotangents] * 2)).sum()
-        (gradients,) = torch.autograd.grad(loss, leaf)
-    found: NDArray[np.float64] = gradients.view(2, *images.shape).numpy()
-    return found
+        rows = torch.cat([cotangents] * 2).unbind(dim=1)
+        found = [
+            torch.autograd.grad((logits * row).sum(), leaf, retain_graph=True)[0] for row in rows
+        ]
+    gradients: NDArray[np.float64] = torch.stack(found, dim=1).numpy()
+    return gradients.reshape(2, len(images), len(rows), *images.shape[1:])
 
 
 def _larger(policy: Tolerance) -> Arithmetic:
