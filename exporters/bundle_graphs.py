@@ -11,6 +11,7 @@ import torch
 
 import ccn_deploy
 from ccn_deploy.bundle import Lineage, NewFile
+from ccn_deploy.errors import GraphError, IntegrityError
 from ccn_deploy.exporters.canonical import canonical
 from ccn_deploy.exporters.checks import check_forward, check_gradient, check_size
 from ccn_deploy.exporters.optimized import check_optimized, differs, optimize
@@ -18,6 +19,7 @@ from ccn_deploy.exporters.precision import Calibration, NumericReport, check_pre
 from ccn_deploy.exporters.vjp import gradient_graph
 from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.graph.graph import Graph
+from ccn_deploy.graph.reader import read_graph
 from ccn_deploy.graph.signature import COTANGENTS
 from ccn_deploy.targets import PRECISIONS, Role
 
@@ -112,8 +114,15 @@ def converted_file(
 
 
 def graph_of(source: NewFile) -> Graph:
-    """Return the graph of a file that was written, or let in, here."""
-    return Graph(onnx.load_model_from_string(source.data))
+    """Read a graph of a bundle, which may be anybody's, as safely as a foreign file.
+
+    Raises:
+        IntegrityError: It is none, or has what no exporter of this package writes.
+    """
+    try:
+        return read_graph(source.data, source.path)
+    except GraphError as error:
+        raise IntegrityError(error.what, "Export the network again; nothing was used.") from error
 
 
 def _file(

@@ -46,24 +46,16 @@ def check_size(graph: onnx.ModelProto, what: str, hint: str) -> None:
 
 
 def check_valid(graph: onnx.ModelProto) -> None:
-    """Run the ONNX checker in full.
+    """Run the ONNX checker in full, and assert that the graph says nothing but its function.
 
     Raises:
-        LoweringError: The checker complains.
+        LoweringError: The checker complains; or there are doc strings, metadata or paths.
     """
     try:
         onnx.checker.check_model(graph, full_check=True)
     except (onnx.checker.ValidationError, shape_inference.InferenceError) as error:
         what = f"The ONNX checker refuses the graph: {one_line(error)}"
         raise LoweringError(what, HINT) from error
-
-
-def check_plain(graph: onnx.ModelProto) -> None:
-    """Assert that the file says nothing but the function: no doc strings, metadata or paths.
-
-    Raises:
-        LoweringError: Something else is in it.
-    """
     body = graph.graph
     described = [graph, body, *body.node, *body.input, *body.output, *body.initializer]
     stray = [part for part in described if part.doc_string or part.metadata_props]
@@ -118,7 +110,6 @@ def check_gradient(gradient: onnx.ModelProto, forward: Graph) -> None:
         LoweringError: Logits or gradients that are not those of the forward graph.
     """
     check_valid(gradient)
-    check_plain(gradient)
     image, classes = forward.input_shape, forward.classes
     _check_declared(
         gradient,

@@ -28,7 +28,7 @@ import torch
 
 from ccn_deploy.errors import LoweringError
 from ccn_deploy.exporters.canonical import canonical
-from ccn_deploy.exporters.checks import HINT, check_plain, check_valid
+from ccn_deploy.exporters.checks import HINT, check_valid
 from ccn_deploy.exporters.compact import CompactLayer, Window, compact_layers
 from ccn_deploy.graph.builder import GraphBuilder
 from ccn_deploy.graph.evaluate import GraphModule
@@ -82,7 +82,6 @@ def check_optimized(model: onnx.ModelProto, forward: Graph) -> None:
         LoweringError: It is not.
     """
     check_valid(model)
-    check_plain(model)
     ends = [(list(m.graph.input), list(m.graph.output)) for m in (model, canonical(forward).model)]
     if ends[0] != ends[1]:
         raise LoweringError("The optimised graph has other inputs or outputs.", HINT)

@@ -271,8 +271,9 @@ def _within(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
 
 def _config(bundle: Bundle, model: _Model) -> Any:
     """Return the ``ModelConfig`` message."""
-    schema = _schema()
+    schema = require("tritonclient.grpc.model_config_pb2", "triton", "to write a Triton model")
     image, classes = list(bundle.card.input_shape), [bundle.card.classes]
+    logits = {"name": OUTPUT, "data_type": schema.TYPE_FP32, "dims": classes}
     digest = {"string_value": bundle.manifest.digest}
     kind = schema.ModelInstanceGroup.KIND_GPU if model.profiles else None
     profiles = [str(at) for at in range(model.profiles)] if model.profiles > 1 else []
@@ -281,14 +282,7 @@ def _config(bundle: Bundle, model: _Model) -> Any:
         platform=model.platform,
         max_batch_size=model.max_batch,
         input=[{"name": INPUT, "data_type": schema.TYPE_FP32, "dims": image}],
-        output=[
-            {
-                "name": OUTPUT,
-                "data_type": schema.TYPE_FP32,
-                "dims": classes,
-                "label_filename": LABELS,
-            }
-        ],
+        output=[{**logits, "label_filename": LABELS}],
         dynamic_batching={
             "preferred_batch_size": model.preferred,
             "max_queue_delay_microseconds": model.delay,
@@ -324,12 +318,6 @@ def _config_text(config: Any) -> bytes:
             "Nothing was written; this is a bug, please report it.",
         )
     return text.encode()
-
-
-def _schema() -> Any:
-    return require(
-        "tritonclient.grpc.model_config_pb2", "triton", "to write a Triton model repository"
-    )
 
 
 def _name(bundle: Bundle, backend: str, precision: str) -> str:

@@ -21,9 +21,9 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from ccn_deploy.architectures import Architecture
-from ccn_deploy.bundle import MANIFEST, open_bundle
+from ccn_deploy.bundle import MANIFEST, NewFile, open_bundle, write_bundle
 from ccn_deploy.defenses import DEFENSES as BY_NAME
-from ccn_deploy.errors import GraphError, LoweringError, UsageError
+from ccn_deploy.errors import GraphError, IntegrityError, LoweringError, UsageError
 from ccn_deploy.exporters import export_bundle
 from ccn_deploy.exporters.checks import check_size
 from ccn_deploy.exporters.lowering import lower
@@ -410,6 +410,29 @@ def test_a_network_of_nan_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match="not finite"):
         export_bundle(as_run(model), tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_of_a_bundle_opens_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = export_bundle(
+        as_run(random_network("mnist-cnn", "sm")), tmp_path / "b", gradient=False
+    )
+    model = onnx.load_model_from_string(bundle.read(bundle.file(Role.FORWARD, "fp32")))
+    weight = next(c for c in model.graph.initializer if c.name == "fc3.weight")
+    (tmp_path / "secret.bin").write_bytes(weight.raw_data)
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="secret.bin")
+    files = [
+        replace(file, data=model.SerializeToString()) if file.role is Role.FORWARD else file
+        for file in (NewFile.copy(bundle, record) for record in bundle.manifest.files)
+    ]
+    hostile = write_bundle(tmp_path / "hostile", card=bundle.card, files=files)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IntegrityError, match="'fc3.weight' has its values in another file"):
+        export_bundle(hostile, tmp_path / "more", precisions=("fp16",))
+    assert not (tmp_path / "more").exists()
 
 
 # The command

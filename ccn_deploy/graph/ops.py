@@ -14,14 +14,10 @@ from ccn_deploy.graph import (
 )
 from ccn_deploy.graph.calls import Operator
 
-OPERATORS: dict[str, Operator] = {
-    **ops_elementwise.OPERATORS,
-    **ops_index.OPERATORS,
-    **ops_norm.OPERATORS,
-    **ops_quantize.OPERATORS,
-    **ops_reduce.OPERATORS,
-    **ops_resize.OPERATORS,
-    **ops_shape.OPERATORS,
-    **ops_window.OPERATORS,
-}
+_MODULES = (
+    ops_elementwise, ops_index, ops_norm, ops_quantize, ops_reduce, ops_resize, ops_shape,
+    ops_window,
+)  # fmt: skip
+
+OPERATORS: dict[str, Operator] = {op: f for part in _MODULES for op, f in part.OPERATORS.items()}
 """By name of the operator, in ONNX's default domain."""

@@ -164,16 +164,9 @@ class _Search:
         if power is None or total is None or power.op != "Exp" or total.op != "ReduceSum":
             return
         if total.inputs[0] == dividend:
-            names = (power.name, total.name, division.name)
+            names, result = (power.name, total.name, division.name), division.outputs[0]
             yield Norm(
-                "softmax",
-                division.name,
-                names,
-                power.inputs[0],
-                divisor,
-                divisor,
-                dividend,
-                division.outputs[0],
+                "softmax", division.name, names, power.inputs[0], divisor, divisor, dividend, result
             )
 
     def _root(self, root: Node) -> Iterator[Norm]:

@@ -1,6 +1,6 @@
 """Everything but the attack that a measurement depends on, told without opening a runtime.
 
-It is the key of the evidence: what was measured under other cache_key is never taken for this.
+It is the key of the evidence: what was measured in another setting is never taken for this.
 """
 
 from __future__ import annotations

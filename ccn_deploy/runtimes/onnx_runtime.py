@@ -126,9 +126,7 @@ class OnnxRuntime(Closing):
 
         Both come from the gradient graph, computed by this very runtime.
 
-        Args:
-            images: float32 [N, C, H, W] as for :meth:`logits`.
-            cotangents: float32 [N, K, classes]; see :meth:`ccn_deploy.runtimes.base.Runtime.vjp`.
+        Arguments are those of :meth:`ccn_deploy.runtimes.base.Runtime.vjp`.
 
         Raises:
             InputError: Images as for :meth:`logits`, or cotangents of another shape or dtype, or

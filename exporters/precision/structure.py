@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto
 
 from ccn_deploy.errors import LoweringError
-from ccn_deploy.exporters.checks import HINT, check_plain, check_valid
+from ccn_deploy.exporters.checks import HINT, check_valid
 from ccn_deploy.exporters.precision.formats import GRIDS, HALVES
 from ccn_deploy.exporters.precision.islands import kept_nodes
 from ccn_deploy.exporters.precision.types import tensor_types
@@ -74,7 +74,6 @@ def check_precision(model: onnx.ModelProto, precision: str, keep_fp32: Sequence[
         LoweringError: Names the first node that breaks the rule, and how.
     """
     check_valid(model)
-    check_plain(model)
     typed = _TypedGraph(Graph(model), keep_fp32)
     typed.check_ends()
     typed.check_wide_ops()

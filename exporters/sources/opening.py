@@ -11,7 +11,7 @@ import msgspec
 from ccn_deploy.bundle import MANIFEST, Bundle, open_bundle
 from ccn_deploy.bundle.card import ModelCard, Source
 from ccn_deploy.errors import UsageError
-from ccn_deploy.exporters.checks import check_plain, check_valid
+from ccn_deploy.exporters.checks import check_valid
 from ccn_deploy.exporters.sources.agreement import module_agreement
 from ccn_deploy.exporters.sources.class_names import read_class_names
 from ccn_deploy.exporters.sources.intake import Intake
@@ -123,7 +123,6 @@ def of_run(run: TrainedRun) -> NetworkSource:
     """
     module, graph = run_network(run)
     check_valid(graph.model)
-    check_plain(graph.model)
     source = Source(
         kind="run",
         name=run.network,

@@ -129,9 +129,7 @@ class TensorRtRuntime(Closing):
         Both come from the gradient engine. More gradients of an image than it was built for are
         computed in several runs, fewer are filled up with zeros.
 
-        Args:
-            images: float32 [N, C, H, W] as for :meth:`logits`.
-            cotangents: float32 [N, K, classes]; see :meth:`ccn_deploy.runtimes.base.Runtime.vjp`.
+        Arguments are those of :meth:`ccn_deploy.runtimes.base.Runtime.vjp`.
 
         Raises:
             InputError: Images as for :meth:`logits`, or cotangents of another shape or dtype, or
