@@ -223,7 +223,7 @@ def travel(name: str, network: Network, home: Path) -> str:
             measured = road.command(
                 f"parity-{precision}",
                 *("verify-parity", "bundle", *dataset, "--threads=1"),
-                *(f"--samples={4 if large else 12}", f"--precision={precision}"),
+                *(f"--samples={8 if large else 12}", f"--precision={precision}"),
             )
         cells.append(parity(measured))
     attacked = road.command(
