@@ -176,7 +176,7 @@ def result(run: Runtime, shifts: float | NDArray[np.float64] = 1e-6) -> ParityRe
         truth=vjp(IMAGES, cotangents)[1],
         shifts=np.broadcast_to(shifts, COUNT).astype(np.float64),
         typical=np.broadcast_to(shifts, COUNT).astype(np.float64),
-        unit=1.0,
+        unit=1e-3,
         scale=float(np.abs(forward(IMAGES)).max()),
     )
     rows, ratios = measure_gradients(run, forward, probe, allowed=ALLOWED)

@@ -45,9 +45,17 @@ SCALE = float(np.abs(reference(IMAGES)).max())
 @pytest.mark.parametrize(("factor", "verdict"), [(0.99, Verdict.PASS), (1.01, Verdict.FAIL)])
 class TestTheBoundIsWhereThePolicySays:
     def test_of_the_scale(self, factor: float, verdict: Verdict) -> None:
-        result = judge(evidence(factor * POLICY.max_relative * SCALE, unit=1.0))
+        allowed = POLICY.max_relative * SCALE
+        result = judge(evidence(factor * allowed, unit=allowed / 2))
         assert result.verdict is verdict
         assert [f.verdict for f in result.inputs] == [verdict] * 3
+
+    def test_what_rounding_explains_wholly_is_no_fault(
+        self, factor: float, verdict: Verdict
+    ) -> None:
+        """As where logits cancel: one unit is more than the policy's part of the scale."""
+        unit = 3 * POLICY.max_relative * SCALE
+        assert judge(evidence(factor * unit, unit=unit)).verdict is verdict
 
     def test_in_units_of_rounding(self, factor: float, verdict: Verdict) -> None:
         unit = 1e-9 * SCALE
@@ -79,7 +87,7 @@ def test_batches_are_one_an_odd_number_and_all() -> None:
 
 
 def invariance(run: object) -> dict[str, Verdict]:
-    claims = measure_invariance(run, IMAGES, reference(IMAGES), unit=1.0, seed=0)  # type: ignore[arg-type]
+    claims = measure_invariance(run, IMAGES, reference(IMAGES), unit=1e-3, seed=0)  # type: ignore[arg-type]
     result = judge(ParityEvidence(SETTING, (), tuple(claims)))
     return {finding.subject: finding.verdict for finding in result.invariance}
 
