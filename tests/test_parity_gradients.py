@@ -136,9 +136,7 @@ def test_a_kink_of_opposite_logits_is_found_though_a_random_row_is_nearly_their_
     """The unit near its bend pulls the two logits apart and leaves their sum as it is."""
     model = unit(3e-8)
     image = np.array([0.3, 0.7, 0.6, 0.4], dtype=np.float32).reshape(1, 1, 2, 2)
-    rows = np.array(
-        [[[1, -1], [1, 1.00001]]], dtype=np.float32
-    )  # of five
+    rows = np.array([[[1, -1], [1, 1.00001]]], dtype=np.float32)  # of five
     truth = autograd(model, image, rows)
     random, both = (
         measure_shifts(model, image, rows[:, used], truth[:, used], POLICY).largest[0]
