@@ -14,9 +14,10 @@ QUICKSTART ?=
 # Two processes, each with whole files of tests: networks are trained once in each.
 TEST ?= --numprocesses 2 --dist loadfile
 BENCH ?=
+NETWORKS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-wide soak lint format bench clean
+.PHONY: help install quickstart test test-gpu test-wide soak lint format bench networks clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -49,6 +50,9 @@ $(GPU_INSTALLED): pyproject.toml constraints.txt
 
 test-wide: $(INSTALLED) ## Derive everything from every published and every kind of own network (25 minutes)
 	$(BIN)/python -m pytest -m wide
+
+networks: $(INSTALLED) ## Take published networks through every command: docs/networks.md (hours on two cores)
+	$(BIN)/python -m tests.campaign $(NETWORKS)
 
 soak: $(INSTALLED) ## Ask one loaded bundle from eight threads for a minute
 	$(BIN)/python -m pytest -m soak -s

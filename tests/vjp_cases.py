@@ -333,6 +333,8 @@ PICKS = [
     Case("Gather some", IMAGE, "y = Gather<axis = 3>(images, i)", {"i": ints(4, 0, 2)}),
     Case("Gather again", IMAGE, "y = Gather<axis = 1>(images, i)", {"i": ints(0, 0, 2, 0)}),
     Case("Gather matrix", IMAGE, "y = Gather<axis = 2>(images, i)", {"i": ints(0, 3, 3, 5).reshape(2, 2)}),
+    Case("Gather batch of results", IMAGE, "s = Sin(images) n = Shape<start = 0, end = 1>(s) m = Squeeze(n)"
+         " i = Range(z, m, o) y = Gather<axis = 0>(s, i)", {"z": np.int64(0), "o": np.int64(1)}),
     Case("Gather batch", IMAGE, "n = Shape<start = 0, end = 1>(images) m = Squeeze(n) i = Range(z, m, o)"
          " y = Gather<axis = 0>(images, i)", {"z": np.int64(0), "o": np.int64(1)}),
     Case("Slice", IMAGE, "y = Slice(images, s, e, a)", {"s": ints(1, -3), "e": ints(5, -1), "a": ints(2, 3)}),

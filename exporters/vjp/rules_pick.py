@@ -11,6 +11,7 @@ from ccn_deploy.exporters.vjp.rules_move import padded
 from ccn_deploy.exporters.vjp.table import rule
 from ccn_deploy.exporters.vjp.tape import Gradient, Site
 from ccn_deploy.graph.evaluate import GraphModule
+from ccn_deploy.graph.graph import Graph
 from ccn_deploy.graph.signature import INPUT
 
 
@@ -75,19 +76,26 @@ def _gather(at: Site, g: Gradient) -> Owed:
 
 def _is_whole_axis(at: Site, axis: int) -> bool:
     """Whether the indices are 0, 1, 2, ... to the end of the axis, for any batch."""
-    forward = at.tape.forward
-    seen = {
-        tensor
-        for node in forward.above(at.node.inputs[1])
-        if node.op not in ("Shape", "Size")
-        for tensor in node.inputs
-    }
-    if not seen.isdisjoint(forward.floats):
+    if not _of_sizes_alone(at.tape.forward, at.node.inputs[1]):
         return False
     for count in (2, 3):
         x, indices = _inputs(at, count, [0, 1])
         if not torch.equal(indices.reshape(-1).long(), torch.arange(x.shape[axis])):
             return False
+    return True
+
+
+def _of_sizes_alone(forward: Graph, tensor: str) -> bool:
+    """Whether a tensor is made of constants and of shapes: what has a shape does not matter."""
+    ahead, seen = [tensor], set[str]()
+    while ahead:
+        name = ahead.pop()
+        if name in forward.floats:
+            return False
+        node = forward.made_by.get(name)
+        if node is not None and name not in seen and node.op not in ("Shape", "Size"):
+            ahead.extend(node.inputs)
+        seen.add(name)
     return True
 
 
