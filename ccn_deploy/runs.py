@@ -78,8 +78,9 @@ class RunRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
             UsageError: An unknown architecture, or sizes or classes that no network has.
         """
         assert self.finished is not None
+        network = self.network.rpartition("/")[2]  # a card holds no path of anybody's machine
         return ModelCard(
-            name=f"{self.architecture}-{self.defense}" if self.architecture else self.network,
+            name=f"{self.architecture}-{self.defense}" if self.architecture else network,
             input_shape=self.input_shape or architecture_named(self.architecture).input_shape,
             class_names=self.class_names,
             architecture=self.architecture,
@@ -89,7 +90,7 @@ class RunRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
                 "train_accuracy": self.finished.train_accuracy,
                 "test_accuracy": self.finished.test_accuracy,
             },
-            source=Source(kind="run", name=self.network, sha256=self.finished.weights_sha256),
+            source=Source(kind="run", name=network, sha256=self.finished.weights_sha256),
         )
 
 

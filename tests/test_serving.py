@@ -31,6 +31,8 @@ from ccn_deploy.errors import (
     UsageError,
 )
 from ccn_deploy.exporters import export_bundle
+from ccn_deploy.exporters.sources.intake import Intake
+from ccn_deploy.exporters.sources.opening import SourceOptions, open_source
 from ccn_deploy.exporters.tensorrt.build import Batches
 from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
@@ -38,6 +40,7 @@ from ccn_deploy.runtimes.compatibility import Candidate
 from ccn_deploy.serving import first_usable
 from ccn_deploy.targets import Role, Target
 from tests.engines import build_rtx, engine_file, with_files
+from tests.foreign_files import classifier
 from tests.networks import as_run, random_network
 
 ONE_THREAD = RuntimeOptions(threads=1)
@@ -462,3 +465,28 @@ def test_a_loaded_bundle_takes_little_more_memory_than_a_bare_session(
     bare = int(python(BARE, graph, *shape).stdout)
     print(f"{architecture}: {ours:,} bytes against {bare:,}: {ours / bare:.2f}")
     assert ours < 1.5 * bare
+
+
+def test_the_source_s_own_format_is_taken(tmp_path: Path) -> None:
+    """What the file answers for bytes in its own format, the bundle answers for the same bytes."""
+    model = classifier(layout="nhwc")
+    (tmp_path / "theirs.onnx").write_bytes(model.SerializeToString())
+    intake = Intake(
+        input_layout="nhwc", input_range=(0, 255), mean=(104, 117, 123), channel_order="bgr"
+    )
+    source = open_source(str(tmp_path / "theirs.onnx"), SourceOptions(intake))
+    bundle = export_bundle(source, tmp_path / "b", gradient=False)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    fed = pixels[..., ::-1].astype(np.float32) - np.float32([104, 117, 123])
+    theirs = onnxruntime.InferenceSession(tmp_path / "theirs.onnx")
+    (probabilities,) = theirs.run(None, {"x": fed})
+
+    with ccn_deploy.load(bundle, "onnxruntime-cpu") as served:
+        logits = served.predict_source(fed)
+        assert logits == pytest.approx(
+            served.predict(pixels.transpose(0, 3, 1, 2) / np.float32(255)), abs=1e-4
+        )
+        with pytest.raises(InputError, match="outside"):
+            served.predict_source(fed + 200)
+    softmax = np.exp(logits - logits.max(axis=1, keepdims=True))
+    assert softmax / softmax.sum(axis=1, keepdims=True) == pytest.approx(probabilities, abs=1e-5)

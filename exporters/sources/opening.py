@@ -125,7 +125,7 @@ def of_run(run: TrainedRun) -> NetworkSource:
     check_valid(graph.model)
     source = Source(
         kind="run",
-        name=run.network,
+        name=run.card.source.name,
         sha256=sha256(run.weights),
         agreement=module_agreement(module, graph),
     )
@@ -152,7 +152,7 @@ def _of_module(given: str, options: SourceOptions) -> NetworkSource:
     opened = open_onnx_file(to_bytes(model), options.intake)
     source = Source(
         kind="module",
-        name=given,
+        name=given.rpartition("/")[2],  # a card holds no path of anybody's machine
         sha256=sha256(to_bytes(model)) if options.weights is None else sha256_file(options.weights),
         removed=opened.removed,
         changes=opened.changes,
