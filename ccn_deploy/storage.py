@@ -48,7 +48,7 @@ def read_regular(path: Path) -> bytes | None:
         with os.fdopen(descriptor, "rb") as file:
             if not path.is_symlink() and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if not path.is_symlink():
             return None
     except IsADirectoryError:

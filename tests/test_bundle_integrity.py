@@ -445,6 +445,6 @@ def test_overwrite_does_not_replace_what_is_no_bundle(tmp_path: Path, what: str)
     file = path / "chapter" if what == "directory" else path
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(b"years of work")
-    with pytest.raises(UsageError, match="not a bundle"):
+    with pytest.raises(UsageError, match="no bundle"):
         make(path, overwrite=True)
     assert file.read_bytes() == b"years of work"
