@@ -11,12 +11,14 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 
-from ccn_deploy.bundle import Bundle, open_bundle
+from ccn_deploy.architectures import architecture_named
+from ccn_deploy.bundle import Bundle, ModelCard, Source, open_bundle
 from ccn_deploy.data import Dataset, load_dataset
 from ccn_deploy.exporters import export_bundle
 from ccn_deploy.models import build_model
 from ccn_deploy.runs import TrainedRun
 from ccn_deploy.runtimes import RuntimeOptions
+from ccn_deploy.storage import sha256
 from ccn_deploy.trainers import TrainConfig, train
 
 DATASET = "mnist5k"
@@ -79,6 +81,13 @@ def untrained(
     """
     with torch.no_grad():
         weights = save(build_model(architecture, defense, classes=len(class_names)).state_dict())
-    training = {"dataset": "none", "seed": 0}
-    run = TrainedRun(output, architecture, defense, class_names, training, weights)
-    return export_bundle(run, output, **options)
+    card = ModelCard(
+        name=f"{architecture}-{defense}",
+        input_shape=architecture_named(architecture).input_shape,
+        class_names=class_names,
+        architecture=architecture,
+        defense=defense,
+        training={"dataset": "none", "seed": 0},
+        source=Source(kind="run", sha256=sha256(weights)),
+    )
+    return export_bundle(TrainedRun(output, card, weights), output, **options)
