@@ -133,7 +133,7 @@ def test_the_compact_resnet(root: Path, data: str) -> None:
         "--samples 100": "--samples 8",
         "0.02,0.05": "0.05",
     }
-    assert "Made compact: 0, 3.conv1, " in run(train, root, smaller)
+    assert "Made compact: 1, 4.conv1, " in run(train, root, smaller)
     run(export, root, smaller)
     bundle = open_bundle(root / "compact")
     graph = read_graph(bundle.read(bundle.file(Role.FORWARD, "fp32")))
