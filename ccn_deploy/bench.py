@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from ccn_deploy.bundle import Bundle
+from ccn_deploy.data import Dataset
 from ccn_deploy.errors import (
     EnvironmentUnfitError,
     IntegrityError,
     RuntimeUnavailableError,
     UsageError,
 )
+from ccn_deploy.evaluation import check_fits
 from ccn_deploy.latency import Latency, Program, Ratio, take_turns
 from ccn_deploy.machine import processor, this_machine
 from ccn_deploy.runtimes import RuntimeOptions
@@ -45,6 +47,8 @@ class BenchRequest:
         seconds: Of timed calls for each bundle, runtime, precision and batch.
         calls: How many instead.
         warm_up: Calls before.
+        dataset: Whose images, in the order of its sample with seed 0, and again from the first
+            where a batch is larger than it; noise if None.
     """
 
     runtimes: tuple[str, ...] = ()
@@ -54,6 +58,7 @@ class BenchRequest:
     seconds: float = 1.0
     calls: int | None = None
     warm_up: int = 10
+    dataset: Dataset | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class BenchResult:
 
     def document(self) -> dict[str, Any]:
         """Return all of it as plain JSON values; times are in seconds."""
-        machine = this_machine()
+        machine, dataset = this_machine(), self.request.dataset
         return {
             "schema": SCHEMA,
             "machine": {
@@ -110,6 +115,7 @@ class BenchResult:
                 "gpus": [asdict(gpu) for gpu in machine.gpus],
             },
             "versions": self.versions,
+            "data": dataset.identity if dataset is not None else None,
             "setting": {
                 "threads": self.request.threads,
                 "seconds": None if self.request.calls else self.request.seconds,
@@ -144,14 +150,15 @@ def bench(
         progress: Called before each configuration and at the end.
 
     Raises:
-        UsageError: Bundles of different architectures, or nothing to measure in common.
+        UsageError: Bundles of different architectures, nothing to measure in common, or data that
+            do not fit the network.
         RuntimeUnavailableError: A runtime or precision that was named cannot be had here, or no
             runtime can.
         IntegrityError: A file of a bundle is not what its manifest says.
     """
     named = _names(bundles)
     targets, passed_over = _targets(named, request)
-    images = _images(bundles[0], max(request.batches))
+    images = _images(bundles[0], request.dataset, max(request.batches))
     steps = [(target, batch) for target in targets for batch in request.batches]
     rows: list[Row] = []
     versions: dict[str, str] = {}
@@ -262,8 +269,15 @@ def _wanted(fit: Candidate, request: BenchRequest) -> bool:
     )
 
 
-def _images(bundle: Bundle, count: int) -> Array:
-    """Return noise: what a network takes for an image does not change how long it takes."""
+def _images(bundle: Bundle, dataset: Dataset | None, count: int) -> Array:
+    """Return images of the data, or noise.
+
+    What a network takes for an image hardly changes how long it takes; where it does, because
+    numbers become tiny or a kernel skips zeros, real images show it.
+    """
+    if dataset is not None:
+        check_fits(bundle, dataset)
+        return dataset.images(np.resize(dataset.order(), count))
     shape = (count, *bundle.card.input_shape)
     return np.random.default_rng(0).random(shape, dtype=np.float32)
 

@@ -7,15 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ccn_deploy.cli.options import JsonOption, ThreadsOption
+from ccn_deploy.cli.options import (
+    DataDirOption,
+    DatasetOrNoiseOption,
+    JsonOption,
+    ThreadsOption,
+    takes_data_options,
+    tell_notes,
+)
 
 if TYPE_CHECKING:
-    from ccn_deploy.bench import BenchResult
+    from ccn_deploy.bench import BenchRequest, BenchResult
+    from ccn_deploy.bundle import Bundle
+    from ccn_deploy.data import DataOptions, Dataset
     from ccn_deploy.tables import Table
 
 PLOTS = (".png", ".svg", ".pdf")
 
 
+@takes_data_options
 def bench(
     bundles: Annotated[
         list[Path],
@@ -43,6 +53,9 @@ def bench(
     batch: Annotated[
         str, typer.Option("--batch", help="Images a call, with commas between.")
     ] = "1,32",
+    dataset: DatasetOrNoiseOption = None,
+    data_dir: DataDirOption = None,
+    data: DataOptions,
     threads: ThreadsOption = None,
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.001, help="To measure each configuration.")
@@ -72,17 +85,21 @@ def bench(
                 f"--plot cannot write {plot.name}.", f"Name a file ending in {', '.join(PLOTS)}."
             )
         require("matplotlib", "train", "to draw a plot")
+    batches = _batches(batch)
+    opened = [open_bundle(path) for path in bundles]
+    images = _dataset(opened[0], dataset, data_dir, data)
     request = BenchRequest(
         runtimes=tuple(runtime or ()),
         precisions=tuple(precision or ()),
-        batches=_batches(batch),
+        batches=batches,
         threads=threads,
         seconds=seconds,
         calls=calls,
         warm_up=warm_up,
+        dataset=images,
     )
     with console.Bar() as bar:
-        result = measure([open_bundle(path) for path in bundles], request, progress=bar)
+        result = measure(opened, request, progress=bar)
     if plot is not None:
         from ccn_deploy.report.latency import draw
         from ccn_deploy.storage import write_atomic
@@ -94,6 +111,28 @@ def bench(
         _print(result)
     if plot is not None:
         console.err.print(f"Plot: {plot}", markup=False, soft_wrap=True)
+
+
+def _dataset(
+    bundle: Bundle, name: str | None, directory: Path | None, options: DataOptions
+) -> Dataset | None:
+    """Load the images to time on; None for noise."""
+    from dataclasses import asdict
+
+    from ccn_deploy.errors import UsageError
+    from ccn_deploy.evaluation import evaluation_data
+
+    if name is None:
+        options.refuse(asdict(options), "noise", "the images of a data set")
+        if directory is not None:
+            raise UsageError(
+                "--data-dir is for a data set that has a name, and none is named.",
+                "Add --dataset NAME, or leave out --data-dir.",
+            )
+        return None
+    dataset = evaluation_data(bundle, name, directory, options)
+    tell_notes(dataset)
+    return dataset
 
 
 def _batches(text: str) -> tuple[int, ...]:
@@ -121,6 +160,7 @@ def _print(result: BenchResult) -> None:
     threads = f"{setting['threads']} of " if setting["threads"] else ""
     gpus = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
     out.print(f"{machine['processor']}, {threads}{machine['cpus']} CPUs{gpus}; {versions}")
+    out.print(f"images: {_images(result.request)}", markup=False, soft_wrap=True)
     show(_latencies(result), words=2)
     if len(result.bundles) > 1:
         show(_ratios(result), words=2)
@@ -132,6 +172,15 @@ def _print(result: BenchResult) -> None:
     for why, targets in reasons.items():
         what = ", ".join(f"{target} ({', '.join(names)})" for target, names in targets.items())
         out.print(f"Not measured: {what}. {why}", markup=False, soft_wrap=True)
+
+
+def _images(request: BenchRequest) -> str:
+    """Say what was timed: noise, or how many images of which data."""
+    if request.dataset is None:
+        return "noise"
+    data, count = request.dataset, max(request.batches)
+    repeated = f", repeated to {count}" if len(data) < count else ""
+    return f"{min(count, len(data))} of {data.name}, {data.split} split{repeated}"
 
 
 def _latencies(result: BenchResult) -> Table:

@@ -36,16 +36,19 @@ PrecisionOption = Annotated[
 _DATA = "Data"
 """Heading of the options below in --help."""
 
-DatasetOption = Annotated[
-    str | None,
-    typer.Option(
+
+def _dataset(default: str) -> Any:
+    return typer.Option(
         "--dataset",
         metavar="NAME|DIR|FILE.npz",
         help="Data set to use: a name, a directory of class folders, or an .npz file.",
-        show_default="the one it was trained on",
+        show_default=default,
         rich_help_panel=_DATA,
-    ),
-]
+    )
+
+
+DatasetOption = Annotated[str | None, _dataset("the one it was trained on")]
+DatasetOrNoiseOption = Annotated[str | None, _dataset("noise")]
 DataDirOption = Annotated[
     Path | None,
     typer.Option(
@@ -122,7 +125,6 @@ def takes_data_options(command: Callable[..., None]) -> Callable[..., None]:
     def data_options(**given: Any) -> DataOptions:
         from ccn_deploy.data import DataOptions
 
-        names = {"npz_images": "images_key", "npz_labels": "labels_key"}
         names = {"npz_images": "images_key", "npz_labels": "labels_key"}
         return DataOptions(**{names.get(name, name): value for name, value in given.items()})
 

@@ -17,12 +17,15 @@ import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from ccn_deploy.bench import BenchRequest, bench
 from ccn_deploy.bundle import Bundle
-from ccn_deploy.errors import ExitCode, RuntimeUnavailableError
+from ccn_deploy.data import ModelInput, dataset_from_arrays, load_dataset
+from ccn_deploy.errors import ExitCode, RuntimeUnavailableError, UsageError
 from ccn_deploy.exporters import export_bundle
 from ccn_deploy.latency import FEWEST_CALLS, Latency, Ratio, take_turns
+from ccn_deploy.serving import Model
 from tests.networks import as_run, random_network
 from tests.test_cli import assert_clear_error, ccn_deploy
 
@@ -140,6 +143,7 @@ class TestCommand:
         assert done.returncode == ExitCode.PASS, done.stderr
         document = json.loads(done.stdout)
         assert document["schema"] == "ccn-deploy/bench/1"
+        assert document["data"] is None
         assert document["setting"] == {"threads": 1, "seconds": None, "calls": 4, "warm_up": 1}
         assert {name: n["digest"] for name, n in document["networks"].items()} == {
             bundle.card.defense: bundle.manifest.digest for bundle in pair
@@ -180,6 +184,23 @@ class TestCommand:
             ["torch-fp32", "sm", "2"],
         ]
 
+    def test_images_of_a_users_own_are_timed_and_said(
+        self, pair: tuple[Bundle, Bundle], tmp_path: Path
+    ) -> None:
+        images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+        np.savez(tmp_path / "five.npz", images=images, labels=np.arange(5))
+        request = ("bench", pair[0].path, *QUICK, "--runtime", "onnxruntime-cpu")
+        given = (*request, "--dataset", tmp_path / "five.npz")
+        done = ccn_deploy(*given, "--batch", "1,8")
+        assert done.returncode == ExitCode.PASS, done.stderr
+        assert "images: 5 of five.npz, test split, repeated to 8\n" in done.stdout
+        assert "numbers" in done.stderr  # what else is to be known of the data
+        data = json.loads(ccn_deploy(*given, "--batch", "2", "--json").stdout)["data"]
+        own = load_dataset(tmp_path / "five.npz", "test", like=ModelInput((1, 28, 28)))
+        assert data == own.identity
+        noise = ccn_deploy(*request, "--batch", "2")
+        assert "images: noise\n" in noise.stdout
+
     @pytest.mark.skipif(HAS_CUDA, reason="ONNX Runtime has a CUDA provider here")
     def test_what_does_not_work_here_is_listed_with_the_reason(
         self, pair: tuple[Bundle, Bundle]
@@ -218,6 +239,9 @@ class TestCommand:
             (["--batch", "1,x"], ExitCode.USAGE, "--batch is '1,x'"),
             (["--batch", "0"], ExitCode.USAGE, "at least 1"),
             (["--plot", "p.jpeg"], ExitCode.USAGE, ".svg"),
+            (["--dataset", "cifar11"], ExitCode.USAGE, "cifar10"),
+            (["--resize", "stretch"], ExitCode.USAGE, "--resize is for"),
+            (["--data-dir", "."], ExitCode.USAGE, "--dataset NAME"),
         ],
     )
     def test_a_wrong_option_is_named(
@@ -271,6 +295,33 @@ class TestBench:
             ("torch fp32, batch 2", 3, 4),
             ("", 4, 4),
         ]
+
+    def test_the_images_of_the_data_are_what_is_run(
+        self, pair: tuple[Bundle, Bundle], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[NDArray[np.float32]] = []
+        predict = Model.predict
+
+        def watched(model: Model, images: NDArray[np.float32]) -> NDArray[np.float32]:
+            seen.append(images)
+            return predict(model, images)
+
+        monkeypatch.setattr(Model, "predict", watched)
+        images = np.random.default_rng(0).random((3, 1, 28, 28), np.float32)
+        data = dataset_from_arrays("three", images, [0, 1, 2], class_names=tuple("0123456789"))
+        request = BenchRequest(
+            ("onnxruntime-cpu",), batches=(1, 5), threads=1, calls=1, warm_up=0, dataset=data
+        )
+        bench(pair[:1], request)
+        first, second, third = data.order()
+        assert any(np.array_equal(given, data.images([first])) for given in seen)
+        np.testing.assert_array_equal(seen[-1], data.images([first, second, third, first, second]))
+
+    def test_data_that_do_not_fit_are_refused(self, pair: tuple[Bundle, Bundle]) -> None:
+        images = np.zeros((3, 3, 28, 28), np.uint8)
+        data = dataset_from_arrays("colour", images, [0, 1, 2], class_names=tuple("0123456789"))
+        with pytest.raises(UsageError, match="colour"):
+            bench(pair[:1], BenchRequest(("onnxruntime-cpu",), dataset=data))
 
     def test_torch_is_measured_in_the_precision_that_was_named(
         self, pair: tuple[Bundle, Bundle]
