@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import onnx
@@ -12,7 +13,7 @@ import torch
 import ccn_deploy
 from ccn_deploy.bundle import Lineage, NewFile
 from ccn_deploy.errors import GraphError, IntegrityError
-from ccn_deploy.exporters.canonical import canonical
+from ccn_deploy.exporters.canonical import CanonicalGraph, canonical
 from ccn_deploy.exporters.checks import check_forward, check_gradient, check_size
 from ccn_deploy.exporters.optimized import check_optimized, differs, optimize
 from ccn_deploy.exporters.precision import Calibration, NumericReport, check_precision, convert
@@ -24,6 +25,27 @@ from ccn_deploy.graph.signature import COTANGENTS
 from ccn_deploy.targets import PRECISIONS, Role
 
 OURS = {"ccn-deploy": ccn_deploy.__version__}
+
+
+class GraphFile:
+    """A float32 graph of a bundle, read and made canonical once for all passes.
+
+    Args:
+        file: Of the bundle.
+    """
+
+    def __init__(self, file: NewFile) -> None:
+        self.file = file
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The graph as it is deployed; see :func:`graph_of`."""
+        return graph_of(self.file)
+
+    @cached_property
+    def canonical(self) -> CanonicalGraph:
+        """The form of a forward graph that passes start from."""
+        return canonical(self.graph)
 
 
 def path_of(role: Role, precision: str, runtime: str = "") -> str:
@@ -47,37 +69,36 @@ def forward_file(forward: Graph, sources: tuple[str, ...]) -> NewFile:
     return _file(Role.FORWARD, forward.model, Lineage(sources=sources, step=step))
 
 
-def optimized_file(forward: NewFile, runtime: str) -> NewFile | None:
+def optimized_file(forward: GraphFile, runtime: str) -> NewFile | None:
     """Rewrite a forward graph for one runtime and check it; None where nothing is to be rewritten.
 
     Raises:
         LoweringError: It is not what it must be.
     """
-    source = canonical(graph_of(forward))
+    source = forward.canonical
     if not differs(source):
         return None
     graph = optimize(source)
     check_optimized(graph, source)
-    lineage = Lineage(sources=(forward.path,), step="optimize", settings={"runtime": runtime})
+    lineage = Lineage(sources=(forward.file.path,), step="optimize", settings={"runtime": runtime})
     return _file(Role.FORWARD, graph, lineage, runtime=runtime)
 
 
-def gradient_file(forward: NewFile) -> NewFile:
+def gradient_file(forward: GraphFile) -> NewFile:
     """Derive the graph of the input gradients and check it.
 
     Raises:
         NoGradientError: An operator has no rule; names it with its node.
         LoweringError: It is not what it must be.
     """
-    source = graph_of(forward)
-    graph = gradient_graph(source)
+    graph = gradient_graph(forward.canonical)
     check_size(graph, "The gradient graph", "Export without it: --no-gradient")
-    check_gradient(graph, source)
-    return _file(Role.GRADIENT, graph, Lineage(sources=(forward.path,), step="vjp"))
+    check_gradient(graph, forward.graph)
+    return _file(Role.GRADIENT, graph, Lineage(sources=(forward.file.path,), step="vjp"))
 
 
 def converted_file(
-    source: NewFile,
+    source: GraphFile,
     precision: str,
     calibration: Calibration | None,
     report: NumericReport | None,
@@ -97,9 +118,8 @@ def converted_file(
             has.
         LoweringError: The converted graph breaks the rule.
     """
-    graph = graph_of(source)
-    if COTANGENTS not in graph.inputs:
-        graph = canonical(graph)
+    differentiates = COTANGENTS in source.graph.inputs
+    graph = source.graph if differentiates else source.canonical
     converted = convert(graph, precision, calibration, keep_fp32)
     check_precision(converted.graph, precision, keep_fp32)
     details: dict[str, Any] = {"layers": converted.layers}
@@ -109,8 +129,8 @@ def converted_file(
         details["numeric"] = report.document()
     step = "cast" if PRECISIONS[precision].kind == "half" else "qdq"
     settings = {"precision": precision, "keep_fp32": list(keep_fp32)}
-    lineage = Lineage(sources=(source.path,), step=step, settings=settings)
-    return _file(source.role, converted.graph, lineage, precision, details=details)
+    lineage = Lineage(sources=(source.file.path,), step=step, settings=settings)
+    return _file(source.file.role, converted.graph, lineage, precision, details=details)
 
 
 def graph_of(source: NewFile) -> Graph:

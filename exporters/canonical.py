@@ -28,7 +28,11 @@ LARGEST = 2**22
 """Numbers that a folded constant may have at most; a larger one is computed where it is needed."""
 
 
-def canonical(forward: Graph) -> Graph:
+class CanonicalGraph(Graph):
+    """A graph that :func:`canonical` returned, which so has nothing left to do on it."""
+
+
+def canonical(forward: Graph) -> CanonicalGraph:
     """Return a graph of the same function and the same inputs and outputs, in one form.
 
     * opset :data:`~ccn_deploy.graph.builder.OPSET` or later, and only ONNX's own;
@@ -38,15 +42,18 @@ def canonical(forward: Graph) -> Graph:
     * no comments, metadata or recorded shapes.
 
     In float64 it evaluates to the same numbers. A graph that has this form, as those of
-    :func:`ccn_deploy.exporters.lowering.lower`, comes out byte for byte.
+    :func:`ccn_deploy.exporters.lowering.lower`, comes out byte for byte; what this function made
+    comes back as it is, so that passes may call one another.
     """
+    if isinstance(forward, CanonicalGraph):
+        return forward
     model = onnx.ModelProto()
     model.CopyFrom(forward.model)
     _strip(model)
     model = _raised(model)
     for step in (_fold, _fix_reshapes, _bypass, _prune):
         step(model)
-    return Graph(model)
+    return CanonicalGraph(model)
 
 
 def _strip(model: onnx.ModelProto) -> None:

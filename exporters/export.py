@@ -14,8 +14,8 @@ from ccn_deploy.bundle.writer import check_target
 from ccn_deploy.errors import DatasetNotFoundError, UsageError, unknown
 from ccn_deploy.exporters import bundle_graphs
 from ccn_deploy.exporters.bundle_draft import BundleDraft
+from ccn_deploy.exporters.bundle_graphs import GraphFile
 from ccn_deploy.exporters.calibration import CalibrationRequest, load_calibration
-from ccn_deploy.exporters.canonical import canonical
 from ccn_deploy.exporters.optimized import TARGETS
 from ccn_deploy.exporters.precision import (
     Calibration,
@@ -160,7 +160,7 @@ class _Maker:
     def __init__(self, draft: BundleDraft, wanted: Wanted, progress: Callable[[str], None]) -> None:
         forward = draft.find(Role.FORWARD, "fp32")
         assert forward is not None  # a source has one, and a bundle was let in with one
-        self._forward = forward
+        self._forward = GraphFile(forward)
         self._draft = draft
         self._wanted = wanted
         self._progress = progress
@@ -173,7 +173,7 @@ class _Maker:
         """
         optimize, draft = self._wanted.optimize, self._draft
         if optimize is not None and draft.find(Role.FORWARD, "fp32", optimize) is None:
-            self._progress(f"Rewriting {self._forward.path} for {optimize}")
+            self._progress(f"Rewriting {self._forward.file.path} for {optimize}")
             rewritten = bundle_graphs.optimized_file(self._forward, optimize)
             if rewritten is not None:
                 draft.add(rewritten)
@@ -181,13 +181,14 @@ class _Maker:
         if gradient is None and self._wanted.gradient and not keep_without_gradient:
             self._progress("Deriving and checking the gradient graph")
             gradient = draft.add(bundle_graphs.gradient_file(self._forward))
+        differentiated = None if gradient is None else GraphFile(gradient)
         for precision in self._wanted.precisions:
             if precision == "fp32":
                 continue
             self._convert(self._forward, precision)
             differentiable = self._wanted.gradient and PRECISIONS[precision].has_gradients
-            if gradient is not None and differentiable:
-                self._convert(gradient, precision)
+            if differentiated is not None and differentiable:
+                self._convert(differentiated, precision)
 
     def make_engines(self) -> None:
         """Add an engine of every graph that is wanted."""
@@ -199,15 +200,16 @@ class _Maker:
                     if graph is not None:
                         self._engine(library, graph)
 
-    def _convert(self, graph: NewFile, precision: str) -> None:
-        if self._draft.find(graph.role, precision) is not None:
+    def _convert(self, source: GraphFile, precision: str) -> None:
+        role = source.file.role
+        if self._draft.find(role, precision) is not None:
             return
-        self._progress(f"Converting to {bundle_graphs.path_of(graph.role, precision)}")
+        self._progress(f"Converting to {bundle_graphs.path_of(role, precision)}")
         calibration = self._images if PRECISIONS[precision].kind == "grid" else None
-        report = self._report if graph.role == Role.FORWARD else None
+        report = self._report if role == Role.FORWARD else None
         self._draft.add(
             bundle_graphs.converted_file(
-                graph, precision, calibration, report, self._wanted.keep_fp32
+                source, precision, calibration, report, self._wanted.keep_fp32
             )
         )
 
@@ -225,7 +227,7 @@ class _Maker:
             if self._wanted.calibration is not None:
                 raise
             return None
-        return numeric_report(canonical(bundle_graphs.graph_of(self._forward)), images)
+        return numeric_report(self._forward.canonical, images)
 
     def _engine(self, library: str, graph: NewFile) -> None:
         batch, candidates, prefix = self._wanted.batch, None, ""
@@ -233,8 +235,7 @@ class _Maker:
             most = min(CANDIDATES, self._draft.card.classes)
             prefix, candidates = "gradient-", Batches(1, most, most)
             batch = batch.at_most(
-                LARGEST_TENSOR
-                // (most * _largest_activation(bundle_graphs.graph_of(self._forward)))
+                LARGEST_TENSOR // (most * _largest_activation(self._forward.graph))
             )
         asked = self._wanted.asked_of(library)
         named = asked or not LIBRARIES[library].portable

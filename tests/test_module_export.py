@@ -18,6 +18,7 @@ from ccn_deploy.errors import LoweringError, UsageError
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.sources.agreement import module_agreement
 from ccn_deploy.exporters.sources.module import export_module
+from ccn_deploy.exporters.vjp import gradient_graph
 from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.graph.graph import Graph
 from ccn_deploy.layers import CompactConv2d, CompactLinear, compactify
@@ -172,6 +173,26 @@ def test_a_layer_that_is_called_twice_and_a_weight_that_is_used_elsewhere() -> N
     model = export_module(made, (1, 4, 4))
     assert deviation(made, model) < 1e-6
     assert ops(model).count("Sqrt") == 2
+
+
+@pytest.mark.parametrize("size", [3, (4, None), (9, 2)])
+def test_adaptive_averages_of_uneven_windows_have_gradients(
+    size: int | tuple[int | None, int | None],
+) -> None:
+    pool = nn.AdaptiveAvgPool2d(size)
+    flat = pool(torch.zeros(1, 2, 7, 8)).numel()
+    module = nn.Sequential(nn.Conv2d(1, 2, 1), pool, nn.Flatten(), nn.Linear(flat, 4))
+    model = export_module(module, (1, 7, 8))
+    assert deviation(module, model) < 1e-5
+    assert set(ops(model)) == {"Conv", "MatMul", "Reshape", "Gemm"}
+    images = torch.rand(2, 1, 7, 8, requires_grad=True)
+    module(images).sum().backward()
+    graph = ReferenceEvaluator(gradient_graph(Graph(model)))
+    ones = np.ones((2, 1, 4), np.float32)
+    given = {"images": images.detach().numpy(), "cotangents": ones}
+    (slopes,) = graph.run(["gradients"], given)
+    assert images.grad is not None
+    assert slopes[:, 0] == pytest.approx(images.grad.numpy(), abs=1e-6)
 
 
 def test_the_batch_may_be_asked_for_by_its_length() -> None:

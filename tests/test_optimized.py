@@ -22,7 +22,9 @@ from ccn_deploy.bundle import Bundle, NewFile, open_bundle, write_bundle
 from ccn_deploy.data import load_dataset
 from ccn_deploy.defenses import DEFENSES as BY_NAME
 from ccn_deploy.errors import LoweringError, UsageError
-from ccn_deploy.exporters import export_bundle
+from ccn_deploy.exporters import bundle_graphs, export_bundle
+from ccn_deploy.exporters import canonical as canonical_form
+from ccn_deploy.exporters.calibration import CalibrationRequest
 from ccn_deploy.exporters.canonical import canonical
 from ccn_deploy.exporters.compact import Window
 from ccn_deploy.exporters.lowering import lower
@@ -41,6 +43,25 @@ from tests.networks import DEFENSES, as_run, difficult_images, random_network
 
 TARGET = "onnxruntime-cpu"
 FILE = "graphs/forward-fp32-onnxruntime-cpu.onnx"
+
+
+def test_passes_share_one_canonical_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, read = [], []
+    raised, graph_of = canonical_form._raised, bundle_graphs.graph_of
+    monkeypatch.setattr(
+        canonical_form, "_raised", lambda model: made.append(model) or raised(model)
+    )
+    monkeypatch.setattr(
+        bundle_graphs, "graph_of", lambda file: read.append(file.path) or graph_of(file)
+    )
+    run = as_run(random_network("mnist-cnn", "ccn"))
+    calibration = CalibrationRequest(dataset="mnist5k", samples=8)
+    bundle = export_bundle(
+        run, tmp_path / "bundle", optimize=TARGET, precisions=("int8",), calibration=calibration
+    )
+    assert len(bundle.manifest.files) == 5  # weights, forward twice, gradient, int8
+    assert len(made) == 1
+    assert read == ["graphs/forward-fp32.onnx"]
 
 
 # The function

@@ -1,8 +1,12 @@
-"""Compact layers on their way through ``torch.onnx``: each travels as one node of its own.
+"""Layers that ``torch.onnx`` would write in a way that is of no use here.
 
-The node names its layer, and :mod:`ccn_deploy.exporters.sources.module_graph` puts that layer's
-nodes in its place. What torch would make of the layer's arithmetic is another graph: a power and a
-sum for the squares, the floor under the root, alpha apart from the weights.
+A compact layer travels as one node of its own. The node names its layer, and
+:mod:`ccn_deploy.exporters.sources.module_graph` puts that layer's nodes in its place. What torch
+would make of the layer's arithmetic is another graph: a power and a sum for the squares, the floor
+under the root, alpha apart from the weights.
+
+An adaptive average whose windows differ in size is two products with constants; of torch it would
+be a GatherND, which has no gradient rule.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ccn_deploy.layers import CompactConv2d, CompactLinear
 
@@ -24,7 +29,7 @@ DOMAIN = "ccn_deploy"
 
 
 def traceable(network: nn.Module) -> None:
-    """Make every compact layer of a network a single node when it is traced, in place.
+    """Let every compact layer and adaptive average be traced as it should be written, in place.
 
     Subclasses are left alone: they may compute something else.
     """
@@ -66,9 +71,28 @@ def _linear(layer: CompactLinear, name: str, x: Tensor) -> Tensor:
     return result
 
 
+def _pool(layer: nn.AdaptiveAvgPool2d, name: str, x: Tensor) -> Tensor:
+    asked, sizes = layer.output_size, (int(x.shape[-2]), int(x.shape[-1]))
+    pair = asked if isinstance(asked, tuple) else (asked, asked)
+    outs = [size if out is None else out for size, out in zip(sizes, pair, strict=True)]
+    if all(size % out == 0 for size, out in zip(sizes, outs, strict=True)):
+        return functional.adaptive_avg_pool2d(x, asked)
+    rows, columns = (_averages(size, out) for size, out in zip(sizes, outs, strict=True))
+    return rows @ x @ columns.T
+
+
+def _averages(size: int, out: int) -> Tensor:
+    """Return float32 [out, size]: row i averages the places of window i, as PyTorch cuts them."""
+    windows = [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
+    return torch.tensor(
+        [[(start <= at < end) / (end - start) for at in range(size)] for start, end in windows]
+    )
+
+
 _FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
     CompactConv2d: _conv,
     CompactLinear: _linear,
+    nn.AdaptiveAvgPool2d: _pool,
 }
 
 
