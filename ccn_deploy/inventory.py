@@ -44,6 +44,7 @@ def inventory(bundle: Bundle, machine: Machine) -> dict[str, Any]:
         },
         "class_names": list(card["class_names"]),
         "training": card["training"],
+        "evaluation": card["evaluation"],
         "source": bundle.card.source.told(),
         "preprocessing": card["source"]["preprocessing"],
         "files": [_file(bundle, record, machine) for record in manifest.files],

@@ -40,6 +40,8 @@ def _print(document: dict[str, Any]) -> None:
         _field("training", _training(document["training"]), 0)
     for topic, text in document["source"].items():
         _field(topic, text, 0)
+    if document["evaluation"]:
+        _field("evaluation", _pairs(document["evaluation"]), 0)
     _field("digest", document["digest"], 0)
     line("")
     _print_files(document["files"])

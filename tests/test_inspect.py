@@ -232,6 +232,15 @@ def test_evidence_is_listed(bundle: Bundle, tmp_path: Path) -> None:
     assert "evidence/parity/onnxruntime-cpu-fp32.json  2 bytes" in inspect(bundle.path).stdout
 
 
+def test_how_images_are_to_be_made_is_told(tmp_path: Path) -> None:
+    asked = {"crop": [224, 224], "interpolation": "bicubic", "resize": 256}
+    made = write(tmp_path / "b", [], evaluation=asked)
+    assert inventory(made, this_machine())["evaluation"] == asked
+    result = inspect(made.path)
+    line = "evaluation   crop [224, 224], interpolation bicubic, resize 256\n"
+    assert line in result.stdout
+
+
 def test_an_exported_bundle(ccn_bundle: Bundle) -> None:
     result = inspect(ccn_bundle.path)
     assert result.returncode == 0, result.stderr

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ccn_deploy.errors import CcnDeployError, ExitCode, GraphError, LoweringError, UsageError
 from ccn_deploy.exporters.sources.agreement import check_agreement, probe_images
-from ccn_deploy.exporters.sources.intake import Intake
+from ccn_deploy.exporters.sources.intake import Intake, Layout
 from ccn_deploy.exporters.sources.onnx_file import OnnxFile, open_onnx_file
 from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.graph.evaluate import GraphModule
@@ -121,6 +121,12 @@ def test_the_file_s_nodes_and_constants_stay_as_they_are(name: str) -> None:
     for constant in model.graph.initializer:
         assert kept[constant.name] == constant.SerializeToString()
     assert file.graph.opset == 17
+
+
+@pytest.mark.parametrize(("layout", "told"), [("nchw", "nhwc"), ("nhwc", "nchw")])
+def test_a_layout_that_makes_colours_a_side_is_refused(layout: str, told: Layout) -> None:
+    with pytest.raises(UsageError, match=f"layout {told} these are images of {SIZE} channels"):
+        opened(classifier(layout=layout), Intake(input_layout=told))
 
 
 def test_the_signature_is_the_contract_s() -> None:

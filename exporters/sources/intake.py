@@ -13,7 +13,8 @@ from ccn_deploy.errors import UsageError
 
 Layout = Literal["nchw", "nhwc"]
 
-_PIXEL_CHANNELS = (1, 3)
+_COLOURS = 3
+_PIXEL_CHANNELS = (1, _COLOURS)
 """Sizes of an axis that can be nothing but the channels of a picture."""
 
 LARGEST_SIDE = 1 << 14
@@ -160,9 +161,15 @@ def image_shape(
             f"Input {name!r} takes {shown}: which axis holds the channels cannot be told.",
             "Say so with --input-layout nchw or --input-layout nhwc.",
         )
-    channels, *sides = (sizes[1], sizes[2], sizes[3]) if layout == "nchw" else (
-        sizes[3], sizes[1], sizes[2]
-    )  # fmt: skip
+    first, last = sizes[1], sizes[3]
+    channels, other = (first, last) if layout == "nchw" else (last, first)
+    if other == _COLOURS and channels is not None and channels not in _PIXEL_CHANNELS:
+        raise UsageError(
+            f"Input {name!r} takes {shown}: in the layout {layout} these are images of {channels} "
+            f"channels, {_COLOURS} pixels {'wide' if layout == 'nchw' else 'high'}.",
+            "Leave out --input-layout: the file itself says where its channels are.",
+        )
+    sides = (sizes[2], sizes[3]) if layout == "nchw" else (sizes[1], sizes[2])
     if channels is None:
         raise UsageError(
             f"Input {name!r} takes {shown}: the number of channels is open.",
