@@ -350,10 +350,16 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def test_a_pixel_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "height", [1000, 1500, 5000]
+)  # Pillow warns from 1334 on, raises from 2667
+def test_a_pixel_bomb_is_refused_before_it_is_decoded(tmp_path: Path, height: int) -> None:
     path = tmp_path / "bomb.png"
-    path.write_bytes(png_header(MAX_PIXELS // 1000 + 1, 1000))
-    assert "pixels" in refused(InputError, lambda: read_image(str(path), Geometry((3, 8, 8)))).what
+    path.write_bytes(png_header(MAX_PIXELS // 1000 + 1, height))
+    error = refused(InputError, lambda: read_image(str(path), Geometry((3, 8, 8))))
+    assert f"{MAX_PIXELS:,}" in error.what
+    assert error.hint == "Make the image smaller, or remove it."
 
 
 def test_a_very_long_image_takes_little_memory(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Needs Pillow, which is imported when the first image is read.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -225,10 +226,20 @@ def _fit(image: Image.Image, geometry: Geometry, path: str) -> Image.Image:
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
     """Turn whatever Pillow raises into an error that names the file."""
+    from PIL import Image
+
     try:
-        yield
+        with warnings.catch_warnings():
+            # The limit is MAX_PIXELS here, and what is above it gets an error of its own.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
     except InputError:
         raise
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{printable(path)} has far more than {MAX_PIXELS:,} pixels, which are the most.",
+            "Make the image smaller, or remove it.",
+        ) from error
     except Exception as error:  # its parsers raise whatever a damaged file makes of them
         why = one_line(error)
         if "cannot identify image file" in why:

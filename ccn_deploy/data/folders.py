@@ -285,7 +285,8 @@ def _empty(empty: list[str], place: Path, split: Split) -> Iterator[str]:
             "its class.",
             "Put images in it, or remove the folder.",
         )
-    yield f"{len(empty)} classes have no images: {listed(empty, 3)}."
+    have = "class has" if len(empty) == 1 else "classes have"
+    yield f"{len(empty)} {have} no images: {listed(empty, 3)}."
 
 
 def _nothing(place: Path, skipped: Skipped) -> tuple[str, str]:
