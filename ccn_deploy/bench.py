@@ -201,6 +201,8 @@ def bench(
 def _names(bundles: Sequence[Bundle]) -> dict[str, Bundle]:
     """Name bundles by their defense, or by their directory where that does not tell them apart.
 
+    A network without a defense goes by its own name.
+
     Raises:
         UsageError: They are not of one architecture, or one of them is given twice.
     """
@@ -217,7 +219,7 @@ def _names(bundles: Sequence[Bundle]) -> dict[str, Bundle]:
             "Compare bundles of one architecture and data set, or measure one at a time.",
         )
     spellings: tuple[Callable[[Bundle], str], ...] = (
-        lambda bundle: bundle.card.defense,
+        lambda bundle: bundle.card.defense or bundle.card.name,
         lambda bundle: bundle.path.name,
         lambda bundle: str(bundle.path),
     )

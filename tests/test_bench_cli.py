@@ -24,8 +24,11 @@ from ccn_deploy.bundle import Bundle
 from ccn_deploy.data import ModelInput, dataset_from_arrays, load_dataset
 from ccn_deploy.errors import ExitCode, RuntimeUnavailableError, UsageError
 from ccn_deploy.exporters import export_bundle
+from ccn_deploy.exporters.sources.opening import open_source
+from ccn_deploy.graph.builder import to_bytes
 from ccn_deploy.latency import FEWEST_CALLS, Latency, Ratio, take_turns
 from ccn_deploy.serving import Model
+from tests.foreign_files import classifier
 from tests.networks import as_run, random_network
 from tests.test_cli import assert_clear_error, ccn_deploy
 
@@ -281,6 +284,13 @@ class TestBench:
         request = BenchRequest(("onnxruntime-cpu",), batches=(1,), threads=1, calls=1, warm_up=0)
         result = bench([pair[0], other], request)
         assert [row.network for row in result.rows] == ["ccn", "other"]
+
+    def test_a_foreign_network_goes_by_its_name(self, tmp_path: Path) -> None:
+        (tmp_path / "cats.onnx").write_bytes(to_bytes(classifier()))
+        source = open_source(str(tmp_path / "cats.onnx"))
+        bundle = export_bundle(source, tmp_path / "bundle", gradient=False)
+        request = BenchRequest(("onnxruntime-cpu",), batches=(1,), threads=1, calls=1, warm_up=0)
+        assert [row.network for row in bench([bundle], request).rows] == ["cats"]
 
     def test_progress_counts_every_configuration(self, pair: tuple[Bundle, Bundle]) -> None:
         told = []
