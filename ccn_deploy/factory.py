@@ -74,6 +74,10 @@ def _find(name: str) -> Any:
         module = _import_file(Path(place)) if is_file else importlib.import_module(place)
     except ModuleNotFoundError as error:
         hint = _FORM if not is_file else "Install what the file imports."
+        own = Path(*place.split(".")).with_suffix(".py")
+        if error.name == place.partition(".")[0] and own.is_file():
+            # An installed command does not search the directory that it is started in.
+            hint = f"Give the file: {own}:{attribute}"
         raise UsageError(f"{place} cannot be imported: {first_line(error)}", hint) from error
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise UsageError(

@@ -44,6 +44,18 @@ def test_a_file_may_import_its_neighbours_and_have_any_name(tmp_path: Path) -> N
     assert json.dumps([1]) == "[1]"
 
 
+def test_a_module_of_this_directory_that_is_not_installed_is_pointed_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_nets").mkdir()
+    (tmp_path / "my_nets" / "small.py").write_text("from torch import nn\nnet = nn.Linear(2, 3)\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        load_factory("my_nets.small:net")
+    assert caught.value.hint == "Give the file: my_nets/small.py:net"
+    assert load_factory("my_nets/small.py:net").out_features == 3
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
