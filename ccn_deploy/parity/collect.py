@@ -59,6 +59,14 @@ GRADIENT_IMAGES = (3, 9)
 DRAWS = 8
 """Seeded repetitions per image in the rounding model; the unit is the largest among them."""
 
+PAIRS = 4
+"""Draws of errors by which kinks are looked for, each run with both signs."""
+
+MANY_VALUES = 100_000
+"""An image of more values gets half the draws and pairs. Both halves make the verdict stricter, not
+milder: the largest of fewer draws is smaller, and an image whose kink is missed is judged as if it
+had none."""
+
 MIXED_IMAGES = 8
 """Images of each of three kinds in the batch that must not depend on its company."""
 
@@ -242,9 +250,10 @@ class _Measurement:
             exact,
             images,
             self._arithmetic,
-            draws=DRAWS,
+            draws=self.setting["draws"],
             seed=self.request.seed,
             ranges=self._ranges() if self._arithmetic.grid else None,
+            per_layer=self.request.per_layer,
         )
 
     @property
@@ -309,7 +318,13 @@ class _Measurement:
             # Two gradients tell which images are near a kink: a random one depends on everything,
             # but of two logits that are each other's opposite it may be nearly the sum.
             shifts = measure_shifts(
-                exact, images, cotangents[:, [2, -1]], truth[:, [2, -1]], policy, seed=seed
+                exact,
+                images,
+                cotangents[:, [2, -1]],
+                truth[:, [2, -1]],
+                policy,
+                pairs=self.setting["gradients"]["pairs"],
+                seed=seed,
             )
             compared = GradientProbe(
                 probe.kind,
@@ -385,6 +400,7 @@ def _setting(
 ) -> dict[str, Any]:
     """Return everything that the measurement depends on."""
     spec = runtime.spec
+    less = 2 if int(np.prod(data.input_shape)) > MANY_VALUES else 1
     return {
         "bundle": bundle.manifest.digest,
         "dataset": data.identity,
@@ -392,8 +408,12 @@ def _setting(
         "samples": samples,
         "per_layer": request.per_layer,
         "unit_images": max(UNIT_IMAGES[0], min(UNIT_IMAGES[1], samples // 16)),
-        "draws": DRAWS,
-        "gradients": {"images": _gradient_images(samples), "candidates": CANDIDATES}
+        "draws": DRAWS // less,
+        "gradients": {
+            "images": _gradient_images(samples),
+            "candidates": CANDIDATES,
+            "pairs": PAIRS // less,
+        }
         if runtime.differentiable
         else None,
         "runtime": {

@@ -18,13 +18,10 @@ from ccn_deploy.data import Images
 from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.parity.comparison import scale_of
 from ccn_deploy.parity.gradients import untied
-from ccn_deploy.parity.rounding import RoundingModel, images_kept
+from ccn_deploy.parity.rounding import ExactRun, RoundingModel, images_kept
 from ccn_deploy.parity.rounding_rules import Errors
 from ccn_deploy.parity.tolerances import Arithmetic, Tolerance
 from ccn_deploy.runtimes.base import Array
-
-PAIRS = 4
-"""Draws of errors by which kinks are looked for, each run with both signs."""
 
 TYPICAL_PAIRS = 2
 """Draws of errors of the model's own size, which tell what a kink usually does."""
@@ -54,6 +51,7 @@ def measure_shifts(
     truth: Array,
     policy: Tolerance,
     *,
+    pairs: int = 4,
     seed: int = 0,
 ) -> Shifts:
     """Find the images near a kink: those whose gradient rounding moves by more than is allowed.
@@ -64,11 +62,12 @@ def measure_shifts(
         cotangents: [n, K, classes].
         truth: The exact gradients [n, K, C, H, W] for these cotangents.
         policy: Of the precision.
+        pairs: Draws of errors by which kinks are looked for, each run with both signs.
         seed: Of the errors.
     """
     scale = scale_of(truth) or 1.0
     largest = rounding_shifts(
-        model, images, cotangents, truth, _larger(policy), pairs=PAIRS, seed=seed
+        model, images, cotangents, truth, _larger(policy), pairs=pairs, seed=seed
     )
     near = largest > policy.max_gradient * scale
     typical = np.zeros(len(images))
@@ -111,8 +110,11 @@ def rounding_shifts(
         piece = slice(at, at + kept)
         x = torch.from_numpy(images[piece]).double()
         rows = torch.from_numpy(cotangents[piece]).double()
+        exact = ExactRun()
         for _ in range(pairs):
-            for gradients in _noisy_pair(model, x, rows, arithmetic, generator):
+            for gradients in _noisy_pair(
+                model, x, rows, arithmetic, generator=generator, exact=exact
+            ):
                 change = np.abs(untied(gradients, images[piece]) - wanted[piece])
                 shifts[piece] = np.maximum(shifts[piece], change.max(axis=(1, 2)))
     return shifts
@@ -123,14 +125,16 @@ def _noisy_pair(
     images: torch.Tensor,
     cotangents: torch.Tensor,
     arithmetic: Arithmetic,
+    *,
     generator: torch.Generator,
+    exact: ExactRun,
 ) -> NDArray[np.float64]:
     """Return the gradients [2, N, K, C, H, W] of the network with errors, and their opposite."""
     rounding = RoundingModel(model, arithmetic, Errors(generator, draws=2, paired=True))
     leaf = torch.cat([images] * 2).requires_grad_(True)
     with torch.enable_grad():
         logits = torch.empty(0)
-        for tensor, _, noisy in rounding.run(images, leaf):
+        for tensor, noisy in rounding.run(images, leaf, exact=exact):
             if tensor == model.output:
                 logits = noisy
         rows = torch.cat([cotangents] * 2).unbind(dim=1)
