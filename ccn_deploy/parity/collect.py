@@ -63,9 +63,9 @@ PAIRS = 4
 """Draws of errors by which kinks are looked for, each run with both signs."""
 
 MANY_VALUES = 100_000
-"""An image of more values gets half the draws and pairs. Both halves make the verdict stricter, not
-milder: the largest of fewer draws is smaller, and an image whose kink is missed is judged as if it
-had none."""
+"""An image of more values gets half the draws and one pair, and errors in float32 where kinks are
+looked for. Fewer make the verdict stricter, not milder: the largest of fewer draws is smaller, and
+an image whose kink is missed is judged as if it had none."""
 
 MIXED_IMAGES = 8
 """Images of each of three kinds in the batch that must not depend on its company."""
@@ -229,7 +229,13 @@ class _Measurement:
                 )
             gradients = (
                 self._gradients(
-                    probes, step, exact=exact, reference=reference, logits=logits, units=units
+                    probes,
+                    step,
+                    exact=exact,
+                    single=reference32,
+                    reference=reference,
+                    logits=logits,
+                    units=units,
                 )
                 if self.runtime.differentiable
                 else None
@@ -300,6 +306,7 @@ class _Measurement:
         step: _Steps,
         *,
         exact: GraphModule,
+        single: GraphModule,
         reference: Runtime,
         logits: dict[str, Array],
         units: dict[str, dict[str, float]],
@@ -325,6 +332,7 @@ class _Measurement:
                 policy,
                 pairs=self.setting["gradients"]["pairs"],
                 seed=seed,
+                single=single if self.setting["gradients"]["errors_in"] == "fp32" else None,
             )
             compared = GradientProbe(
                 probe.kind,
@@ -400,7 +408,7 @@ def _setting(
 ) -> dict[str, Any]:
     """Return everything that the measurement depends on."""
     spec = runtime.spec
-    less = 2 if int(np.prod(data.input_shape)) > MANY_VALUES else 1
+    many = int(np.prod(data.input_shape)) > MANY_VALUES
     return {
         "bundle": bundle.manifest.digest,
         "dataset": data.identity,
@@ -408,11 +416,12 @@ def _setting(
         "samples": samples,
         "per_layer": request.per_layer,
         "unit_images": max(UNIT_IMAGES[0], min(UNIT_IMAGES[1], samples // 16)),
-        "draws": DRAWS // less,
+        "draws": DRAWS // 2 if many else DRAWS,
         "gradients": {
             "images": _gradient_images(samples),
             "candidates": CANDIDATES,
-            "pairs": PAIRS // less,
+            "pairs": 1 if many else PAIRS,
+            "errors_in": "fp32" if many else "fp64",
         }
         if runtime.differentiable
         else None,

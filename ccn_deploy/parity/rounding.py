@@ -121,12 +121,15 @@ class RoundingModel:
         arithmetic: What is modelled.
         errors: Random errors.
         ranges: As for :func:`rounding_units`.
+        noisy: What the errors are made in: the same graph, in float32 where the errors of float32
+            do not matter beside them; ``model`` itself if not given.
     """
 
     model: GraphModule
     arithmetic: Arithmetic
     errors: Errors
     ranges: Mapping[str, float] = field(default_factory=dict)
+    noisy: GraphModule | None = None
 
     def run(
         self,
@@ -150,7 +153,7 @@ class RoundingModel:
             (tensor, noisy values of draws * N images), for the first result of every node.
         """
         exact = ExactRun() if exact is None else exact
-        graph = self.model.graph
+        graph, model = self.model.graph, self.noisy or self.model
         grids = Grids.of(self.model, self.arithmetic.grid, self.ranges)
         norms = _norm_nodes(graph)
         copies = torch.cat([images] * self.errors.draws) if start is None else start
@@ -162,7 +165,7 @@ class RoundingModel:
                 noisy.get(name, value)
                 for name, value in zip(node.inputs, known.constants, strict=True)
             ]
-            made = grids.apply(self.model, node, given, self.errors)
+            made = grids.apply(model, node, given, self.errors)
             if total is not None:
                 known.axis = _batch_axis(total, made[0])
             if known.axis is not None:
@@ -186,14 +189,12 @@ class RoundingModel:
             for known in exact.nodes:
                 yield known, [], None
             return
+        fixed = (self.noisy or self.model).constants
         for node, inputs, outputs in self.model.steps(images):
             if noisy.keys().isdisjoint(node.inputs):
                 continue  # made of constants alone
             exact.values.update({node.outputs[0]: outputs[0]} if node.outputs[0] in kept else {})
-            constants = [
-                None if name in noisy else value
-                for name, value in zip(node.inputs, inputs, strict=True)
-            ]
+            constants = [None if name in noisy else fixed.get(name) for name in node.inputs]
             exact.nodes.append(_Known(node, constants))
             yield exact.nodes[-1], inputs, outputs[0]
 
