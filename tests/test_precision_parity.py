@@ -19,6 +19,8 @@ from ccn_deploy.data import load_dataset
 from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.exporters.precision import Calibration, convert
+from ccn_deploy.graph.builder import GraphBuilder
+from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.graph.graph import Graph
 from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
 from ccn_deploy.parity.rounding import RoundingModel, rounding_units
@@ -165,7 +167,7 @@ def test_first_draw_is_the_deployed_grid(defense: str) -> None:
     errors = Errors(torch.Generator().manual_seed(0), draws=2)
     graph = random_graph("mnist-cnn", defense)
     doubles = torch.from_numpy(images).double()
-    *_, (_, _, noisy) = RoundingModel(graph, arithmetic, errors, ranges).run(doubles)
+    *_, (_, noisy) = RoundingModel(graph, arithmetic, errors, ranges).run(doubles)
     truth = by_hand(as_lowered(model), doubles, ranges)
     assert np.allclose(noisy[:2].numpy(), truth, rtol=1e-9)
     assert not np.allclose(noisy[2:].numpy(), truth, rtol=1e-6)
@@ -193,6 +195,33 @@ def by_hand(
             y = layer.alpha * y / (squares.clamp(min=1e-12).sqrt() + layer.delta)
         x = y + (layer.bias.view(-1, 1, 1) if convolution else layer.bias)
     return x.numpy()
+
+
+def test_weights_that_nodes_make_are_on_the_grid_as_stored_ones_are() -> None:
+    """Files without weights of their own, such as onnx's light models, have ConstantOfShape."""
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal((4, 1, 3, 3)).astype(np.float32)
+    value = np.array([0.3], dtype=np.float32)
+    images = torch.from_numpy(rng.random((2, 1, 8, 8), dtype=np.float32)).double()
+    arithmetic = tolerance_for("int8").arithmetic
+    units = []
+    for made in (False, True):
+        builder = GraphBuilder()
+        weight = builder.constant("conv1.weight", first)
+        x = builder.node("Relu", [builder.node("Conv", ["images", weight], "conv1")], "relu")
+        x = builder.node("Flatten", [builder.node("GlobalAveragePool", [x], "pool")], "flat")
+        if made:
+            shape = builder.constant("fc.shape", np.array([4, 3], dtype=np.int64))
+            tensor = numpy_helper.from_array(value)
+            weight = builder.node("ConstantOfShape", [shape], "fc.weight", value=tensor)
+        else:
+            weight = builder.constant("fc.weight", np.full((4, 3), value, dtype=np.float32))
+        builder.node("MatMul", [x, weight], "fc", output="logits")
+        model = builder.model("t", {"images": ["batch", 1, 8, 8]}, {"logits": ["batch", 3]})
+        exact = GraphModule(Graph(model), torch.float64)
+        units.append(rounding_units(exact, images, arithmetic, ranges={"fc": 2.0})["fc"])
+    stored, made_of_nodes = units
+    assert made_of_nodes == stored > 1e-4
 
 
 def test_units_grow_with_the_coarseness_of_the_format() -> None:

@@ -151,6 +151,12 @@ class GraphModule(nn.Module):
         """
         return self._call(node, self._functions[node.name], inputs)
 
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """What no image changes, by name: stored in the graph, or made by nodes of what is."""
+        made = {name: self._buffers[key] for name, key in self._buffer_of.items()}
+        return {name: v for name, v in (made | self._integers).items() if v is not None}
+
     def _prepare(self, node: Node) -> None:
         operator = OPERATORS.get(node.op)
         if operator is None:

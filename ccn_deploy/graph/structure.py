@@ -7,8 +7,9 @@ kernel may replace, are both told by it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -81,11 +82,21 @@ def find_norms(graph: Graph) -> tuple[Norm, ...]:
     return tuple(sorted(found, key=lambda norm: order[norm.name]))
 
 
-def channel_axis(graph: Graph, node: Node) -> int | None:
-    """Return the axis of output channels in the weight of a product; None of any other node."""
-    if node.op not in PRODUCTS or node.inputs[0] in graph.constants:
+def channel_axis(
+    graph: Graph, node: Node, constants: Mapping[str, Any] | None = None
+) -> int | None:
+    """Return the axis of output channels in the weight of a product; None of any other node.
+
+    Args:
+        graph: That the node is in.
+        node: Any.
+        constants: Arrays or tensors that no image changes, by name; those that the graph stores if
+            not given.
+    """
+    constants = graph.constants if constants is None else constants
+    if node.op not in PRODUCTS or node.inputs[0] in constants:
         return None
-    weight = graph.constants.get(node.inputs[1])
+    weight = constants.get(node.inputs[1])
     if weight is None:
         return None
     if node.op == "Conv":

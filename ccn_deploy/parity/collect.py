@@ -59,6 +59,14 @@ GRADIENT_IMAGES = (3, 9)
 DRAWS = 8
 """Seeded repetitions per image in the rounding model; the unit is the largest among them."""
 
+PAIRS = 4
+"""Draws of errors by which kinks are looked for, each run with both signs."""
+
+MANY_VALUES = 100_000
+"""An image of more values gets half the draws and one pair, and errors in float32 where kinks are
+looked for. Fewer make the verdict stricter, not milder: the largest of fewer draws is smaller, and
+an image whose kink is missed is judged as if it had none."""
+
 MIXED_IMAGES = 8
 """Images of each of three kinds in the batch that must not depend on its company."""
 
@@ -221,7 +229,13 @@ class _Measurement:
                 )
             gradients = (
                 self._gradients(
-                    probes, step, exact=exact, reference=reference, logits=logits, units=units
+                    probes,
+                    step,
+                    exact=exact,
+                    single=reference32,
+                    reference=reference,
+                    logits=logits,
+                    units=units,
                 )
                 if self.runtime.differentiable
                 else None
@@ -242,9 +256,10 @@ class _Measurement:
             exact,
             images,
             self._arithmetic,
-            draws=DRAWS,
+            draws=self.setting["draws"],
             seed=self.request.seed,
             ranges=self._ranges() if self._arithmetic.grid else None,
+            per_layer=self.request.per_layer,
         )
 
     @property
@@ -291,6 +306,7 @@ class _Measurement:
         step: _Steps,
         *,
         exact: GraphModule,
+        single: GraphModule,
         reference: Runtime,
         logits: dict[str, Array],
         units: dict[str, dict[str, float]],
@@ -309,7 +325,14 @@ class _Measurement:
             # Two gradients tell which images are near a kink: a random one depends on everything,
             # but of two logits that are each other's opposite it may be nearly the sum.
             shifts = measure_shifts(
-                exact, images, cotangents[:, [2, -1]], truth[:, [2, -1]], policy, seed=seed
+                exact,
+                images,
+                cotangents[:, [2, -1]],
+                truth[:, [2, -1]],
+                policy,
+                pairs=self.setting["gradients"]["pairs"],
+                seed=seed,
+                single=single if self.setting["gradients"]["errors_in"] == "fp32" else None,
             )
             compared = GradientProbe(
                 probe.kind,
@@ -385,6 +408,7 @@ def _setting(
 ) -> dict[str, Any]:
     """Return everything that the measurement depends on."""
     spec = runtime.spec
+    many = int(np.prod(data.input_shape)) > MANY_VALUES
     return {
         "bundle": bundle.manifest.digest,
         "dataset": data.identity,
@@ -392,8 +416,13 @@ def _setting(
         "samples": samples,
         "per_layer": request.per_layer,
         "unit_images": max(UNIT_IMAGES[0], min(UNIT_IMAGES[1], samples // 16)),
-        "draws": DRAWS,
-        "gradients": {"images": _gradient_images(samples), "candidates": CANDIDATES}
+        "draws": DRAWS // 2 if many else DRAWS,
+        "gradients": {
+            "images": _gradient_images(samples),
+            "candidates": CANDIDATES,
+            "pairs": 1 if many else PAIRS,
+            "errors_in": "fp32" if many else "fp64",
+        }
         if runtime.differentiable
         else None,
         "runtime": {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ccn_deploy.graph.evaluate import GraphModule
-from ccn_deploy.graph.graph import Graph, Node
+from ccn_deploy.graph.graph import Node
 from ccn_deploy.graph.layers import layer_of, layer_outputs
 from ccn_deploy.graph.structure import channel_axis, find_norms
 from ccn_deploy.parity.rounding_rules import Errors
@@ -37,7 +37,8 @@ class Grids:
     Attributes:
         format: ``"int8"`` or ``"fp8"``; empty if nothing is on a grid.
         limits: By tensor: the largest absolute value to represent.
-        products: The nodes that multiply such a tensor by weights on a grid.
+        products: The nodes that multiply such a tensor by weights on a grid, each with the axis of
+            output channels in its weights.
         readers: The nodes that read each such tensor off the grid: products, and the norm branches
             of compact layers, which take the norm of what the product multiplies.
         axes: By tensor: the axis on which the images lie.
@@ -45,17 +46,18 @@ class Grids:
 
     format: str = ""
     limits: Mapping[str, float] = field(default_factory=dict)
-    products: frozenset[str] = frozenset()
+    products: Mapping[str, int] = field(default_factory=dict)
     readers: Mapping[str, frozenset[str]] = field(default_factory=dict)
     axes: Mapping[str, int] = field(default_factory=dict)
     _made: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, graph: Graph, format: str, ranges: Mapping[str, float]) -> Grids:
+    def of(cls, model: GraphModule, format: str, ranges: Mapping[str, float]) -> Grids:
         """Find the operands by the names that the ranges have.
 
         Args:
-            graph: Forward, float32.
+            model: The forward graph. Weights may be stored in it or made by nodes of its own, as
+                by ConstantOfShape: quantising folds those before it looks for products.
             format: Of the grid.
             ranges: By the name of a product's node, or of the layer that it is a part of: the
                 largest absolute value of its input to represent. Other products that read the same
@@ -63,20 +65,25 @@ class Grids:
         """
         if not ranges:
             return cls()
+        graph, constants = model.graph, model.constants
         norms = find_norms(graph)
         inside = {name for norm in norms for name in norm.nodes}
+        weights = {node.name: channel_axis(graph, node, constants) for node in graph.nodes}
         found = [
             node
             for node in graph.nodes
-            if channel_axis(graph, node) is not None
-            and (node.name not in inside or node.name in ranges)
+            if weights[node.name] is not None and (node.name not in inside or node.name in ranges)
         ]
         limits, layers, left = {}, layer_outputs(graph), dict(ranges)
         for node in found:
             key = node.name if node.name in left else layer_of(node.name, layers)
             if key in left:
                 limits[node.inputs[0]] = left.pop(key)
-        products = frozenset(node.name for node in found if node.inputs[0] in limits)
+        products = {
+            node.name: axis
+            for node in found
+            if node.inputs[0] in limits and (axis := weights[node.name]) is not None
+        }
         readers = {tensor: set(products) for tensor in limits}
         for norm in norms:
             product = graph.made_by.get(norm.product) if norm.kind == "compact" else None
@@ -104,9 +111,8 @@ class Grids:
         if node.name not in self.products:
             return model.apply(node, given)
         x, weight, *rest = given
-        channels = channel_axis(model.graph, node)
-        assert x is not None and weight is not None and channels is not None
-        weights = self._weights(weight, channels, errors)
+        assert x is not None and weight is not None
+        weights = self._weights(weight, self.products[node.name], errors)
         pieces = [
             model.apply(node, [piece, own, *rest])[0]
             for piece, own in zip(
@@ -147,5 +153,6 @@ def _stretch(errors: Errors, dtype: torch.dtype) -> Tensor:
     """Return how much coarser each draw's grid is than the deployed one, [draws]."""
     stretch = torch.empty(errors.draws, dtype=dtype)
     stretch.uniform_(1 - STRETCH, 1 + STRETCH, generator=errors.generator)
-    stretch[0] = 1.0
+    if errors.deployed:
+        stretch[0] = 1.0
     return stretch

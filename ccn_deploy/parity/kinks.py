@@ -18,16 +18,13 @@ from ccn_deploy.data import Images
 from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.parity.comparison import scale_of
 from ccn_deploy.parity.gradients import untied
-from ccn_deploy.parity.rounding import RoundingModel, images_kept
+from ccn_deploy.parity.rounding import ExactRun, RoundingModel, images_kept
 from ccn_deploy.parity.rounding_rules import Errors
 from ccn_deploy.parity.tolerances import Arithmetic, Tolerance
 from ccn_deploy.runtimes.base import Array
 
-PAIRS = 4
-"""Draws of errors by which kinks are looked for, each run with both signs."""
-
 TYPICAL_PAIRS = 2
-"""Draws of errors of the model's own size, which tell what a kink usually does."""
+"""Most draws of errors of the model's own size, which tell what a kink usually does."""
 
 _KEPT = 3
 """Tensors that autograd keeps for each of the graph's, roughly."""
@@ -54,7 +51,9 @@ def measure_shifts(
     truth: Array,
     policy: Tolerance,
     *,
+    pairs: int = 4,
     seed: int = 0,
+    single: GraphModule | None = None,
 ) -> Shifts:
     """Find the images near a kink: those whose gradient rounding moves by more than is allowed.
 
@@ -64,18 +63,28 @@ def measure_shifts(
         cotangents: [n, K, classes].
         truth: The exact gradients [n, K, C, H, W] for these cotangents.
         policy: Of the precision.
+        pairs: Draws of errors by which kinks are looked for, each run with both signs.
         seed: Of the errors.
+        single: The forward graph in float32, if the networks with errors are to be run in that; it
+            is half the work.
     """
     scale = scale_of(truth) or 1.0
     largest = rounding_shifts(
-        model, images, cotangents, truth, _larger(policy), pairs=PAIRS, seed=seed
+        model, images, cotangents, truth, _larger(policy), pairs=pairs, seed=seed, noisy=single
     )
+    if not np.isfinite(largest).all():  # too large for float32 somewhere
+        return measure_shifts(model, images, cotangents, truth, policy, pairs=pairs, seed=seed)
     near = largest > policy.max_gradient * scale
     typical = np.zeros(len(images))
     if near.any():
         some = images[near], cotangents[near], truth[near]
         typical[near] = rounding_shifts(
-            model, *some, policy.arithmetic, pairs=TYPICAL_PAIRS, seed=seed
+            model,
+            *some,
+            policy.arithmetic,
+            pairs=min(pairs, TYPICAL_PAIRS),
+            seed=seed,
+            noisy=single,
         )
     return Shifts(largest / scale, typical / scale)
 
@@ -89,6 +98,7 @@ def rounding_shifts(
     *,
     pairs: int,
     seed: int = 0,
+    noisy: GraphModule | None = None,
 ) -> NDArray[np.float64]:
     """Return how far errors of an arithmetic moved any gradient of each image, [n].
 
@@ -102,6 +112,7 @@ def rounding_shifts(
         arithmetic: What is modelled.
         pairs: Draws of errors, each run with both signs.
         seed: Of the errors.
+        noisy: What errors are made in; ``model`` if not given.
     """
     generator = torch.Generator().manual_seed(seed)
     kept = images_kept(model.graph, 2 * _KEPT)
@@ -111,33 +122,31 @@ def rounding_shifts(
         piece = slice(at, at + kept)
         x = torch.from_numpy(images[piece]).double()
         rows = torch.from_numpy(cotangents[piece]).double()
+        exact, errors = ExactRun(), Errors(generator, draws=2, paired=True)
+        rounding = RoundingModel(model, arithmetic, errors, noisy=noisy)
         for _ in range(pairs):
-            for gradients in _noisy_pair(model, x, rows, arithmetic, generator):
+            for gradients in _noisy_pair(rounding, x, rows, exact):
                 change = np.abs(untied(gradients, images[piece]) - wanted[piece])
                 shifts[piece] = np.maximum(shifts[piece], change.max(axis=(1, 2)))
     return shifts
 
 
 def _noisy_pair(
-    model: GraphModule,
-    images: torch.Tensor,
-    cotangents: torch.Tensor,
-    arithmetic: Arithmetic,
-    generator: torch.Generator,
+    rounding: RoundingModel, images: torch.Tensor, cotangents: torch.Tensor, exact: ExactRun
 ) -> NDArray[np.float64]:
     """Return the gradients [2, N, K, C, H, W] of the network with errors, and their opposite."""
-    rounding = RoundingModel(model, arithmetic, Errors(generator, draws=2, paired=True))
-    leaf = torch.cat([images] * 2).requires_grad_(True)
+    dtype = (rounding.noisy or rounding.model).dtype
+    leaf = torch.cat([images] * 2).to(dtype).requires_grad_(True)
     with torch.enable_grad():
         logits = torch.empty(0)
-        for tensor, _, noisy in rounding.run(images, leaf):
-            if tensor == model.output:
+        for tensor, noisy in rounding.run(images, leaf, exact=exact):
+            if tensor == rounding.model.output:
                 logits = noisy
-        rows = torch.cat([cotangents] * 2).unbind(dim=1)
+        rows = torch.cat([cotangents] * 2).to(dtype).unbind(dim=1)
         found = [
             torch.autograd.grad((logits * row).sum(), leaf, retain_graph=True)[0] for row in rows
         ]
-    gradients: NDArray[np.float64] = torch.stack(found, dim=1).numpy()
+    gradients: NDArray[np.float64] = torch.stack(found, dim=1).double().numpy()
     return gradients.reshape(2, len(images), len(rows), *images.shape[1:])
 
 

@@ -8,7 +8,7 @@ accounted for. ``docs/parity.md`` derives the model and shows how it was calibra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,11 +20,11 @@ from ccn_deploy.graph.layers import layer_outputs
 from ccn_deploy.graph.signature import BATCH
 from ccn_deploy.graph.structure import find_norms
 from ccn_deploy.parity.grids import Grids
-from ccn_deploy.parity.rounding_rules import Errors, Step, round_result
+from ccn_deploy.parity.rounding_rules import Errors, Size, Step, apart, round_result
 from ccn_deploy.parity.tolerances import Arithmetic
 
-_DOUBLES = 2**23
-"""Numbers that one wide tensor of one pass may hold: 64 MiB in float64."""
+_DOUBLES = 2**22
+"""Numbers that one wide tensor of one pass may hold: 32 MiB in float64."""
 
 _KEPT_DOUBLES = 2**27
 """Numbers that all tensors of one pass may hold together where autograd keeps them: 1 GiB."""
@@ -38,6 +38,7 @@ def rounding_units(
     draws: int = 8,
     seed: int = 0,
     ranges: Mapping[str, float] | None = None,
+    per_layer: bool = True,
 ) -> dict[str, float]:
     """Return, for each layer, the largest absolute deviation that rounding produced.
 
@@ -49,6 +50,7 @@ def rounding_units(
         seed: Of the errors.
         ranges: For each product that is quantised, by the name of its node or layer, the largest
             absolute input to represent.
+        per_layer: Whether layers before the last are wanted.
 
     Returns:
         Layer name -> max over images, draws and elements of ``|noisy - exact|``, in the order of
@@ -57,17 +59,57 @@ def rounding_units(
     """
     generator = torch.Generator().manual_seed(seed)
     layers = _comparable(model, images[:1])
+    if not per_layer:
+        layers = dict([list(layers.items())[-1]])
     units = dict.fromkeys(layers, 0.0)
     names: dict[str, list[str]] = {}
     for name, tensor in layers.items():
         names.setdefault(tensor, []).append(name)
-    rounding = RoundingModel(model, arithmetic, Errors(generator, draws), ranges or {})
-    size = images_at_once(model.graph, draws)
+    room = copies_at_once(model.graph)
+    size = max(1, min(len(images), room // 2))
     for start in range(0, len(images), size):
-        for tensor, exact, noisy in rounding.run(images[start : start + size]):
-            for name in names.get(tensor, ()):
-                units[name] = max(units[name], _largest_difference(exact, noisy))
+        piece = images[start : start + size]
+        exact = ExactRun()
+        groups = max(1, draws // max(2, room // len(piece)))  # of two draws or more
+        for group in range(groups):
+            some = draws // groups + (group < draws % groups)
+            errors = Errors(generator, some, deployed=group == 0)
+            rounding = RoundingModel(model, arithmetic, errors, ranges or {})
+            for tensor, noisy in rounding.run(piece, exact=exact, kept=names):
+                for name in names.get(tensor, ()):
+                    deviation = _largest_difference(exact.values[tensor], noisy)
+                    units[name] = max(units[name], deviation)
     return units
+
+
+@dataclass
+class _Known:
+    """A node that depends on the images, as the exact network ran it.
+
+    Attributes:
+        node: The node.
+        constants: Those of its inputs that do not depend on the images, None for the others.
+        axis: On which the images lie in its first result; None if nothing is rounded there.
+        sizes: Of the errors that it makes.
+    """
+
+    node: Node
+    constants: list[Tensor | None]
+    axis: int | None = None
+    sizes: list[Size] = field(default_factory=list)
+
+
+@dataclass
+class ExactRun:
+    """What further draws on the same images need of the exact network, which is run only once.
+
+    Attributes:
+        values: By tensor: exact values of those that were to be kept.
+        nodes: In order of execution.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    nodes: list[_Known] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -79,88 +121,122 @@ class RoundingModel:
         arithmetic: What is modelled.
         errors: Random errors.
         ranges: As for :func:`rounding_units`.
+        noisy: What the errors are made in: the same graph, in float32 where the errors of float32
+            do not matter beside them; ``model`` itself if not given.
     """
 
     model: GraphModule
     arithmetic: Arithmetic
     errors: Errors
     ranges: Mapping[str, float] = field(default_factory=dict)
+    noisy: GraphModule | None = None
 
     def run(
-        self, images: Tensor, start: Tensor | None = None
-    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        self,
+        images: Tensor,
+        start: Tensor | None = None,
+        *,
+        exact: ExactRun | None = None,
+        kept: Collection[str] = (),
+    ) -> Iterator[tuple[str, Tensor]]:
         """Run every node that depends on the images, in order.
 
         Args:
             images: float64 [N, C, H, W].
             start: The images that errors are made on [draws * N, C, H, W], draw after draw; copies
                 of ``images`` if not given.
+            exact: Is filled by the first run and spares the exact network in later ones, of any
+                number of draws on the same images.
+            kept: Tensors whose values ``exact`` is to keep.
 
         Yields:
-            (tensor, exact values, noisy values of draws * N images), for the first result of every
-            node.
+            (tensor, noisy values of draws * N images), for the first result of every node.
         """
-        graph = self.model.graph
-        grids = Grids.of(graph, self.arithmetic.grid, self.ranges)
+        exact = ExactRun() if exact is None else exact
+        graph, model = self.model.graph, self.noisy or self.model
+        grids = Grids.of(self.model, self.arithmetic.grid, self.ranges)
         norms = _norm_nodes(graph)
-        copies = torch.cat([images] * self.errors.draws)
-        noisy: dict[str, Tensor] = {graph.inputs[0]: copies if start is None else start}
+        copies = torch.cat([images] * self.errors.draws) if start is None else start
+        noisy: dict[str, Tensor] = {graph.inputs[0]: copies}
         last = {tensor: nodes[-1].name for tensor, nodes in graph.readers.items()}
-        for node, inputs, outputs in self.model.steps(images):
-            if noisy.keys().isdisjoint(node.inputs):
-                continue  # made of constants alone
+        for known, inputs, total in self._nodes(images, noisy, exact, kept):
+            node = known.node
             given = [
-                noisy.get(name, value) for name, value in zip(node.inputs, inputs, strict=True)
+                noisy.get(name, value)
+                for name, value in zip(node.inputs, known.constants, strict=True)
             ]
-            made = self._noisy(node, inputs, outputs[0], given, grids, in_norm=node.name in norms)
+            made = grids.apply(model, node, given, self.errors)
+            if total is not None:
+                known.axis = _batch_axis(total, made[0])
+            if known.axis is not None:
+                step = self._step(known, inputs, total, given, made[0], in_norm=node.name in norms)
+                made = (round_result(step), *made[1:])
             noisy.update((name, v) for name, v in zip(node.outputs, made, strict=False) if name)
-            yield node.outputs[0], outputs[0], made[0]
+            yield node.outputs[0], made[0]
             for name in node.inputs:
                 if last.get(name) == node.name:
                     noisy.pop(name, None)
                     grids.forget(name)
 
-    def _noisy(
+    def _nodes(
+        self, images: Tensor, noisy: Mapping[str, Tensor], exact: ExactRun, kept: Collection[str]
+    ) -> Iterator[tuple[_Known, list[Tensor | None], Tensor | None]]:
+        """Yield every node that depends on the images, with what it read and made in the exact run.
+
+        The exact network runs only if it has not before.
+        """
+        if exact.nodes:
+            for known in exact.nodes:
+                yield known, [], None
+            return
+        fixed = (self.noisy or self.model).constants
+        for node, inputs, outputs in self.model.steps(images):
+            if noisy.keys().isdisjoint(node.inputs):
+                continue  # made of constants alone
+            exact.values.update({node.outputs[0]: outputs[0]} if node.outputs[0] in kept else {})
+            constants = [None if name in noisy else fixed.get(name) for name in node.inputs]
+            exact.nodes.append(_Known(node, constants))
+            yield exact.nodes[-1], inputs, outputs[0]
+
+    def _step(
         self,
-        node: Node,
+        known: _Known,
         inputs: list[Tensor | None],
-        exact: Tensor,
+        total: Tensor | None,
         given: list[Tensor | None],
-        grids: Grids,
+        result: Tensor,
         *,
         in_norm: bool,
-    ) -> tuple[Tensor, ...]:
-        """Return the results of one node on noisy inputs, with its own errors in the first."""
-        made = grids.apply(self.model, node, given, self.errors)
-        axis = _batch_axis(exact, made[0])
-        if axis is None:
-            return made
+    ) -> Step:
+        """Return a node that was run on noisy inputs, with how its result is rounded."""
+        node, axis = known.node, known.axis
         store, norm = self.arithmetic.store, self.arithmetic.norm
-        step = Step(
+        assert axis is not None
+        return Step(
             node=node,
             opset=self.model.graph.opset,
             run=lambda values: self.model.apply(node, values)[0],
             exact=inputs,
+            total=total,
             noisy=given,
-            result=made[0],
+            result=result,
             axis=axis,
-            constant=any(name in self.model.graph.constants for name in node.inputs[:2]),
+            constant=any(value is not None for value in known.constants[:2]),
             store=norm if in_norm else store,
             inner=norm,
             accumulate=norm if in_norm else self.arithmetic.accumulate,
             errors=self.errors,
+            sizes=known.sizes,
         )
-        return round_result(step), *made[1:]
 
 
-def images_at_once(graph: Graph, draws: int) -> int:
-    """Return how many images at a time keep the widest tensor within 64 MiB in float64.
+def copies_at_once(graph: Graph) -> int:
+    """Return how many copies of images keep the widest tensor within 32 MiB in float64, at least 2.
 
-    Args:
-        graph: Forward.
-        draws: Repetitions of each image.
+    A C library hands larger pieces back to the system and gets them again, page by page, for every
+    result; that takes longer than the arithmetic.
     """
-    return max(1, _DOUBLES // (draws * max(_sizes(graph))))
+    return max(2, _DOUBLES // max(_sizes(graph)))
 
 
 def images_kept(graph: Graph, copies: int = 1) -> int:
@@ -227,5 +303,5 @@ def _largest_difference(exact: Tensor, noisy: Tensor) -> float:
     axis = _batch_axis(exact, noisy)
     if axis is None:
         return 0.0
-    repeated = torch.cat([exact] * (noisy.shape[axis] // exact.shape[axis]), axis)
-    return float((noisy - repeated).abs().max())
+    draws = apart(noisy.contiguous(), axis, exact.shape[axis])
+    return float((draws - exact.unsqueeze(axis)).abs_().max())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,11 +29,15 @@ class Errors:
         draws: Repetitions of every image, side by side in the batch.
         paired: Whether the second half of the draws has the errors of the first with the opposite
             sign, so that one of each pair crosses a kink that is near.
+        deployed: Whether the first draw takes a grid as it is deployed, and not another.
+
+    Errors are float32, which has bits enough for them and takes a fifth of the time.
     """
 
     generator: torch.Generator
     draws: int
     paired: bool = False
+    deployed: bool = True
 
     def uniform(self, like: Tensor, axis: int) -> Tensor:
         """Return errors uniform in [-1, 1], of the shape of ``like`` with its batch on ``axis``."""
@@ -43,20 +47,18 @@ class Errors:
         """Return normal errors of variance 1, likewise."""
         return self._signed(self._room(like, axis).normal_(generator=self.generator), axis)
 
-    def spread(self, values: Tensor, like: Tensor, axis: int) -> Tensor:
-        """Repeat the values of the exact network for every draw."""
-        if values.shape[axis] == like.shape[axis]:
-            return values
-        return torch.cat([values] * self.draws, axis)
-
     def _room(self, like: Tensor, axis: int) -> Tensor:
         shape = list(like.shape)
         if self.paired:
             shape[axis] //= 2
-        return torch.empty(shape, dtype=like.dtype)
+        return torch.empty(shape)
 
     def _signed(self, errors: Tensor, axis: int) -> Tensor:
         return torch.cat([errors, -errors], axis) if self.paired else errors
+
+
+Size = tuple[Tensor, bool]
+"""Standard deviation of a sum's error, float32, and whether no term of the sum is negative."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class Step:
         node: The node.
         opset: Version of the operator set.
         run: Runs the node on other inputs and returns its first result.
-        exact: Its inputs in the exact network, from which the size of errors is computed.
+        exact: Its inputs in the exact network, from which the size of errors is computed; none if
+            that is known.
+        total: Its first result in the exact network, likewise.
         noisy: Its inputs with the errors that were made before.
         result: Its first result on ``noisy``, with no error of its own.
         axis: Where the batch is in ``result``.
@@ -76,12 +80,14 @@ class Step:
         inner: Unit roundoff of what a normalisation or a softmax computes inside.
         accumulate: Unit roundoff of sums.
         errors: Random errors.
+        sizes: What :meth:`once` keeps.
     """
 
     node: Node
     opset: int
     run: Callable[[Inputs], Tensor]
     exact: Inputs
+    total: Tensor | None
     noisy: Inputs
     result: Tensor
     axis: int
@@ -90,16 +96,33 @@ class Step:
     inner: float
     accumulate: float
     errors: Errors
+    sizes: list[Size] = field(default_factory=list)
 
     def rounded(self, values: Tensor, unit: float) -> Tensor:
         """Give each value a relative error uniform in [-unit, unit]."""
-        return values * (1.0 + unit * self.errors.uniform(values, self.axis))
+        return torch.addcmul(values, values, self.errors.uniform(values, self.axis), value=unit)
+
+    def once(self, find: Callable[[], Size]) -> Size:
+        """Return what depends on the exact network alone, which is the same for all draws."""
+        if not self.sizes:
+            std, positive = find()
+            self.sizes.append((std.float(), positive))
+        return self.sizes[0]
 
     def summed(self, std: Tensor) -> Tensor:
-        """Return the result with the error of a sum, rounded to what is stored."""
-        std = self.errors.spread(std, self.result, self.axis)
-        noisy = self.result + std * self.errors.normal(self.result, self.axis)
-        return self.rounded(noisy, self.store)
+        """Return the result with the error of a sum, rounded to what is stored.
+
+        Args:
+            std: Of the error, of the shape of the exact result: the same for every draw.
+        """
+        axis, errors = self.axis, self.errors.normal(self.result, self.axis)
+        apart(errors, axis, std.shape[axis]).mul_(std.unsqueeze(axis))
+        return self.rounded(self.result + errors, self.store)
+
+
+def apart(values: Tensor, axis: int, images: int) -> Tensor:
+    """Give draws an axis of their own, in front of that of the images."""
+    return values.view(*values.shape[:axis], -1, images, *values.shape[axis + 1 :])
 
 
 Rule = Callable[[Step], Tensor]
@@ -112,45 +135,67 @@ def round_result(step: Step) -> Tensor:
     return RULES.get(step.node.op, _elementwise)(step)
 
 
-def sum_error_std(total: Tensor, squares: Tensor, terms: int, accumulate: float) -> Tensor:
+def sum_error_std(
+    total: Tensor, squares: Tensor, terms: int, accumulate: float, operands: float = 0.0
+) -> Tensor:
     """Return the standard deviation of the error of summing one term after another.
 
     Each of the n partial sums is rounded, with an error uniform within its unit roundoff, so the
     variance is ``accumulate^2 / 3 * sum_k s_k^2``. For terms in random order with sum S and sum of
     squares Q, the expectation of ``sum_k s_k^2`` is
     ``(n + 1)(2n + 1) / (6n) * S^2 + (n + 1) / 6 * (Q - S^2 / n)``: the drift of the partial sums
-    and a random bridge around it.
+    and a random bridge around it. Together that is ``(n + 1) / 3 * S^2 + (n + 1) / 6 * Q``.
 
     Args:
         total: S, of any shape.
         squares: Q, of the same shape.
         terms: n.
         accumulate: Unit roundoff of the accumulator.
+        operands: Variance of the relative errors that each term has of its own.
     """
-    drift = (terms + 1) * (2 * terms + 1) / (6 * terms) * total.square()
-    bridge = (terms + 1) / 6 * (squares - total.square() / terms).clamp(min=0.0)
-    return accumulate * ((drift + bridge) / 3).sqrt()
+    drift = accumulate**2 * (terms + 1) / 9
+    variance = total.square().mul_(drift)
+    return variance.add_(squares, alpha=drift / 2 + operands).sqrt_()
 
 
 def _weighted(step: Step) -> Tensor:
     """Round a sum of products: of inputs with weights, or of two activations."""
+    std, positive = step.once(lambda: _product_size(step))
+    return _of_one_sign(step.summed(std), positive)
+
+
+def _product_size(step: Step) -> Size:
     node = step.node
     count = len(step.exact) if node.op == "Einsum" else 2
     factors = [x for x in step.exact[:count] if x is not None]
-    total = step.run(factors)
-    squares = step.run([x.square() for x in factors]) * node.attributes.get("alpha", 1.0)
+    total = _without_bias(step, factors)
+    alpha: float = node.attributes.get("alpha", 1.0) if node.op == "Gemm" else 1.0
+    squares = step.run([x.square() for x in factors])
     # A weight (with what was folded into it) is rounded once, and so is each product.
-    operands = (step.constant * step.store**2 + step.accumulate**2) / 3 * squares
-    std = sum_error_std(total, squares, _terms(node, factors), step.accumulate)
-    return _of_one_sign(step.summed((std.square() + operands).sqrt()), factors)
+    operands = (step.constant * step.store**2 + step.accumulate**2) / 3
+    squares = squares if alpha == 1.0 else squares * alpha
+    std = sum_error_std(total, squares, _terms(node, factors), step.accumulate, operands)
+    return std, _not_negative(factors)
 
 
-def _of_one_sign(rounded: Tensor, terms: Sequence[Tensor]) -> Tensor:
+def _without_bias(step: Step, factors: list[Tensor]) -> Tensor:
+    """Return the exact sum of products, without running a convolution again for it."""
+    bias = step.exact[2] if step.node.op == "Conv" and len(step.exact) > 2 else None
+    if step.total is None or (step.node.op == "Gemm" and len(step.exact) > 2):
+        return step.run(factors)
+    return step.total if bias is None else step.total - bias.view(-1, *[1] * (factors[0].dim() - 2))
+
+
+def _of_one_sign(rounded: Tensor, positive: bool) -> Tensor:
     """Keep a sum of terms that are not negative from becoming negative, which rounding never does.
 
     Its errors have the size of the exact sum's, and on a grid the noisy sum itself may be 0.
     """
-    return rounded.clamp(min=0.0) if all(bool((x >= 0).all()) for x in terms) else rounded
+    return rounded.clamp(min=0.0) if positive else rounded
+
+
+def _not_negative(terms: Sequence[Tensor]) -> bool:
+    return all(float(x.amin()) >= 0.0 for x in reversed(terms) if x.numel())
 
 
 def _terms(node: Node, factors: Sequence[Tensor]) -> int:
@@ -176,30 +221,43 @@ def _terms(node: Node, factors: Sequence[Tensor]) -> int:
 
 
 def _sum(step: Step) -> Tensor:
+    std, positive = step.once(lambda: _sum_size(step))
+    return _of_one_sign(step.summed(std), positive)
+
+
+def _sum_size(step: Step) -> Size:
     x, total = _only(step), step.run(step.exact)
     squares = step.run([x.square(), *step.exact[1:]])
-    std = sum_error_std(total, squares, _reduced(step), step.accumulate)
-    return _of_one_sign(step.summed(std), [x])
+    return sum_error_std(total, squares, _reduced(step), step.accumulate), _not_negative([x])
 
 
 def _mean(step: Step) -> Tensor:
+    std, positive = step.once(lambda: _mean_size(step))
+    return _of_one_sign(step.summed(std), positive)
+
+
+def _mean_size(step: Step) -> Size:
     x, mean = _only(step), step.run(step.exact)
     terms = _reduced(step)
     squares = terms * step.run([x.square(), *step.exact[1:]])
     std = sum_error_std(terms * mean, squares, terms, step.accumulate) / terms
-    return _of_one_sign(step.summed(std), [x])
+    return std, _not_negative([x])
 
 
 def _sum_of_squares(step: Step) -> Tensor:
     """Round a sum of squares, or its root."""
+    std, _ = step.once(lambda: _sum_of_squares_size(step))
+    return _of_one_sign(step.summed(std), positive=True)
+
+
+def _sum_of_squares_size(step: Step) -> Size:
     x, result = _only(step), step.run(step.exact)
     fourth = step.run([x.square(), *step.exact[1:]])
     root = step.node.op == "ReduceL2"
     total, squares = (result.square(), fourth.square()) if root else (result, fourth)
-    std = sum_error_std(total, squares, _reduced(step), step.accumulate)
-    std = (std.square() + step.accumulate**2 / 3 * squares).sqrt()  # each square is rounded
-    std = std / (2 * result.clamp(min=1e-30)) if root else std
-    return _of_one_sign(step.summed(std), [fourth])
+    each = step.accumulate**2 / 3  # each square is rounded
+    std = sum_error_std(total, squares, _reduced(step), step.accumulate, each)
+    return std / (2 * result.clamp(min=1e-30)) if root else std, True
 
 
 def _only(step: Step) -> Tensor:
@@ -241,14 +299,20 @@ def _gated(x: Tensor, result: Tensor) -> Tensor:
 
 def _batch_normalization(step: Step) -> Tensor:
     """Round ``a x + c``, whose two terms may cancel."""
+    std, _ = step.once(lambda: _batch_normalization_size(step))
+    return step.summed(std)
+
+
+def _batch_normalization_size(step: Step) -> Size:
     x, scale, bias, mean, variance = (value for value in step.exact[:5])
     assert x is not None and scale is not None and bias is not None
     assert mean is not None and variance is not None
     sides = (-1, *[1] * (x.dim() - 2))
     factor = scale / (variance + step.node.attributes.get("epsilon", 1e-5)).sqrt()
-    moved = (x * factor.view(sides)).square()  # the factor is rounded, and so is the product
-    std = step.inner * ((2 * moved + (bias - mean * factor).view(sides).square()) / 3).sqrt()
-    return step.summed(std)
+    added = (bias - mean * factor).square().view(sides)
+    # The factor is rounded, and so is the product.
+    moved = (x * factor.view(sides)).square_().mul_(2)
+    return moved.add_(added).sqrt_().mul_(step.inner / math.sqrt(3)), False
 
 
 def _normalization(step: Step) -> Tensor:
