@@ -32,14 +32,15 @@ def judge(measurement: Measurement, max_drop: float = MAX_DROP) -> RobustnessRes
         raise ValueError("nothing was measured")
     bounded = [_bounded(p, max_drop) for p in measurement.pairs if p.spec.epsilon is not None]
     smallest = [(p.spec, _minimal(p, max_drop)) for p in measurement.pairs if not p.spec.epsilon]
-    clean = _clean(measurement.pairs[0], max_drop)
+    clean, minimal = _clean(measurement.pairs[0], max_drop), _nested(smallest)
+    findings = sanity_findings(measurement, clean, bounded, minimal, max_drop)
     return RobustnessResult(
         measurement=measurement,
         max_drop=max_drop,
         clean=clean,
         bounded=tuple(bounded),
-        minimal=_nested(smallest),
-        warnings=tuple(sanity_findings(measurement, clean, bounded)),
+        minimal=minimal,
+        warnings=tuple(finding.sentence for finding in findings),
     )
 
 
