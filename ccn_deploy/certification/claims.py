@@ -8,8 +8,11 @@ claim                  what it says
                        any, kind of input by kind
 ``batch-invariant``    an image's answer does not depend on the images beside it
 ``deterministic``      the same images give the same answer again
-``accurate``           without an attack, the runtime loses no more than allowed
-``robust``             under an attack, the runtime loses no more than allowed to the reference
+``accurate``           without an attack, the runtime loses no more than allowed, and is as
+                       accurate as required
+``sane``               nothing undermines the numbers of the evaluation under attack
+``no-worse``           under an attack, the runtime loses no more than allowed to the reference
+``robust``             under an attack, as much is left as is required; only where something is
 =====================  =============================================================
 """
 
@@ -26,6 +29,7 @@ from ccn_deploy.certification.plugin import DATA_OPTIONS, NOTE
 from ccn_deploy.certification.session import Certification, Options
 from ccn_deploy.data import DataOptions
 from ccn_deploy.errors import CcnDeployError
+from ccn_deploy.robustness.options import AttackOptions
 from ccn_deploy.verdict import Verdict
 
 _SESSION = pytest.StashKey[Certification]()
@@ -41,6 +45,7 @@ def begin(config: pytest.Config) -> Certification:
         try:
             options = Options(
                 bundle=Path(config.getoption("--ccn-bundle")),
+                attack=AttackOptions(**_given(config, _ATTACK_FIELDS)),
                 data=DataOptions(**_given(config, _DATA_FIELDS)),
                 **_given(config, _FIELDS),
             )
@@ -52,9 +57,13 @@ def begin(config: pytest.Config) -> Certification:
 
 _FIELDS = {
     name.replace("-", "_"): name
-    for name in ("runtime", "precision", "max-drop", "samples", "parity-samples", "epsilons",
-                 "dataset", "data-dir", "threads")
-} | {"attacks": "attack"}  # fmt: skip
+    for name in ("runtime", "precision", "max-drop", "min-robust", "min-accuracy", "samples",
+                 "parity-samples", "dataset", "data-dir", "threads")
+}  # fmt: skip
+_ATTACK_FIELDS = {
+    name.replace("-", "_"): name
+    for name in ("epsilons", "epsilons-l2", "steps", "step-size", "restarts")
+} | {"attacks": "attack"}
 _DATA_FIELDS = {
     {"npz-images": "images_key", "npz-labels": "labels_key"}.get(name, name): name
     for name in DATA_OPTIONS

@@ -14,7 +14,9 @@ from ccn_deploy.parity.judge import AnyFinding, GradientFinding, KinkFinding
 from ccn_deploy.parity.judge import Finding as ParityFinding
 from ccn_deploy.parity.tolerances import Tolerance
 from ccn_deploy.robustness.non_inferiority import NonInferiorityTest, Proportion
+from ccn_deploy.robustness.result import RobustnessResult, points
 from ccn_deploy.robustness.rows import FixedEpsilonResult, MinimizationResult
+from ccn_deploy.robustness.thresholds import ThresholdTest
 from ccn_deploy.verdict import Verdict
 
 
@@ -101,26 +103,90 @@ class ClaimText:
             f"{self._verify_parity()} names the first layer that departs.",
         )
 
-    def bounded(self, row: FixedEpsilonResult) -> Finding:
-        """Put an attack at one epsilon, or no attack, into words."""
-        return self._gate(row.gate, self._shares(row.reference, row.runtime))
+    def accurate(self, result: RobustnessResult, tests: Sequence[ThresholdTest]) -> Finding:
+        """Put accuracy without an attack into words, with what is required of it."""
+        found = self._gate(result, result.clean.gate, self._row(result.clean))
+        for test in tests:
+            other = self.threshold(result, test)
+            decides = found if found.verdict is not Verdict.PASS else other
+            found = Finding(
+                Verdict.all_of([found.verdict, other.verdict]),
+                f"{found.measured}; {other.measured}",
+                f"{found.bound}; {other.bound}",
+                decides.advice,
+            )
+        return found
 
-    def minimal(self, row: MinimizationResult) -> Finding:
+    def bounded(self, result: RobustnessResult, row: FixedEpsilonResult) -> Finding:
+        """Put an attack at one epsilon into words."""
+        return self._gate(result, row.gate, self._row(row))
+
+    def minimal(self, result: RobustnessResult, row: MinimizationResult) -> Finding:
         """Put a search for the smallest perturbation into words, at the d that decides."""
         d = next(d for d, gate in row.gates.items() if gate == row.gate)
         shares = self._shares(row.reference.accuracy_at[d], row.runtime.accuracy_at[d])
-        return self._gate(row.gate, f"at d = {d:g}, {shares}")
+        return self._gate(result, row.gate, f"at d = {d:g}, {shares}")
+
+    def threshold(self, result: RobustnessResult, test: ThresholdTest) -> Finding:
+        """Put what must be left, and what is, into words."""
+        advice = "Do not ship it: attacks leave less than was required."
+        if test.verdict is Verdict.INCONCLUSIVE:
+            needed = None if test.invalid else test.needed
+            advice = f"Inconclusive: {test.reason}." + (
+                f" Give --ccn-samples {needed}." if needed else ""
+            )
+        return self._borne(
+            result,
+            Finding(
+                test.verdict,
+                f"{self.target} {_percent(test.reached)} under {test.threshold.where}, at least "
+                f"{100 * test.lower95:.2f} % at 95 % confidence",
+                f"at least {100 * test.threshold.share:g} %, shown at 95 % confidence",
+                advice,
+            ),
+        )
+
+    def sane(self, result: RobustnessResult) -> Finding:
+        """Put what the numbers give away of themselves into words."""
+        doubts = result.doubts
+        said = [f"{finding.word}: {finding.sentence}" for finding in doubts or result.findings]
+        return Finding(
+            Verdict.INCONCLUSIVE if doubts else Verdict.PASS,
+            " ".join(said) or "none of the automatic checks raised a doubt",
+            "nothing that undermines the numbers",
+            "Find the cause; the section “Can these numbers be trusted?” of the documentation says "
+            "what each finding means.",
+        )
+
+    def _borne(self, result: RobustnessResult, finding: Finding) -> Finding:
+        """Take a pass back where the numbers that it rests on are undermined."""
+        if (verdict := result.borne(finding.verdict)) is finding.verdict:
+            return finding
+        first = result.doubts[0]
+        return Finding(
+            verdict,
+            f"{finding.measured}; {first.word}: {first.sentence}",
+            f"{finding.bound}, on numbers that nothing undermines",
+            f"Inconclusive: see the claim sane[{self.target}].",
+        )
+
+    def _row(self, row: FixedEpsilonResult) -> str:
+        return self._shares(row.reference, row.runtime)
 
     def _shares(self, reference: Proportion, runtime: Proportion) -> str:
         return f"reference {_percent(reference)}, {self.target} {_percent(runtime)}"
 
-    def _gate(self, gate: NonInferiorityTest, shares: str) -> Finding:
-        return Finding(
-            gate.verdict,
-            f"{shares}; of {gate.n} images {gate.lost} lost and {gate.gained} gained: a drop of "
-            f"{100 * gate.drop:.2f} points, at most {100 * gate.upper95:.2f} at 95 % confidence",
-            f"a drop of at most {100 * gate.max_drop:g} points, shown at 95 % confidence",
-            self._advice(gate),
+    def _gate(self, result: RobustnessResult, gate: NonInferiorityTest, shares: str) -> Finding:
+        return self._borne(
+            result,
+            Finding(
+                gate.verdict,
+                f"{shares}; of {gate.n} images {gate.lost} lost and {gate.gained} gained: a drop "
+                f"of {100 * gate.drop:.2f} points, at most {100 * gate.upper95:.2f} at 95 % "
+                "confidence",
+                f"a drop of at most {points(gate.max_drop)}, shown at 95 % confidence",
+                self._advice(gate),
+            ),
         )
 
     def _advice(self, gate: NonInferiorityTest) -> str:

@@ -51,10 +51,18 @@ _OPTIONS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     (
         "max-drop",
         "SHARE",
-        "How much accuracy under attack the runtime may lose to the reference, as a share of "
-        "images (default: as for `ccn-deploy verify-robustness`).",
-        {"type": float},
+        "How much accuracy under attack the runtime may lose to the reference, such as 1% or "
+        "0.01 (default: as for `ccn-deploy verify-robustness`).",
+        {},
     ),
+    (
+        "min-robust",
+        "ATTACK@STRENGTH=SHARE",
+        "What must be left under an attack, such as apgd@0.1=55%; may be given several times. "
+        "Without it nothing is claimed but that the runtime is no worse than the reference.",
+        {"action": "append"},
+    ),
+    ("min-accuracy", "SHARE", "What accuracy must be without an attack, such as 95%.", {}),
     ("samples", "N", "Images to attack (default likewise).", {"type": int}),
     (
         "parity-samples",
@@ -66,10 +74,15 @@ _OPTIONS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     (
         "attack",
         "NAME",
-        "fgsm, pgd, deepfool, deepfool-fast or cw; may be given several times (default likewise).",
+        "A name that `ccn-deploy verify-robustness` takes; may be given several times (default "
+        "likewise).",
         {"action": "append"},
     ),
-    ("epsilons", "LIST", "Strengths of fgsm and pgd, with commas (default likewise).", {}),
+    ("epsilons", "LIST", "Strengths of attacks in Linf, with commas (default likewise).", {}),
+    ("epsilons-l2", "LIST", "Strengths of attacks bounded in L2 (default likewise).", {}),
+    ("steps", "N", "Of PGD and APGD (default likewise).", {"type": int}),
+    ("step-size", "SHARE", "Of PGD, relative to epsilon (default likewise).", {"type": float}),
+    ("restarts", "N", "Of PGD and APGD (default likewise).", {"type": int}),
     (
         "dataset",
         "NAME|DIR|FILE.npz",

@@ -24,6 +24,7 @@ Code = Literal[
     "fgsm-above-apgd",
     "gain",
     "gradients-disagree",
+    "gradients-of-two-kinds",
     "large-epsilon-not-chance",
     "larger-epsilon-weaker",
     "more-steps-weaker",
@@ -55,6 +56,11 @@ class SanityFinding(Record, frozen=True):
     undermines: bool
     sentence: Text
     figures: dict[str, float | int | str] = msgspec.field(default_factory=dict)
+
+    @property
+    def word(self) -> str:
+        """How grave it is: a doubt stands in the way of a pass, a note does not."""
+        return "doubt" if self.undermines else "note"
 
 
 FLATTERY = 0.1
