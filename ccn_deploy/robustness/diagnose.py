@@ -269,7 +269,8 @@ def _saturated(logits: Array) -> float:
         return 0.0
     away = (logits - logits.max(axis=1, keepdims=True)).astype(np.float32)
     with np.errstate(under="ignore"):
-        return float(((np.exp(away) > 0).sum(axis=1) == 1).mean())
+        told = np.exp(away) >= np.finfo(np.float32).tiny
+    return float((told.sum(axis=1) == 1).mean())
 
 
 def _gap(logits: Array) -> float:
