@@ -89,6 +89,15 @@ def samples_needed(max_drop: float, confidence: float = CONFIDENCE) -> int:
     return math.ceil(math.log1p(-confidence) / math.log1p(-max_drop))
 
 
+def sign_test(more: int, fewer: int) -> float:
+    """Return how likely a fair coin falls ``more`` times or oftener in ``more + fewer`` throws.
+
+    Of pairs that differ, that is the exact one-sided test of McNemar (1947): whether the one kind
+    is commoner than the other by more than chance.
+    """
+    return float(_stats().binom.sf(more - 1, more + fewer, 0.5))
+
+
 def _tango(lost: int, gained: int, trials: int, drop: float) -> float:
     """Return the score statistic of ``difference == drop``; falls as ``drop`` rises."""
     a = 2.0 * trials

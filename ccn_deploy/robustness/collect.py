@@ -10,17 +10,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ccn_deploy.attacks import AttackSpec, suite
+from ccn_deploy.attacks import ATTACKS, AttackSpec, suite
 from ccn_deploy.attacks.source import GRADIENTS, Gradient, no_gradients, source
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.errors import IntegrityError, UsageError
 from ccn_deploy.evaluation import check_fits
-from ccn_deploy.robustness import agreement
-from ccn_deploy.robustness.agreement import GradientAgreement
+from ccn_deploy.extras import require
+from ccn_deploy.robustness.agreement import PROBE, GradientAgreement
 from ccn_deploy.robustness.attack_job import TOLERANCE, Trial, attack
 from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession
 from ccn_deploy.robustness.cache_key import cache_key, differentiable
+from ccn_deploy.robustness.diagnostics import Diagnostics, diagnostics_path
 from ccn_deploy.robustness.evidence import (
     SCHEMA,
     Evidence,
@@ -93,8 +94,7 @@ class Measurement:
         seed: Of the selection and of the attacks.
         n: How many images.
         pairs: One per attack, in order of the request.
-        agreement: How well its own and the reference's gradients agree; None if it has none
-            of its own, or is its reference.
+        diagnostics: Signs of hidden slopes, on a few images.
     """
 
     runtime: str
@@ -104,7 +104,16 @@ class Measurement:
     seed: int
     n: int
     pairs: tuple[Pair, ...]
-    agreement: GradientAgreement | None = None
+    diagnostics: Diagnostics | None = None
+
+    @property
+    def agreement(self) -> GradientAgreement | None:
+        """How well its own and the reference's gradients agree.
+
+        None if it has none of its own, or is its reference.
+        """
+        native = self.diagnostics.native if self.diagnostics is not None else None
+        return None if native is None else native.agreement
 
     @property
     def target(self) -> str:
@@ -187,7 +196,7 @@ def _measure(
                 evidence = _read(path, job, request)
             found[spec.label, target] = evidence
             done += spec.cost * n
-        compared = _agreement(session, request)
+        diagnostics = _diagnostics(session, request, gradient)
     dataset = request.dataset
     return Measurement(
         runtime=request.runtime,
@@ -200,7 +209,7 @@ def _measure(
             Pair(spec, found[spec.label, REFERENCE], found[spec.label, request.target])
             for spec in request.attacks
         ),
-        agreement=compared,
+        diagnostics=diagnostics,
     )
 
 
@@ -305,23 +314,31 @@ def _gradient(bundle: Bundle, request: RobustnessRequest) -> Gradient:
     return request.gradient or ("native" if native else "reference")
 
 
-def _agreement(session: AttackSession, request: RobustnessRequest) -> GradientAgreement | None:
-    """Return how well native and reference gradients agree, measured if it is not kept yet."""
+def _diagnostics(
+    session: AttackSession, request: RobustnessRequest, gradient: Gradient
+) -> Diagnostics:
+    """Return the signs of hidden slopes, measured if they are not kept yet."""
     bundle, target, dataset = session.bundle, request.target, request.dataset
-    if target == REFERENCE or not differentiable(bundle, target, device=request.options.device):
-        return None
-    indices = dataset.order(request.seed)[: min(request.n, agreement.SAMPLES)]
+    strengths = [spec.epsilon for spec in request.attacks if spec.norm == "linf" and spec.epsilon]
+    epsilon = max(strengths, default=PROBE.epsilon or 0.0)
     setting = {
-        **_cache_key(bundle, request, target, "native"),
-        "samples": len(indices),
-        "probe": agreement.PROBE.document(),
+        **_cache_key(bundle, request, target, gradient),
+        "samples": request.n,
+        "epsilon": epsilon,
+        "attack": dict(ATTACKS["pgd"].parameters),
+        "training": bundle.card.training,
     }
-    path = agreement.agreement_path(bundle, setting, target)
-    kept = GradientAgreement.read(path, setting)
+    path = diagnostics_path(bundle, setting, target)
+    kept = Diagnostics.read(path, setting)
     if kept is not None:
         return kept
-    images, labels = dataset.images(indices), dataset.labels[indices]
-    found = agreement.compare_gradients(session, target, images, labels)
+    require("foolbox", "train", "to attack")
+    from ccn_deploy.robustness.diagnose import diagnose
+
+    indices = dataset.order(request.seed)[: request.n]
+    found = diagnose(
+        session, target, gradient, dataset, indices, epsilon=epsilon, seed=request.seed
+    )
     found.write(path, setting)
     return found
 
