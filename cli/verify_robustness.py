@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ccn_deploy.attacks import ATTACKS, DEFAULT_ATTACKS, DEFAULT_EPSILONS, DEFAULT_L2_EPSILONS
 from ccn_deploy.cli.options import (
     MAX_DROP,
     BundleArgument,
@@ -23,12 +24,18 @@ from ccn_deploy.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ccn_deploy.data import DataOptions
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 SAMPLES = 500
+
+
+def _strengths(epsilons: Sequence[float]) -> str:
+    return ",".join(f"{epsilon:g}" for epsilon in epsilons)
 
 
 @takes_data_options
@@ -49,11 +56,9 @@ def verify_robustness(
         list[str] | None,
         typer.Option(
             "--attack",
-            help="fgsm, pgd, pgd-margin, pgd-targeted, pgd-l2; apgd, apgd-dlr, apgd-t and each of "
-            "them with -l2; square, square-l2 (scores only); deepfool, deepfool-fast, cw, fmn, "
-            "fmn-linf, hopskipjump (the smallest perturbation); audit, audit-l2 (the recommended "
-            "set). Give it again for more.",
-            show_default="fgsm, pgd, deepfool",
+            help=f"{', '.join(ATTACKS)}; give it again for more. audit and audit-l2 are the "
+            "recommended sets: strong attacks, each on what the ones before it left.",
+            show_default=", ".join(DEFAULT_ATTACKS),
         ),
     ] = None,
     epsilons: Annotated[
@@ -61,7 +66,7 @@ def verify_robustness(
         typer.Option(
             "--epsilons",
             help="Strengths of attacks in Linf, pixels being 0 to 1.",
-            show_default="0.1,0.2,0.3,0.4",
+            show_default=_strengths(DEFAULT_EPSILONS),
         ),
     ] = None,
     epsilons_l2: Annotated[
@@ -69,12 +74,12 @@ def verify_robustness(
         typer.Option(
             "--epsilons-l2",
             help="Strengths of attacks that are bounded in L2.",
-            show_default="0.5,1,1.5,2",
+            show_default=_strengths(DEFAULT_L2_EPSILONS),
         ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", min=1, help="Of PGD and APGD.", show_default="40 (APGD: 100)"),
+        typer.Option("--steps", min=1, help="Of PGD and APGD.", show_default="each attack's own"),
     ] = None,
     step_size: Annotated[
         float | None,
@@ -86,7 +91,9 @@ def verify_robustness(
     ] = None,
     restarts: Annotated[
         int | None,
-        typer.Option("--restarts", min=1, help="Of PGD and APGD.", show_default="1"),
+        typer.Option(
+            "--restarts", min=1, help="Of PGD and APGD.", show_default="each attack's own"
+        ),
     ] = None,
     gradient: Annotated[
         str | None,
@@ -129,7 +136,6 @@ def verify_robustness(
     as_json: JsonOption = False,
 ) -> None:
     """Attack what is deployed, image by image, and compare it with the PyTorch reference."""
-    from ccn_deploy.attacks import DEFAULT_ATTACKS
     from ccn_deploy.attacks.source import source
     from ccn_deploy.bundle import open_bundle
     from ccn_deploy.cli import console, robustness_view

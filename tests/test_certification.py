@@ -18,14 +18,16 @@ from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.certification.session import Options
 from ccn_deploy.errors import UsageError
 from ccn_deploy.parity.evidence import KINDS
+from ccn_deploy.robustness.options import AttackOptions
 from tests.faults import Fault, drop_delta, reorder_classes, swap_rows
 
 TARGET = "onnxruntime-cpu-fp32"
 PARITY = {f"parity[{TARGET}-{kind}]" for kind in KINDS}
 STEADY = {f"batch-invariant[{TARGET}]", f"deterministic[{TARGET}]"}
-ATTACKED = {f"accurate[{TARGET}]", "robust[linf-0.1-fgsm]", "robust[l2-deepfool]"}
-CLAIMS = {"intact[bundle]"} | PARITY | STEADY | ATTACKED
-UNDER_FGSM = ATTACKED - {"robust[l2-deepfool]"}
+ATTACKED = {f"accurate[{TARGET}]", "no-worse[linf-0.1-fgsm]", "no-worse[l2-deepfool]"}
+SANE = f"sane[{TARGET}]"
+CLAIMS = {"intact[bundle]", SANE} | PARITY | STEADY | ATTACKED
+UNDER_FGSM = ATTACKED - {"no-worse[l2-deepfool]"}
 
 # 29 images, none lost, are the fewest that show a drop of at most 10 points.
 FGSM = ["--ccn-attack=fgsm", "--ccn-epsilons=0.1", "--ccn-samples=30", "--ccn-max-drop=0.1",
@@ -102,7 +104,7 @@ def test_a_planted_fault_breaks_the_claims_that_are_about_it(
     outcome = certify(tmp_path, "--ccn-bundle", bundle.path, *FGSM)
     assert outcome.exit_code == pytest.ExitCode.TESTS_FAILED
     assert broken <= set(outcome.failed), outcome.terminal
-    assert outcome.passed | set(outcome.failed) == CLAIMS - {"robust[l2-deepfool]"}
+    assert outcome.passed | set(outcome.failed) == CLAIMS - {"no-worse[l2-deepfool]"}
     assert "intact[bundle]" in outcome.passed  # its digests agree: only behaviour shows the fault
     for name in broken:
         lines = outcome.failed[name].splitlines()
@@ -116,7 +118,7 @@ def test_too_few_images_fail_as_inconclusive(
     bundle, _ = certified
     options = [option for option in SMALL if not option.startswith("--ccn-samples")]
     outcome = certify(
-        tmp_path, "--ccn-bundle", bundle, *options, "--ccn-samples=28", "-k", "robust or accurate"
+        tmp_path, "--ccn-bundle", bundle, *options, "--ccn-samples=28", "-k", "no-worse or accurate"
     )
     assert outcome.exit_code == pytest.ExitCode.TESTS_FAILED
     assert set(outcome.failed) == ATTACKED
@@ -152,8 +154,8 @@ def test_a_bundle_that_cannot_keep_evidence_is_judged_all_the_same(
     # A file where the directory would be: unwritable for root too, unlike a mode.
     bundle = copy_bundle("ccn")
     bundle.evidence.write_text("not a directory")
-    outcome = certify(tmp_path, "--ccn-bundle", bundle.path, *FGSM, "-k", "robust")
-    assert outcome.passed == {"robust[linf-0.1-fgsm]"}, outcome.terminal
+    outcome = certify(tmp_path, "--ccn-bundle", bundle.path, *FGSM, "-k", "no-worse")
+    assert outcome.passed == {"no-worse[linf-0.1-fgsm]"}, outcome.terminal
     assert outcome.terminal.count("cannot be written to") == 1
     assert bundle.evidence.read_text() == "not a directory"
 
@@ -178,9 +180,9 @@ def test_no_claim_means_no_evidence(ccn_bundle: Bundle, tmp_path: Path) -> None:
 def test_a_claim_is_run_again_by_the_name_it_failed_under(
     certified: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
-    claim = "ccn_deploy.certification.claims::robust[linf-0.1-fgsm]"
+    claim = "ccn_deploy.certification.claims::no-worse[linf-0.1-fgsm]"
     outcome = certify(tmp_path, "--ccn-bundle", certified[0], *SMALL, package=claim)
-    assert outcome.passed == {"robust[linf-0.1-fgsm]"}
+    assert outcome.passed == {"no-worse[linf-0.1-fgsm]"}
 
 
 def test_the_claims_run_under_a_foreign_configuration(
@@ -194,15 +196,15 @@ def test_the_claims_run_under_a_foreign_configuration(
         "import pytest\n\n\n@pytest.fixture(autouse=True)\ndef everywhere():\n    yield\n"
     )
     (tmp_path / "below").mkdir()
-    outcome = certify(tmp_path / "below", f"--ccn-bundle={certified[0]}", *SMALL, "-k", "robust")
-    assert outcome.passed == {"robust[linf-0.1-fgsm]", "robust[l2-deepfool]"}, outcome.terminal
+    outcome = certify(tmp_path / "below", f"--ccn-bundle={certified[0]}", *SMALL, "-k", "no-worse")
+    assert outcome.passed == {"no-worse[linf-0.1-fgsm]", "no-worse[l2-deepfool]"}, outcome.terminal
     assert f"rootdir: {tmp_path}" in outcome.terminal
 
 
 def test_workers_share_the_evidence(certified: tuple[Path, Outcome], tmp_path: Path) -> None:
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
-    outcome = certify(tmp_path, "--ccn-bundle", certified[0], *SMALL, "-n", "2", "-k", "robust")
-    assert outcome.passed == {"robust[linf-0.1-fgsm]", "robust[l2-deepfool]"}, outcome.terminal
+    outcome = certify(tmp_path, "--ccn-bundle", certified[0], *SMALL, "-n", "2", "-k", "no-worse")
+    assert outcome.passed == {"no-worse[linf-0.1-fgsm]", "no-worse[l2-deepfool]"}, outcome.terminal
 
 
 @pytest.mark.parametrize(
@@ -226,11 +228,14 @@ def test_wrong_usage_is_told_before_anything_runs(
 @pytest.mark.parametrize(
     ("option", "word"),
     [
-        ({"epsilons": "0.1,big"}, "'big'"),
+        ({"attack": AttackOptions(epsilons="0.1,big")}, "'big'"),
+        ({"attack": AttackOptions(["fgsm"], steps=5)}, "--steps"),
+        ({"min_robust": ["pgd@0.1=55"]}, "--ccn-min-robust pgd@0.1=55%"),
+        ({"min_accuracy": "97"}, "--ccn-min-accuracy 97%"),
         ({"runtime": "onnxruntime-cp"}, "'onnxruntime-cpu'"),
         ({"precision": "fp17"}, "'fp17'"),
-        ({"max_drop": 0.0}, "--ccn-max-drop 0"),
-        ({"max_drop": float("nan")}, "--ccn-max-drop nan"),
+        ({"max_drop": "0"}, "--ccn-max-drop 0"),
+        ({"max_drop": "1"}, "--ccn-max-drop 1%"),
         ({"samples": 0}, "--ccn-samples 0"),
         ({"threads": -1}, "--ccn-threads -1"),
     ],

@@ -213,7 +213,7 @@ def test_deepfool_fails_where_any_distance_does() -> None:
 def test_the_document_keeps_the_contract() -> None:
     result = judge(measured(bounded("hhfw", "hffw", "fgsm"), bounded("hhfw", "hffw"), deepfool()))
     document = json.loads(json.dumps(result.document(), allow_nan=False))
-    assert document["schema"] == "ccn-deploy/robustness/1"
+    assert document["schema"] == "ccn-deploy/robustness/2"
     assert document["verdict"] in {"pass", "fail", "inconclusive"}
     assert document["runtime"] == "onnxruntime-cpu"
     fgsm, pgd, smallest = document["attacks"]
@@ -240,14 +240,14 @@ def test_nothing_found_is_null_and_not_nan() -> None:
 
 
 def warned(result: RobustnessResult, words: str) -> bool:
-    return any(words in warning for warning in result.warnings)
+    return any(words in finding.sentence for finding in result.findings)
 
 
 def test_numbers_that_flatter_are_named() -> None:
     flattering = judge(measured(bounded("h" * 10, "h" * 10, "fgsm"), bounded("f" * 10, "f" * 10)))
     assert warned(flattering, "FGSM flatters")
     honest = judge(measured(bounded("h" * 10, "h" * 10, "fgsm"), bounded("h" * 10, "h" * 10)))
-    assert not honest.warnings
+    assert not honest.findings
     masked = judge(measured(bounded("f" * 10, "f" * 10, "fgsm"), bounded("h" * 10, "h" * 10)))
     assert warned(masked, "PGD found less than FGSM")
     assert warned(judge(measured(bounded("hh", "hh", "fgsm"))), "No PGD")
