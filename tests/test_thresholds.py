@@ -107,7 +107,11 @@ def test_the_whole_passes_only_with_its_thresholds() -> None:
 
 def test_accuracy_without_an_attack_is_a_threshold_too() -> None:
     word = "f" * 95 + "w" * 5
-    for share, verdict in ((0.9, Verdict.PASS), (0.94, Verdict.INCONCLUSIVE), (0.96, Verdict.FAIL)):
+    for share, verdict in (
+        (0.89, Verdict.PASS),
+        (0.94, Verdict.INCONCLUSIVE),
+        (0.96, Verdict.FAIL),
+    ):
         result = judge(measured(bounded(word, word)), 0.4, thresholds_of((), f"{share}"))
         assert (result.thresholds[0].verdict, result.verdict) == (verdict, verdict)
         assert result.thresholds[0].threshold.where == "no attack"

@@ -15,7 +15,7 @@ from ccn_deploy.robustness.collect import Measurement
 from ccn_deploy.robustness.evidence import Evidence
 from ccn_deploy.robustness.non_inferiority import Mask, PairedDifference, Proportion
 from ccn_deploy.robustness.outcomes import invalid, right, robust, robust_within
-from ccn_deploy.robustness.result import RobustnessResult
+from ccn_deploy.robustness.result import RobustnessResult, listed
 from ccn_deploy.robustness.rows import label_of
 from ccn_deploy.robustness.sanity import SanityFinding
 from ccn_deploy.verdict import Verdict
@@ -128,7 +128,7 @@ class PrecisionsResult:
     def shown(self) -> str:
         """What was shown, or why it was not."""
         if self.verdict is Verdict.PASS:
-            return " ".join(one.shown for one in self.results.values())
+            return self.deciding.passes(f"{self.first.runtime} in {listed(list(self.results))}")
         return f"{self.deciding.measurement.precision}: {self.deciding.shown}"
 
     @property

@@ -79,7 +79,7 @@ class RobustnessResult:
     def shown(self) -> str:
         """What was shown, or why it was not, in a sentence or two."""
         if self.verdict is Verdict.PASS:
-            return f"{self._no_worse} {self._enough}"
+            return self.passes(self.measurement.target)
         reasons = self._reasons(self.verdict)
         if not reasons:  # every row passes, and yet nothing is shown
             first, *others = (finding.sentence for finding in self.doubts)
@@ -89,24 +89,19 @@ class RobustnessResult:
         also = f"; likewise in {len(others)} more {'row' if len(others) == 1 else 'rows'}"
         return f"{first[0].upper()}{first[1:]}{also if others else ''}."
 
-    @property
-    def _no_worse(self) -> str:
-        measurement = self.measurement
+    def passes(self, whose: str) -> str:
+        """Return what a pass says of something by its name: what was shown, and no more."""
+        left = "How robust either is, the table says: no accuracy was required (--min-robust)."
+        if self.thresholds:
+            said = [
+                f"at least {100 * test.threshold.share:g} % under {test.threshold.where}"
+                for test in self.thresholds
+            ]
+            left = f"It keeps what was required: {listed(said)}."
         return (
-            f"{measurement.target} is no worse than {REFERENCE} by more than "
-            f"{points(self.max_drop)} under {self.attacks}, shown at 95 % confidence on "
-            f"{measurement.n} images."
+            f"{whose} is no worse than {REFERENCE} by more than {points(self.max_drop)} under "
+            f"{self.attacks}, shown at 95 % confidence on {self.measurement.n} images. {left}"
         )
-
-    @property
-    def _enough(self) -> str:
-        if not self.thresholds:
-            return "How robust either is, the table says: no accuracy was required (--min-robust)."
-        said = [
-            f"at least {100 * test.threshold.share:g} % under {test.threshold.where}"
-            for test in self.thresholds
-        ]
-        return f"It keeps what was required: {listed(said)}."
 
     @property
     def rows(self) -> tuple[AccuracyRow, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ccn_deploy.attacks.spec import AttackSpec
 from ccn_deploy.robustness.evidence import Evidence
 
@@ -71,7 +73,7 @@ def _sides(spec: AttackSpec, evidence: Evidence) -> list[StageSide]:
     for at, stage in enumerate(spec.stages):
         fooled = int(((evidence.stage == stage.name) & (evidence.status == "fooled")).sum())
         left -= fooled
-        queries = evidence.stage_queries[:, at]
+        queries = np.maximum(evidence.stage_queries[:, at], 0)
         found.append(
             StageSide(
                 attacked=int((queries[:, 0] > 0).sum()),

@@ -184,7 +184,8 @@ def parse_share(text: str, option: str) -> float:
         raise UsageError(f"{option}{_gap(option)}{text!r} is no share.", _write(option, 55))
     if share > 1.0:
         raise UsageError(
-            f"{option}{_gap(option)}{text} is more than all images.", _write(option, 100 * share)
+            f"{option}{_gap(option)}{text} is more than all images.",
+            _write(option, share) if share < 100 else "Give a share above 0 and below 1.",
         )
     if not 0.0 < share < 1.0:
         raise UsageError(
