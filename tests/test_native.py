@@ -75,7 +75,8 @@ def test_native_is_used_where_the_graph_is_there_and_the_reference_elsewhere(
 
 
 def test_native_without_a_graph_is_refused_before_anything_is_measured(ccn_bundle: Bundle) -> None:
-    for spec in suite(ATTACKS, [0.1]):
+    names = [name for name, kind in ATTACKS.items() if kind.knowledge == "gradients"]
+    for spec in suite(names, [0.1]):
         with pytest.raises(RuntimeUnavailableError, match="no gradients of its own"):
             collect(without_gradient(ccn_bundle), request(2, spec, gradient="native"))
     with pytest.raises(UsageError, match="native"):

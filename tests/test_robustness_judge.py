@@ -180,8 +180,7 @@ def test_the_smallest_distance_and_the_success_are_of_what_was_found() -> None:
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_row_is_named_by_its_own_attack(name: str) -> None:
-    title = {"fgsm": "FGSM", "pgd": "PGD", "deepfool": "DeepFool",
-             "deepfool-fast": "DeepFool fast", "cw": "C&W"}[name]  # fmt: skip
+    title = ATTACKS[name].title
     spec = suite([name], [0.1])[0]
     result = judge(measured(Pair(spec, evidence("hf"), evidence("hf"))))
     assert {row["title"] for row in result.document()["attacks"]} == {title}

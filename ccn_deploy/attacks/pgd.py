@@ -17,6 +17,9 @@ from torch import Tensor
 
 from ccn_deploy.attacks.passes import forward, labels_of, tensor_of
 
+_SHORTEST = 0.01
+"""What a decaying step comes down to, relative to epsilon."""
+
 
 class LinfPGD(FixedEpsilonAttack):
     r"""Climb the cross-entropy inside a box of half-width epsilon around the image.
@@ -34,6 +37,8 @@ class LinfPGD(FixedEpsilonAttack):
     Args:
         steps: At most so many steps.
         rel_stepsize: Length s of a step, relative to epsilon.
+        decay: Whether step t of T is s (1 - t/T) + 0.01 long instead: long ones to get anywhere,
+            short ones to stay there.
         random_start: Whether to start at a uniform point of the box instead of the image.
         restarts: How often to start, for images that still hold.
         seeds: One sequence of integers per image; the image's place in the batch if None.
@@ -46,12 +51,14 @@ class LinfPGD(FixedEpsilonAttack):
         *,
         steps: int = 40,
         rel_stepsize: float = 1 / 30,
+        decay: bool = False,
         random_start: bool = True,
         restarts: int = 1,
         seeds: NDArray[np.int64] | None = None,
     ) -> None:
         self.steps = steps
         self.rel_stepsize = rel_stepsize
+        self.decay = decay
         self.random_start = random_start
         self.restarts = restarts
         self.seeds = seeds
@@ -83,14 +90,14 @@ class LinfPGD(FixedEpsilonAttack):
             if self.random_start:
                 noise = _noise([generators[at] for at in active.tolist()], origin, epsilon)
                 result[active] = (origin[active] + noise).clamp(*model.bounds)
-            for _ in range(self.steps):
+            for step in range(self.steps):
                 here = forward(model, result[active], active, labels=labels[active])
                 holding = (here.logits.argmax(dim=-1) == labels[active]).nonzero()[:, 0]
                 if not len(holding):
                     return result
                 active = active[holding]
                 direction = here.loss_gradient(holding, labels[active]).sign()
-                moved = result[active] + self.rel_stepsize * epsilon * direction
+                moved = result[active] + self._length(step) * epsilon * direction
                 moved = origin[active] + (moved - origin[active]).clamp(-epsilon, epsilon)
                 result[active] = moved.clamp(*model.bounds)
                 active = active[moved.flatten(1).isfinite().all(dim=1)]
@@ -98,6 +105,12 @@ class LinfPGD(FixedEpsilonAttack):
                 logits = forward(model, result[active], active).logits
                 active = active[logits.argmax(dim=-1) == labels[active]]
         return result
+
+    def _length(self, step: int) -> float:
+        """Return the length of a step, counted from 0, relative to epsilon."""
+        if self.decay:
+            return self.rel_stepsize * (1 - step / self.steps) + _SHORTEST
+        return self.rel_stepsize
 
 
 def _noise(generators: list[np.random.Generator], like: Tensor, epsilon: float) -> Tensor:
