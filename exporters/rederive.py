@@ -121,12 +121,6 @@ def refuse_differences(found: Iterable[Rederived]) -> None:
         )
 
 
-def lineage_verdict(found: Iterable[Rederived]) -> Verdict:
-    """Return what all files together say of a bundle; what cannot be derived says nothing."""
-    verdicts = [file.verdict for file in found if file.verdict is not None]
-    return Verdict.all_of(verdicts) if verdicts else Verdict.PASS
-
-
 @dataclass(frozen=True)
 class _Made:
     """What a pass makes, and what the manifest must say of it."""
