@@ -164,6 +164,8 @@ def _print(result: ParityResult, verdict: Verdict, *, measured: bool) -> None:
     )
     show(_inputs(result))
     show(_invariance(result))
+    sizes = result.evidence.setting["batch_sizes"]
+    line(f"Batches of {', '.join(map(str, sizes))} were tried.\n")
     _print_gradients(result)
     if result.layers is not None:
         show(_layers(result.layers))
