@@ -87,7 +87,7 @@ def test_batches_are_one_an_odd_number_and_all() -> None:
 
 
 def invariance(run: object) -> dict[str, Verdict]:
-    claims = measure_invariance(run, IMAGES, reference(IMAGES), unit=1e-3, seed=0)  # type: ignore[arg-type]
+    claims = measure_invariance(run, IMAGES, reference(IMAGES), unit=1e-3, seed=0, sizes=(2, 3, 5))  # type: ignore[arg-type]
     result = judge(ParityEvidence(SETTING, (), tuple(claims)))
     return {finding.subject: finding.verdict for finding in result.invariance}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ccn_deploy.parity.judge import AnyFinding, GradientFinding, KinkFinding
 from ccn_deploy.parity.judge import Finding as ParityFinding
@@ -18,6 +19,9 @@ from ccn_deploy.robustness.result import RobustnessResult, points
 from ccn_deploy.robustness.rows import FixedEpsilonResult, MinimizationResult
 from ccn_deploy.robustness.thresholds import ThresholdTest
 from ccn_deploy.verdict import Verdict
+
+if TYPE_CHECKING:
+    from ccn_deploy.exporters.rederive import Rederived
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,14 @@ class Finding:
         measured: The numbers, one line.
         bound: What they had to keep to, one line.
         advice: What to do if it does not hold, one line.
+        void: Why there is nothing to judge, one line; empty if there is.
     """
 
     verdict: Verdict
     measured: str
     bound: str
     advice: str = ""
+    void: str = ""
 
     @property
     def text(self) -> str:
@@ -63,6 +69,19 @@ class ClaimText:
     def target(self) -> str:
         """Runtime and precision, as in tables."""
         return f"{self.runtime}-{self.precision}"
+
+    def derived(self, file: Rederived) -> Finding:
+        """Put into words what became of a graph that was derived again."""
+        if file.verdict is None:
+            return Finding(Verdict.INCONCLUSIVE, "", "", void=f"{file.path} is {file.why}")
+        return Finding(
+            file.verdict,
+            f"{file.status}: {file.why}",
+            "byte for byte what its pass makes of its sources",
+            "Export it again with the versions that are here."
+            if file.verdict is Verdict.INCONCLUSIVE
+            else "Do not ship it. Export the network again, or find out who changed it.",
+        )
 
     def parity(
         self,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ccn_deploy.attacks.spec import AttackSpec
 from ccn_deploy.bundle import Bundle, open_bundle
@@ -21,6 +21,7 @@ from ccn_deploy.data import DataOptions, Dataset
 from ccn_deploy.data.options import DEFAULT
 from ccn_deploy.errors import CcnDeployError, IntegrityError, StorageError, UsageError
 from ccn_deploy.evaluation import evaluation_data
+from ccn_deploy.extras import require
 from ccn_deploy.parity.collect import ParityRequest
 from ccn_deploy.parity.collect import collect as collect_parity
 from ccn_deploy.parity.evidence import KINDS
@@ -35,8 +36,11 @@ from ccn_deploy.robustness.judge import MAX_DROP
 from ccn_deploy.robustness.options import AttackOptions
 from ccn_deploy.robustness.thresholds import Threshold, parse_max_drop, thresholds_of
 from ccn_deploy.runtimes import RuntimeOptions
-from ccn_deploy.targets import Target
+from ccn_deploy.targets import Role, Target
 from ccn_deploy.verdict import Verdict
+
+if TYPE_CHECKING:
+    from ccn_deploy.exporters.rederive import Rederived
 
 log = logging.getLogger("ccn_deploy.certification")
 """Progress, for ``pytest --log-cli-level=INFO``."""
@@ -124,6 +128,7 @@ class Certification:
         self._say = ClaimText(options.bundle, options.runtime, options.precision)
         self._bundle = _Once(partial(open_bundle, options.bundle))
         self._copy = _Once(lambda: TemporaryCopy.of(self._bundle()))
+        self._lineage = _Once(self._rederived)
         self._parity = _Once(self._judged_parity)
         self._robustness = _Once(self._judged_robustness)
         with contextlib.suppress(IntegrityError):
@@ -143,6 +148,8 @@ class Certification:
         """Yield the name of each claim and what judges it; nothing is measured by this."""
         target = self._say.target
         yield "intact[bundle]", self.intact
+        for path in self._graphs():
+            yield f"derived[{path}]", partial(self.derived, path)
         for kind in KINDS:
             yield f"parity[{target}-{kind}]", partial(self.parity, kind)
         yield f"batch-invariant[{target}]", self.batch_invariant
@@ -164,6 +171,10 @@ class Certification:
             f"{len(manifest.files)} files, manifest {manifest.digest}",
             "every SHA-256 as in the manifest",
         )
+
+    def derived(self, path: str) -> Finding:
+        """Judge whether a graph is what its pass makes of its sources, byte for byte."""
+        return self._say.derived(next(file for file in self._lineage() if file.path == path))
 
     def parity(self, kind: str) -> Finding:
         """Judge whether the runtime computes the reference's logits and slopes on a kind of input.
@@ -211,6 +222,21 @@ class Certification:
         result = self._robustness()
         test = next(test for test in result.thresholds if test.threshold == threshold)
         return self._say.threshold(result, test)
+
+    def _graphs(self) -> list[str]:
+        """Return the paths of all graphs; none of a damaged bundle, whose manifest says nothing."""
+        try:
+            files = self._bundle().manifest.files
+        except IntegrityError:
+            return []
+        return [file.path for file in files if file.role in (Role.FORWARD, Role.GRADIENT)]
+
+    def _rederived(self) -> tuple[Rederived, ...]:
+        for module in ("torch", "safetensors", "onnx"):
+            require(module, "train", "to derive the graphs again")
+        from ccn_deploy.exporters.rederive import rederive
+
+        return rederive(self._bundle(), lambda path: log.info("deriving %s again", path))
 
     def _judged_parity(self) -> ParityResult:
         options = self._options

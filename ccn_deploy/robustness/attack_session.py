@@ -46,6 +46,9 @@ class AttackSession:
     def runtime(self, target: Target, clip: bool = True) -> Runtime:
         """Return a runtime; for an attack that leaves the box, one that takes such images."""
         if (target, clip) not in self._open:
+            from ccn_deploy.runtimes.torch_runtime import check_programs
+
+            check_programs(self.bundle, target)
             options = replace(self._options, check_range=clip)
             runtime = open_runtime(self.bundle, target.runtime, target.precision, options)
             self._open[target, clip] = self._stack.enter_context(runtime)
