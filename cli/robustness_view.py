@@ -37,6 +37,7 @@ def show(result: RobustnessResult | PrecisionsResult, report: Path | None) -> No
         name = f"{one.measurement.precision}: " if len(results) > 1 else ""
         whose = f"{name}gradients" if name else "Gradients on the runtime:"
         out.print(f"{whose} {_gradients(one)}.", soft_wrap=True)
+        out.print(f"{name}{one.origin}", soft_wrap=True, markup=False)
         for finding in one.findings:
             say(finding, name)
         for reason, names in _doubts(one).items():

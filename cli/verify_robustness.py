@@ -125,6 +125,16 @@ def verify_robustness(
             show_default=False,
         ),
     ] = None,
+    recheck: Annotated[
+        str | None,
+        typer.Option(
+            "--recheck",
+            metavar="all|N",
+            help="Ask runtime and attack again about so many images of evidence that was read, "
+            "chosen at random; 0 for none.",
+            show_default="a tenth",
+        ),
+    ] = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     data: DataOptions,
@@ -143,11 +153,11 @@ def verify_robustness(
     from ccn_deploy.report import examples_of
     from ccn_deploy.report import write_report as report
     from ccn_deploy.robustness import RobustnessRequest, collect_all, compare, judge
-    from ccn_deploy.robustness.options import AttackOptions
+    from ccn_deploy.robustness.options import AttackOptions, parse_recheck, rechecked
     from ccn_deploy.robustness.thresholds import parse_max_drop, thresholds_of
     from ccn_deploy.runtimes import RuntimeOptions
 
-    allowed = parse_max_drop(max_drop)
+    allowed, again = parse_max_drop(max_drop), parse_recheck(recheck)
     thresholds = thresholds_of(min_robust or (), min_accuracy)
     asked = AttackOptions(
         attack or DEFAULT_ATTACKS, epsilons, epsilons_l2, steps, step_size, restarts
@@ -174,10 +184,17 @@ def verify_robustness(
     try:
         with console.Bar() as bar:
             measurements = collect_all(opened, requests, bar)
+        rechecks = [
+            rechecked(opened, request, measurement, again)
+            for request, measurement in zip(requests, measurements, strict=True)
+        ]
     except KeyboardInterrupt:
         console.err.print("Interrupted. The same command goes on from the last whole batch.")
         raise typer.Exit(INTERRUPTED) from None
-    results = [judge(m, allowed, thresholds, epsilons=asked.linf) for m in measurements]
+    results = [
+        judge(measurement, allowed, thresholds, epsilons=asked.linf, recheck=found)
+        for measurement, found in zip(measurements, rechecks, strict=True)
+    ]
     result = compare(results) if len(results) > 1 else results[0]
     path = None
     if write_report:

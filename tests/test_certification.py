@@ -19,6 +19,7 @@ from ccn_deploy.certification.session import Options
 from ccn_deploy.errors import UsageError
 from ccn_deploy.parity.evidence import KINDS
 from ccn_deploy.robustness.options import AttackOptions
+from tests.fakes import times
 from tests.faults import Fault, drop_delta, reorder_classes, swap_rows
 
 TARGET = "onnxruntime-cpu-fp32"
@@ -125,6 +126,37 @@ def test_too_few_images_fail_as_inconclusive(
     for text in outcome.failed.values():
         assert text.startswith("inconclusive")
         assert "--ccn-samples 29" in text
+
+
+def test_what_must_be_left_is_a_claim_of_its_own(
+    certified: tuple[Path, Outcome], tmp_path: Path
+) -> None:
+    """Of thirty images, 26 in a row show 89 %, and what no network keeps is missed."""
+    required = ["fgsm@0.1=20%", "fgsm@0.12=0.999", "deepfool@0.05=0.2"]
+    options = [f"--ccn-min-robust={text}" for text in required]
+    outcome = certify(
+        tmp_path, "--ccn-bundle", certified[0], *SMALL, *options, "--ccn-min-accuracy=99.9%",
+        "-k", "robust or accurate or no-worse",
+    )  # fmt: skip
+    assert {"robust[fgsm@0.1>=0.2]", "robust[deepfool@0.05>=0.2]"} <= outcome.passed
+    assert "no-worse[linf-0.12-fgsm]" in outcome.passed  # the attack that a threshold added
+    assert set(outcome.failed) == {"robust[fgsm@0.12>=0.999]", f"accurate[{TARGET}]"}
+    for text in outcome.failed.values():
+        assert text.splitlines()[0] in ("fail", "inconclusive")
+        assert "at least 99.9 %, shown at 95 % confidence" in text
+
+
+def test_no_claim_passes_on_numbers_that_are_undermined(sm_bundle: Bundle, tmp_path: Path) -> None:
+    # The reference's gradients are what they were; those of the runtime lead nowhere.
+    bundle = times(sm_bundle, tmp_path / "blind", 0.0)
+    options = ["--ccn-attack=pgd", "--ccn-epsilons=0.2", "--ccn-samples=30", "--ccn-threads=1",
+               "--ccn-min-robust=pgd@0.2=50%"]  # fmt: skip
+    outcome = certify(
+        tmp_path, "--ccn-bundle", bundle.path, *options, "-k", "robust or sane or no-worse"
+    )
+    assert outcome.passed == set()
+    assert set(outcome.failed) == {SANE, "no-worse[linf-0.2-pgd]", "robust[pgd@0.2>=0.5]"}
+    assert outcome.failed[SANE].startswith("inconclusive\nmeasured  doubt: ")
 
 
 def test_evidence_is_judged_from_the_cache(certified: tuple[Path, Outcome], tmp_path: Path) -> None:

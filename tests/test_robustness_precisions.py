@@ -245,7 +245,10 @@ def test_int8_is_attacked_with_the_references_gradients_and_says_so(quantised: B
     ]
 
     code, alone = command(quantised, "--precision", "int8", "--json", "--no-report")
-    assert json.loads(alone[alone.index("{") :]) == both["int8"]
+    found = json.loads(alone[alone.index("{") :])
+    for what in ("evidence", "recheck"):  # the second time it was read
+        del found[what], both["int8"][what]
+    assert found == both["int8"]
 
     code, table = command(quantised, *names, "--no-report")
     assert table.count("verdict") >= 1

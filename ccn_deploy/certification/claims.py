@@ -59,8 +59,8 @@ def begin(config: pytest.Config) -> Certification:
 
 _FIELDS = {
     name.replace("-", "_"): name
-    for name in ("runtime", "precision", "max-drop", "min-robust", "min-accuracy", "samples",
-                 "parity-samples", "dataset", "data-dir", "threads")
+    for name in ("runtime", "precision", "max-drop", "min-robust", "min-accuracy", "recheck",
+                 "samples", "parity-samples", "dataset", "data-dir", "threads")
 }  # fmt: skip
 _ATTACK_FIELDS = {
     name.replace("-", "_"): name

@@ -62,6 +62,13 @@ _OPTIONS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         "Without it nothing is claimed but that the runtime is no worse than the reference.",
         {"action": "append"},
     ),
+    (
+        "recheck",
+        "all|N",
+        "Ask runtime and attack again about so many images of evidence that was read, chosen at "
+        "random; 0 for none (default: a tenth).",
+        {},
+    ),
     ("min-accuracy", "SHARE", "What accuracy must be without an attack, such as 95%.", {}),
     ("samples", "N", "Images to attack (default likewise).", {"type": int}),
     (

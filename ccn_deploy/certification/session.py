@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, Literal, TYPE_CHECKING, TypeVar
 
 from ccn_deploy.attacks.spec import AttackSpec
 from ccn_deploy.bundle import Bundle, open_bundle
@@ -29,11 +29,12 @@ from ccn_deploy.parity.invariance import DETERMINISTIC
 from ccn_deploy.parity.judge import ParityResult
 from ccn_deploy.parity.judge import judge as judge_parity
 from ccn_deploy.parity.tolerances import tolerance_for
-from ccn_deploy.robustness import RobustnessRequest, RobustnessResult
+from ccn_deploy.robustness import Measurement, RobustnessRequest, RobustnessResult
 from ccn_deploy.robustness import collect as collect_robustness
 from ccn_deploy.robustness import judge as judge_robustness
 from ccn_deploy.robustness.judge import MAX_DROP
-from ccn_deploy.robustness.options import AttackOptions
+from ccn_deploy.robustness.options import AttackOptions, parse_recheck, rechecked
+from ccn_deploy.robustness.recheck import Recheck
 from ccn_deploy.robustness.thresholds import Threshold, parse_max_drop, thresholds_of
 from ccn_deploy.runtimes import RuntimeOptions
 from ccn_deploy.targets import Role, Target
@@ -59,6 +60,7 @@ class Options:
         max_drop: How much accuracy the runtime may lose to the reference, as it was typed.
         min_robust: What must be left under attacks, as it was typed.
         min_accuracy: What accuracy must be without one, as it was typed.
+        recheck: How many images of evidence that was read to ask again about, as it was typed.
         samples: Images to attack.
         parity_samples: Images of each kind to compare with the reference; verify-parity's own
             choice if None.
@@ -78,6 +80,7 @@ class Options:
     max_drop: str = f"{MAX_DROP}"
     min_robust: Sequence[str] = ()
     min_accuracy: str | None = None
+    recheck: str | None = None
     samples: int = RobustnessRequest.samples
     parity_samples: int | None = None
     attack: AttackOptions = field(default_factory=AttackOptions)
@@ -90,7 +93,7 @@ class Options:
         """Refuse what means nothing."""
         Target(self.runtime, self.precision)
         tolerance_for(self.precision)
-        _ = self.allowed
+        _ = self.allowed, self.again
         for name, count in (("--ccn-samples", self.samples), ("--ccn-threads", self.threads)):
             if count is not None and count < 1:
                 raise UsageError(f"{name} {count} is not a count.", "Give 1 or more.")
@@ -100,6 +103,11 @@ class Options:
     def allowed(self) -> float:
         """The drop that is allowed, a share."""
         return parse_max_drop(self.max_drop, "--ccn-max-drop")
+
+    @property
+    def again(self) -> int | Literal["all"] | None:
+        """How many images of evidence that was read to ask again about; None for a tenth."""
+        return parse_recheck(self.recheck, "--ccn-recheck")
 
     @property
     def thresholds(self) -> tuple[Threshold, ...]:
@@ -260,9 +268,18 @@ class Certification:
             samples=options.samples,
             options=RuntimeOptions(threads=options.threads),
         )
-        measurement = self._measured(lambda bundle: collect_robustness(bundle, request, _tell))
+
+        def measure(bundle: Bundle) -> tuple[Measurement, Recheck | None]:
+            measurement = collect_robustness(bundle, request, _tell)
+            return measurement, rechecked(bundle, request, measurement, options.again)
+
+        measurement, again = self._measured(measure)
         return judge_robustness(
-            measurement, options.allowed, options.thresholds, epsilons=options.attack.linf
+            measurement,
+            options.allowed,
+            options.thresholds,
+            epsilons=options.attack.linf,
+            recheck=again,
         )
 
     def _dataset(self) -> Dataset:

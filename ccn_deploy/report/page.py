@@ -71,7 +71,7 @@ def page_of(
         pictured=targets[0].name,
         findings=findings,
         command=command,
-        provenance=provenance(bundle, measurements),
+        provenance=[*provenance(bundle, measurements), Fact("Evidence", _origin(results))],
         digests=digests(bundle, measurements),
         version=__version__,
     )
@@ -95,6 +95,14 @@ def _target(result: RobustnessResult) -> Target:
             effort_table({**bounded, **minimal}),
         ],
     )
+
+
+def _origin(results: Sequence[RobustnessResult]) -> str:
+    """Return whether evidence was measured or read, once if it is the same of all."""
+    said = {one.measurement.precision: one.origin for one in results}
+    if len(set(said.values())) == 1:
+        return results[0].origin
+    return " ".join(f"{precision}: {origin}" for precision, origin in said.items())
 
 
 def _facts(result: RobustnessResult) -> list[Fact]:

@@ -13,6 +13,7 @@ from ccn_deploy.robustness.evidence import Evidence
 from ccn_deploy.robustness.non_inferiority import NonInferiorityTest, Proportion
 from ccn_deploy.robustness.outcomes import invalid, right, robust, robust_within
 from ccn_deploy.robustness.query_stats import QueryStats, QueryStatsPair
+from ccn_deploy.robustness.recheck import Recheck
 from ccn_deploy.robustness.result import RobustnessResult
 from ccn_deploy.robustness.rows import FixedEpsilonResult, MinimizationResult, MinimizationSide
 from ccn_deploy.robustness.sanity import sanity_findings
@@ -30,6 +31,7 @@ def judge(
     thresholds: Sequence[Threshold] = (),
     *,
     epsilons: Sequence[float] | None = None,
+    recheck: Recheck | None = None,
 ) -> RobustnessResult:
     """Judge a measurement: may this runtime stand in for the reference, and is enough left?
 
@@ -39,6 +41,7 @@ def judge(
         thresholds: What must be left whatever the reference leaves.
         epsilons: Distances in Linf at which attacks that look for the smallest perturbation in
             that norm are judged; those of the attacks bounded in it if None.
+        recheck: What asking again about evidence that was read showed, to be told.
 
     Raises:
         ValueError: Nothing was measured, or not what a threshold is about.
@@ -65,6 +68,7 @@ def judge(
         minimal=minimal,
         thresholds=tuple(_test(threshold, clean, bounded, minimal) for threshold in thresholds),
         findings=tuple(sanity_findings(measurement, clean, bounded, minimal, max_drop)),
+        recheck=recheck,
     )
 
 

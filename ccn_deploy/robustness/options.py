@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 from ccn_deploy.attacks.spec import (
     DEFAULT_ATTACKS,
@@ -16,7 +17,10 @@ from ccn_deploy.attacks.spec import (
     settings_of,
     suite,
 )
+from ccn_deploy.bundle import Bundle
 from ccn_deploy.errors import UsageError
+from ccn_deploy.robustness.collect import Measurement, RobustnessRequest
+from ccn_deploy.robustness.recheck import Recheck, default_count, recheck
 from ccn_deploy.robustness.thresholds import Threshold
 
 
@@ -94,3 +98,40 @@ def _unused(option: str, what: str, example: str) -> UsageError:
         f"{option}: none of the attacks takes it; it gives the strengths {what}.",
         f"Name such an attack, as in --attack {example}, or leave the option out.",
     )
+
+
+def parse_recheck(text: str | None, option: str = "--recheck") -> int | Literal["all"] | None:
+    """Read how many images to ask again about, a number or ``"all"``; None is as it is.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if text is None or text == "all":
+        return cast('Literal["all"] | None', text)
+    try:
+        count = int(text)
+    except ValueError:
+        count = -1
+    if count < 0:
+        raise UsageError(
+            f"{option} {text} is no number of images.", f"Give a number, or {option} all."
+        )
+    return count
+
+
+def rechecked(
+    bundle: Bundle,
+    request: RobustnessRequest,
+    measurement: Measurement,
+    asked: int | Literal["all"] | None,
+) -> Recheck | None:
+    """Ask again about evidence that was read, of a tenth of the images if nothing is said.
+
+    Returns:
+        What was found; None if nothing was asked.
+
+    Raises:
+        IntegrityError: The evidence says what is not so.
+    """
+    count = default_count(measurement) if asked is None else asked
+    return recheck(bundle, request, measurement, count) if count else None

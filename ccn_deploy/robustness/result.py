@@ -11,6 +11,7 @@ from ccn_deploy.robustness.attack_session import REFERENCE
 from ccn_deploy.robustness.collect import Measurement
 from ccn_deploy.robustness.non_inferiority import NonInferiorityTest
 from ccn_deploy.robustness.query_stats import QueryStatsPair
+from ccn_deploy.robustness.recheck import Recheck
 from ccn_deploy.robustness.rows import AccuracyRow, FixedEpsilonResult, MinimizationResult
 from ccn_deploy.robustness.sanity import SanityFinding
 from ccn_deploy.robustness.thresholds import ThresholdTest
@@ -33,6 +34,7 @@ class RobustnessResult:
         findings: What a reader of the numbers should know; nothing passes on numbers that one
             of them undermines.
         thresholds: Whether what was required is left.
+        recheck: What was asked again of evidence that was read; None if nothing was.
     """
 
     measurement: Measurement
@@ -42,6 +44,7 @@ class RobustnessResult:
     minimal: tuple[MinimizationResult, ...]
     findings: tuple[SanityFinding, ...]
     thresholds: tuple[ThresholdTest, ...] = ()
+    recheck: Recheck | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -101,6 +104,24 @@ class RobustnessResult:
         return (
             f"{whose} is no worse than {REFERENCE} by more than {points(self.max_drop)} under "
             f"{self.attacks}, shown at 95 % confidence on {self.measurement.n} images. {left}"
+        )
+
+    @property
+    def origin(self) -> str:
+        """Where the evidence came from, and what asking again showed, in a sentence or two."""
+        pairs = self.measurement.pairs
+        read = [pair.spec.label for pair in pairs if pair.origin == "read"]
+        if not read:
+            return "All evidence was measured by this run."
+        which = "All evidence was" if len(read) == len(pairs) else f"{listed(read)} were"
+        said = f"{which} read, not measured by this run"
+        if (again := self.recheck) is None:
+            return f"{said}, and not checked again."
+        moved = f", of which rounding moved {again.moved}" if again.moved else ""
+        what = "target and reference" if again.reference else "the target alone, for want of torch"
+        return (
+            f"{said}. Checked again on {again.images} images chosen at random: {again.scored} rows "
+            f"scored on {what}, {again.repeated} attacked{moved}; all as kept."
         )
 
     @property
@@ -172,6 +193,15 @@ class RobustnessResult:
                 "verdict_flips": self.clean.flips,
                 **self.clean.gate.document(),
             },
+            "evidence": [
+                {
+                    "attack": pair.spec.label,
+                    "reference": pair.reference.origin,
+                    "runtime": pair.runtime.origin,
+                }
+                for pair in measurement.pairs
+            ],
+            "recheck": None if self.recheck is None else document(self.recheck),
             "attacks": [
                 *(row.document() for row in self.bounded),
                 *(row.document() for row in self.minimal),
