@@ -32,7 +32,8 @@ def show(result: RobustnessResult | PrecisionsResult, report: Path | None) -> No
         results = [result]
         _show_tables(result)
     for setting in settings_table(results[0]).rows:
-        out.print(f"{setting.name}: {setting.cells[0].text}", markup=False, soft_wrap=True)
+        said = f"Settings of {setting.name}: {setting.cells[0].text}"
+        out.print(said, markup=False, soft_wrap=True)
     for one in results:
         name = f"{one.measurement.precision}: " if len(results) > 1 else ""
         whose = f"{name}gradients" if name else "Gradients on the runtime:"
