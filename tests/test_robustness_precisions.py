@@ -47,6 +47,7 @@ def evidence(word: str, rho: float = 0.25) -> Evidence:
                 clean=(0 if c == "w" else 1, 1),
                 adversarial=(0 if c == "f" else 1, None),
                 status=names[c],  # type: ignore[arg-type]
+                linf=0.1 if c == "f" else None,
                 l2=2.0 if c == "f" else None,
                 rho=rho if c == "f" else None,
             )
