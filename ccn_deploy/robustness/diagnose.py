@@ -46,6 +46,12 @@ WITNESSES = 24
 READOUTS = 200
 """Directions among the logits that are tried for one that parts them."""
 
+DEPTH = 0.9
+"""Where the boundary lies, from the outermost of the points inside to the corner beyond it.
+
+Near the corner: half way, PGD along slopes with random signs still found every one.
+"""
+
 REPEATS = 4
 """Times that the same images are asked for again."""
 
@@ -143,7 +149,7 @@ def planted(
 
     Of points at half of epsilon and less around an image and of corners of its ball, one readout
     :math:`w` of the logits has a corner on one side and all other points, the image among them, on
-    the other. The network :math:`[0, w \cdot f(x) - b]`, :math:`b` half way between, has an
+    the other. The network :math:`[0, w \cdot f(x) - b]`, :math:`b` between the two, has an
     adversarial image then, whatever :math:`f` is; an attack along true slopes finds it (the
     binarization test of Zimmermann et al., section 4).
 
@@ -176,7 +182,7 @@ def planted(
             readout = tried[best] / gap[best]
             here = readout @ runtime.logits(image[None])[0].astype(np.float64)
             readouts.append(readout)
-            biases.append(here + (inside[best] + outside[best]) / 2 / gap[best])
+            biases.append(here + inside[best] / gap[best] + DEPTH)
             rows.append(row)
     if not rows:
         return Planted(0, 0)
