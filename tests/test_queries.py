@@ -22,7 +22,8 @@ from ccn_deploy.runtimes import RuntimeOptions
 Array = NDArray[np.float32]
 SINGLE = [name for name, kind in ATTACKS.items() if not kind.stages]
 QUICK = {
-    "pgd": {"steps": 7},
+    **{name: {"steps": 7} for name in SINGLE if name.startswith("pgd")},
+    **{name: {"steps": 9} for name in SINGLE if name.startswith("apgd")},
     "deepfool": {"steps": 6},
     "deepfool-fast": {"steps": 6},
     "cw": {"steps": 45, "binary_search_steps": 3},

@@ -123,6 +123,33 @@ TRANSFER = "transfer"
 """The name of the stage that takes the images of the reference's own audit and makes none."""
 
 
+def _pgd(name: str, title: str, norm: Norm, targets: int = 0) -> AttackKind:
+    parameters: dict[str, Setting] = {
+        "steps": 40,
+        "rel_stepsize": 0.25,
+        "decay": True,
+        "random_start": True,
+        "restarts": 1,
+    }
+    if targets:
+        parameters["targets"] = targets  # which share the steps
+    return AttackKind(name, title, norm, True, parameters, lambda p: p["steps"] * p["restarts"])
+
+
+def _apgd(name: str, title: str, norm: Norm, targets: int = 0) -> AttackKind:
+    parameters: dict[str, Setting] = {"steps": 100, "restarts": 1}
+    if targets:
+        parameters["targets"] = targets
+    return AttackKind(
+        name,
+        title,
+        norm,
+        True,
+        parameters,
+        lambda p: p["steps"] * p["restarts"] * p.get("targets", 1),
+    )
+
+
 def _audit(name: str, title: str, norm: Norm, *stages: Stage) -> AttackKind:
     return AttackKind(name, title, norm, True, {}, cost=lambda _: 1.0, stages=stages)
 
@@ -131,20 +158,16 @@ ATTACKS: dict[str, AttackKind] = {
     kind.name: kind
     for kind in (
         AttackKind("fgsm", "FGSM", "linf", True, {}, cost=lambda _: 1.0),
-        AttackKind(
-            "pgd",
-            "PGD",
-            "linf",
-            True,
-            {
-                "steps": 40,
-                "rel_stepsize": 0.25,
-                "decay": True,
-                "random_start": True,
-                "restarts": 1,
-            },
-            cost=lambda p: float(p["steps"] * p.get("restarts", 1)),
-        ),
+        _pgd("pgd", "PGD", "linf"),
+        _pgd("pgd-margin", "PGD margin", "linf"),
+        _pgd("pgd-targeted", "PGD targeted", "linf", targets=4),
+        _pgd("pgd-l2", "PGD L2", "l2"),
+        _apgd("apgd", "APGD", "linf"),
+        _apgd("apgd-dlr", "APGD-DLR", "linf"),
+        _apgd("apgd-t", "APGD-T", "linf", targets=9),
+        _apgd("apgd-l2", "APGD L2", "l2"),
+        _apgd("apgd-dlr-l2", "APGD-DLR L2", "l2"),
+        _apgd("apgd-t-l2", "APGD-T L2", "l2", targets=9),
         AttackKind(
             "deepfool",
             "DeepFool",
