@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from ccn_deploy.attacks import suite
 from ccn_deploy.bundle import Bundle
-from ccn_deploy.data import Dataset, load_dataset
+from ccn_deploy.data import Dataset, dataset_from_arrays, load_dataset
 from ccn_deploy.errors import IntegrityError
 from ccn_deploy.robustness import RobustnessRequest, RobustnessResult, collect, judge
 from ccn_deploy.robustness.diagnostics import DataFacts, Diagnostics, Held, Planted, Slopes
@@ -25,6 +25,7 @@ from ccn_deploy.runtimes import RuntimeOptions
 from ccn_deploy.statistics import sign_test
 from ccn_deploy.verdict import Verdict
 from tests import fakes
+from tests.faults import drop_delta
 from tests.test_robustness_judge import bounded, measured
 
 SAMPLES = 60
@@ -147,6 +148,14 @@ def test_data_that_say_nothing(sm_bundle: Bundle, change: str, expected: set[str
 def test_the_training_split_is_told(sm_bundle: Bundle) -> None:
     _, found = looked_at(sm_bundle, load_dataset("mnist5k", "train"), "fgsm")
     assert undermining(found) == {"training-data-overlap"}
+
+
+def test_logits_that_are_not_finite_stop_nothing(ccn_bundle: Bundle, tmp_path: Path) -> None:
+    broken = drop_delta(ccn_bundle, tmp_path / "broken")
+    gray = np.full((4, 1, 28, 28), 128, np.uint8)
+    dataset = dataset_from_arrays("gray", gray, np.arange(4), TEST.class_names)
+    _, found = looked_at(broken, dataset, "fgsm")
+    assert "nothing-right" in undermining(found)
 
 
 # Kept

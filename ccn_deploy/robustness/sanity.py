@@ -90,8 +90,8 @@ COSINE = 0.8
 NORMS = 2.0
 """Factor between their norms. Honest: 1.00 in fp32 and fp16."""
 
-FAR = 1e4
-"""Largest over median gradient norm, where they are scaled by no softmax."""
+FAR = 1e3
+"""Largest over median norm of slopes that no softmax scales. Honest: below 10."""
 
 NOISE = 1e-3
 """Part of the range of logits by which repeated answers differ; rounding gives 1e-6."""
