@@ -173,8 +173,7 @@ class ClaimText:
             Verdict.INCONCLUSIVE if doubts else Verdict.PASS,
             " ".join(said) or "none of the automatic checks raised a doubt",
             "nothing that undermines the numbers",
-            "Find the cause; the section “Can these numbers be trusted?” of the documentation says "
-            "what each finding means.",
+            "Find the cause; “Sanity checks” in docs/robustness.md says what each finding means.",
         )
 
     def _borne(self, result: RobustnessResult, finding: Finding) -> Finding:

@@ -46,6 +46,12 @@ WITNESSES = 24
 READOUTS = 200
 """Directions among the logits that are tried for one that parts them."""
 
+DEPTH = 0.9
+"""Where the boundary lies, from the outermost of the points inside to the corner beyond it.
+
+Near the corner: half way, PGD along slopes with random signs still found every one.
+"""
+
 REPEATS = 4
 """Times that the same images are asked for again."""
 
@@ -111,13 +117,15 @@ def diagnose(
             )
             if len(truth)
             else None,
-            norm_ratio=_norm_ratio(runtime, reference, start, truth),
+            norm_ratio=_norm_ratio(runtime, reference, images, labels),
         )
-    finite = np.isfinite(usual).reshape(len(usual), -1).all(axis=1)
+    finite = _finite(usual)
     return Diagnostics(
         epsilon=epsilon,
-        clean=Slopes.of(seen),
-        attacked=Slopes.of(_seen(model, usual[finite], truth[finite])),
+        clean=Slopes.of(seen, _away(model, images[whole], labels[whole])),
+        attacked=Slopes.of(
+            _seen(model, usual[finite], truth[finite]), _away(model, usual[finite], truth[finite])
+        ),
         native=native,
         saturated=_saturated(logits[whole]),
         gap_median=_gap(logits[whole]),
@@ -143,7 +151,7 @@ def planted(
 
     Of points at half of epsilon and less around an image and of corners of its ball, one readout
     :math:`w` of the logits has a corner on one side and all other points, the image among them, on
-    the other. The network :math:`[0, w \cdot f(x) - b]`, :math:`b` half way between, has an
+    the other. The network :math:`[0, w \cdot f(x) - b]`, :math:`b` between the two, has an
     adversarial image then, whatever :math:`f` is; an attack along true slopes finds it (the
     binarization test of Zimmermann et al., section 4).
 
@@ -176,7 +184,7 @@ def planted(
             readout = tried[best] / gap[best]
             here = readout @ runtime.logits(image[None])[0].astype(np.float64)
             readouts.append(readout)
-            biases.append(here + (inside[best] + outside[best]) / 2 / gap[best])
+            biases.append(here + inside[best] / gap[best] + DEPTH)
             rows.append(row)
     if not rows:
         return Planted(0, 0)
@@ -184,7 +192,7 @@ def planted(
     spec = AttackSpec("pgd", "linf", epsilon, True, ATTACKS["pgd"].parameters)
     labels = np.zeros(len(rows), dtype=np.int64)
     found = perform(spec, network, images[rows], labels, seeds=seeds[rows])
-    finite = np.isfinite(found).reshape(len(rows), -1).all(axis=1)
+    finite = _finite(found)
     logits = runtime.logits(found[finite]).astype(np.float64)
     beyond = (np.stack(readouts)[finite] * logits).sum(axis=1) > np.array(biases)[finite]
     return Planted(len(rows), int(beyond.sum()))
@@ -245,9 +253,33 @@ def _seen(model: PyTorchModel, images: Array, labels: Array) -> Array:
     return found
 
 
+def _away(model: PyTorchModel, images: Array, labels: Array) -> Array:
+    """Return the slopes [N, C, H, W] from the label to the other classes.
+
+    These weigh as their softmax without the label: see
+    :func:`ccn_deploy.robustness.agreement.slopes`.
+    """
+    if not len(images):
+        return images
+    x, y = torch.from_numpy(images).to(model.device), torch.from_numpy(labels).to(model.device)
+    rows = torch.arange(len(x), device=x.device)
+    here = forward(model, x)
+    logits = here.logits.clone()
+    logits[rows, y] = -torch.inf
+    cotangents = logits.softmax(dim=1)
+    cotangents[rows, y] = -1.0
+    found: Array = here.gradients(rows, cotangents[:, None])[:, 0].cpu().numpy()
+    return found
+
+
+def _finite(points: Array) -> Mask:
+    """Return which of some images are finite."""
+    return np.asarray(np.isfinite(points).all(axis=(1, 2, 3)))
+
+
 def _holds(runtime: Runtime, points: Array, labels: Array) -> Mask:
     """Whether images keep their labels; one that is not finite showed nothing, and so holds."""
-    finite = np.isfinite(points).reshape(len(points), -1).all(axis=1)
+    finite = _finite(points)
     found = np.ones(len(points), dtype=np.bool_)
     found[finite] = runtime.logits(points[finite]).argmax(axis=1) == labels[finite]
     return found

@@ -30,13 +30,14 @@ Length = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Slopes(Record, frozen=True):
-    """Gradients of the cross-entropy as the attack is given them, at some points.
+    """Gradients at some points.
 
     Attributes:
         n: Points.
-        zero: Those where every part is zero.
-        non_finite: Those where a part is not finite.
-        norm_median: Euclidean norm of the others; 0 if there are none.
+        zero: Those where the gradient of the cross-entropy, as an attack is given it, is zero.
+        non_finite: Those where it is not finite.
+        norm_median: Euclidean norm of the slope away from the label, which unlike that of the
+            cross-entropy does not vanish where a network is sure; 0 if there is none.
         norm_max: The largest.
     """
 
@@ -47,18 +48,17 @@ class Slopes(Record, frozen=True):
     norm_max: Length
 
     @classmethod
-    def of(cls, gradients: Array) -> Slopes:
-        """Look at gradients [N, ...]."""
-        flat = np.asarray(gradients, dtype=np.float64).reshape(len(gradients), -1)
-        finite = np.isfinite(flat).all(axis=1)
-        norms = np.linalg.norm(flat[finite], axis=1)
-        some = norms[norms > 0]
+    def of(cls, seen: Array, away: Array) -> Slopes:
+        """Look at gradients of the cross-entropy and slopes away from the label, [N, C, H, W]."""
+        finite = np.isfinite(seen).all(axis=(1, 2, 3))
+        norms = np.sqrt(np.square(away.astype(np.float64)).sum(axis=(1, 2, 3)))
+        norms = norms[np.isfinite(norms) & (norms > 0)]
         return cls(
-            n=len(flat),
-            zero=int((norms == 0).sum()),
+            n=len(seen),
+            zero=int((seen == 0).all(axis=(1, 2, 3)).sum()),
             non_finite=int((~finite).sum()),
-            norm_median=float(np.median(some)) if len(some) else 0.0,
-            norm_max=float(some.max()) if len(some) else 0.0,
+            norm_median=float(np.median(norms)) if len(norms) else 0.0,
+            norm_max=float(norms.max()) if len(norms) else 0.0,
         )
 
 

@@ -14,11 +14,12 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from ccn_deploy.attacks.spec import ATTACKS
 from ccn_deploy.records import Record, Text
 from ccn_deploy.robustness.attack_session import REFERENCE
 from ccn_deploy.robustness.collect import Measurement, Pair
 from ccn_deploy.robustness.diagnostics import Diagnostics
-from ccn_deploy.robustness.evidence import NO_LABEL, Evidence
+from ccn_deploy.robustness.evidence import NO_LABEL
 from ccn_deploy.robustness.non_inferiority import Mask
 from ccn_deploy.robustness.outcomes import invalid, right, robust
 from ccn_deploy.robustness.rows import AccuracyRow, FixedEpsilonResult, MinimizationResult
@@ -95,8 +96,8 @@ COSINE = 0.8
 NORMS = 2.0
 """Factor between their norms. Honest: 1.00 in fp32 and fp16."""
 
-FAR = 1e4
-"""Largest over median gradient norm, where they are scaled by no softmax."""
+FAR = 1e3
+"""Largest over median norm of slopes that no softmax scales. Honest: below 10."""
 
 NOISE = 1e-3
 """Part of the range of logits by which repeated answers differ; rounding gives 1e-6."""
@@ -357,8 +358,8 @@ def _contradictions(judged: _Judged) -> Iterator[SanityFinding]:
 
 def _transfer(judged: _Judged) -> Iterator[SanityFinding]:
     for pair in judged.pairs:
-        label = _transferred(pair.runtime)
-        if label is None or judged.measurement.gradient == "transfer":
+        label = pair.runtime.transferred
+        if judged.measurement.gradient == "transfer":
             continue
         given = (label != NO_LABEL) & right(pair.runtime)
         passed = given & (label != pair.runtime.label)
@@ -381,32 +382,24 @@ def _passed_on(passed: Mask, own: Mask, what: str, n: int) -> Iterator[SanityFin
         )
 
 
-_WITHOUT_GRADIENTS = ("square", "hopskipjump", "transfer")
-
-
 def _black_box(judged: _Judged) -> Iterator[SanityFinding]:
     for pair in judged.pairs:
-        stage = _stage(pair.runtime)
-        if stage is None:
-            continue
-        added = int(sum((np.char.startswith(stage, name)).sum() for name in _WITHOUT_GRADIENTS))
-        if added > 2 * SLACK * len(stage):
-            yield _doubt(
-                "black-box-below-white-box",
-                f"{pair.spec.label}: attacks without gradients fool {added} images that attacks "
-                "along gradients left right: gradients mislead.",
-                attack=pair.spec.label,
-                images=added,
-                n=len(stage),
-            )
-
-
-def _transferred(evidence: Evidence) -> np.ndarray | None:
-    return getattr(evidence, "transferred", None)
-
-
-def _stage(evidence: Evidence) -> np.ndarray | None:
-    return getattr(evidence, "stage", None)
+        for stage in pair.spec.stages:
+            if stage.name in ATTACKS and ATTACKS[stage.name].knowledge == "gradients":
+                continue
+            tried = pair.runtime.stage[: stage.part]
+            added = int((tried == stage.name).sum())
+            # On the twenty images of a label-only attack a single one is no sign.
+            if added > max(2 * SLACK * len(tried), 2):
+                yield _doubt(
+                    "black-box-below-white-box",
+                    f"{pair.spec.label}: {stage.name} fools {added} of {len(tried)} images that "
+                    "attacks along gradients left right: gradients mislead.",
+                    attack=pair.spec.label,
+                    stage=stage.name,
+                    images=added,
+                    n=len(tried),
+                )
 
 
 _OF_ROWS: tuple[Callable[[_Judged], Iterator[SanityFinding]], ...] = (
