@@ -167,6 +167,7 @@ class _Passes:
         return Rederived(record.path, "not-rederivable", "what training left")
 
     def _taken_in(self, record: FileRecord) -> Rederived:
+        _ = self._taken  # a graph that must not be read is an error, whoever took it in
         source = self._bundle.card.source
         said = f"{source.kind} {source.name}".strip()
         why = f"what was taken in from {said}, SHA-256 {source.sha256[:16]}"
@@ -185,7 +186,12 @@ class _Passes:
     @cached_property
     def _forward(self) -> Graph:
         """The forward graph: lowered from the weights, or as it was taken in; then canonical."""
-        return canonical(Graph(self._lowered) if self._lowered else forward_graph(self._bundle))
+        return canonical(self._taken if self._lowered is None else Graph(self._lowered))
+
+    @cached_property
+    def _taken(self) -> Graph:
+        """The forward graph of the bundle, its every node looked at."""
+        return forward_graph(self._bundle)
 
     @cached_property
     def _lowered(self) -> onnx.ModelProto | None:

@@ -12,22 +12,28 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import onnx
 import pytest
 
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.certification.session import Options
-from ccn_deploy.errors import UsageError
+from ccn_deploy.errors import ExitCode, UsageError
+from ccn_deploy.exporters import export_bundle
+from ccn_deploy.exporters.sources.opening import open_source
 from ccn_deploy.parity.evidence import KINDS
 from ccn_deploy.robustness.options import AttackOptions
+from ccn_deploy.runs import open_run
 from tests.fakes import times
 from tests.faults import Fault, drop_delta, reorder_classes, swap_rows
+from tests.foreign_files import classifier
 
 TARGET = "onnxruntime-cpu-fp32"
 PARITY = {f"parity[{TARGET}-{kind}]" for kind in KINDS}
 STEADY = {f"batch-invariant[{TARGET}]", f"deterministic[{TARGET}]"}
 ATTACKED = {f"accurate[{TARGET}]", "no-worse[linf-0.1-fgsm]", "no-worse[l2-deepfool]"}
 SANE = f"sane[{TARGET}]"
-CLAIMS = {"intact[bundle]", SANE} | PARITY | STEADY | ATTACKED
+DERIVED = {f"derived[graphs/{role}-fp32.onnx]" for role in ("forward", "gradient")}
+CLAIMS = {"intact[bundle]", SANE} | DERIVED | PARITY | STEADY | ATTACKED
 UNDER_FGSM = ATTACKED - {"no-worse[l2-deepfool]"}
 
 # 29 images, none lost, are the fewest that show a drop of at most 10 points.
@@ -105,7 +111,9 @@ def test_a_planted_fault_breaks_the_claims_that_are_about_it(
     outcome = certify(tmp_path, "--ccn-bundle", bundle.path, *FGSM)
     assert outcome.exit_code == pytest.ExitCode.TESTS_FAILED
     assert broken <= set(outcome.failed), outcome.terminal
-    assert outcome.passed | set(outcome.failed) == CLAIMS - {"no-worse[l2-deepfool]"}
+    forged = "derived[graphs/forward-fp32-edited.onnx]"
+    assert outcome.passed | set(outcome.failed) == CLAIMS - {"no-worse[l2-deepfool]"} | {forged}
+    assert forged in outcome.failed and outcome.passed >= DERIVED
     assert "intact[bundle]" in outcome.passed  # its digests agree: only behaviour shows the fault
     for name in broken:
         lines = outcome.failed[name].splitlines()
@@ -165,7 +173,11 @@ def test_evidence_is_judged_from_the_cache(certified: tuple[Path, Outcome], tmp_
     before = contents(bundle)
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
     outcome = certify(tmp_path, "--ccn-bundle", bundle, *SMALL, PYTHONPATH=str(tmp_path))
-    assert outcome.passed == CLAIMS, outcome.terminal
+    assert outcome.passed == CLAIMS - DERIVED, outcome.terminal
+    assert set(outcome.failed) == DERIVED  # graphs are always derived again: evidence can be forged
+    assert outcome.exit_code == ExitCode.ENVIRONMENT
+    for text in outcome.failed.values():
+        assert text.startswith("could not be judged: ") and "ccn-deploy[train]" in text
     assert contents(bundle) == before
 
 
@@ -178,6 +190,32 @@ def test_what_is_missing_to_judge_is_named_in_two_lines(ccn_bundle: Bundle, tmp_
         what, hint = text.splitlines()
         assert what.startswith("could not be judged: ")
         assert hint.endswith("'ccn-deploy[train]'")
+
+
+def test_a_precision_without_a_kernel_is_no_bad_bundle(
+    trained_run: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bundle = export_bundle(
+        open_run(trained_run("sm")), tmp_path / "bundle", precisions=("fp32", "bf16")
+    )
+    options = ["--ccn-bundle", bundle.path, "--ccn-precision=bf16", *FGSM]
+    outcome = certify(tmp_path, *options)
+    assert outcome.exit_code == ExitCode.ENVIRONMENT, outcome.terminal
+    assert {name.partition("[")[0] for name in outcome.passed} == {"intact", "derived"}
+    assert all("could not be judged: onnxruntime-cpu" in text for text in outcome.failed.values())
+    broken = swap_rows(bundle, tmp_path / "broken")
+    outcome = certify(tmp_path, "--ccn-bundle", broken.path, *options[2:])
+    assert outcome.exit_code == pytest.ExitCode.TESTS_FAILED  # a lie beside it is a bad bundle
+
+
+def test_a_graph_that_the_bundle_begins_with_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    onnx.save(classifier(), tmp_path / "theirs.onnx")
+    source = open_source(str(tmp_path / "theirs.onnx"))
+    bundle = export_bundle(source, tmp_path / "bundle")
+    outcome = certify(tmp_path, "--ccn-bundle", bundle.path, "-k", "derived", "-rs")
+    assert outcome.exit_code == pytest.ExitCode.OK
+    assert "1 passed, 1 skipped" in outcome.terminal
+    assert "graphs/forward-fp32.onnx is what was taken in from onnx theirs.onnx" in outcome.terminal
 
 
 def test_a_bundle_that_cannot_keep_evidence_is_judged_all_the_same(
@@ -197,7 +235,7 @@ def test_a_damaged_bundle_breaks_every_claim(ccn_bundle: Bundle, tmp_path: Path)
     weights.write_bytes(weights.read_bytes()[:-1])
     outcome = certify(tmp_path, "--ccn-bundle", ccn_bundle.path, *SMALL)
     assert outcome.exit_code == pytest.ExitCode.TESTS_FAILED
-    assert set(outcome.failed) == CLAIMS
+    assert set(outcome.failed) == CLAIMS - DERIVED  # no manifest says what there is to derive
     assert all("weights.safetensors" in text for text in outcome.failed.values())
     assert not ccn_bundle.evidence.exists()
 

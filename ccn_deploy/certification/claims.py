@@ -27,10 +27,10 @@ from typing import Any
 import pytest
 
 from ccn_deploy.certification.findings import Finding
-from ccn_deploy.certification.plugin import DATA_OPTIONS, NOTE
+from ccn_deploy.certification.plugin import DATA_OPTIONS, NOTE, UNFIT
 from ccn_deploy.certification.session import Certification, Options
 from ccn_deploy.data import DataOptions
-from ccn_deploy.errors import CcnDeployError
+from ccn_deploy.errors import CcnDeployError, EnvironmentUnfitError
 from ccn_deploy.robustness.options import AttackOptions
 from ccn_deploy.verdict import Verdict
 
@@ -102,7 +102,11 @@ class Claim(pytest.Item):
 
     def runtest(self) -> None:
         """Judge the claim, collecting its evidence if nobody has."""
-        finding = self._check()
+        try:
+            finding = self._check()
+        except EnvironmentUnfitError:
+            self.user_properties.append((UNFIT, True))
+            raise
         if finding.void:
             pytest.skip(finding.void)
         self.user_properties += [("measured", finding.measured), ("bound", finding.bound)]

@@ -21,6 +21,12 @@ CLAIMS = DIRECTORY / "claims.py"
 NOTE = "ccn-note"
 """Property of a test report with what the reader of all results should know."""
 
+UNFIT = "ccn-unfit"
+"""Property of a claim that this machine could not judge, for want of a kernel or a package."""
+
+ENVIRONMENT = 3
+"""Exit code of a run whose claims fail for no other reason: as of the commands."""
+
 DATA_OPTIONS = {
     "resize": "MODE",
     "crop": "MODE",
@@ -139,6 +145,15 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> ClaimsFile
     from ccn_deploy.certification.claims import ClaimsFile
 
     return ClaimsFile.from_parent(parent, path=file_path, nodeid=f"{PACKAGE}.{CLAIMS.stem}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let a run that this machine is not fit for end otherwise than one of a bad bundle."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    stats = reporter.stats if reporter is not None else {}
+    failed = [*stats.get("failed", ()), *stats.get("error", ())]
+    if failed and all((UNFIT, True) in getattr(r, "user_properties", ()) for r in failed):
+        session.exitstatus = ENVIRONMENT
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -28,14 +28,16 @@ def batch_sizes(largest: int, usual: int) -> tuple[int, ...]:
     """Return the sizes at which batches are tried, in order.
 
     Programs choose kernels by the size of the batch, at powers of two above all. So it is each of
-    those up to the largest, the largest itself and the usual size, with one less and one more.
+    those up to the largest, the largest itself and the usual size, with one less and one more; and
+    13, which is near none.
 
     Args:
         largest: Of the batches that are tried.
         usual: Of the pieces that a runtime cuts larger batches into.
     """
     powers = [1 << exponent for exponent in range(largest.bit_length())]
-    return tuple(sorted({n + d for n in (*powers, usual, largest) for d in (-1, 0, 1)} - {0, 1}))
+    near = {n + d for n in (*powers, usual, largest) for d in (-1, 0, 1)} - {0, 1}
+    return tuple(sorted(near | ({13} if largest >= 13 else set())))
 
 
 class Claim(Record, frozen=True):
