@@ -86,7 +86,7 @@ def verify_robustness(
         typer.Option(
             "--step-size",
             help="Of PGD, relative to epsilon; every step is then that long.",
-            show_default="a decaying one, from 0.26 to 0.01",
+            show_default="a decaying one",
         ),
     ] = None,
     restarts: Annotated[
