@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.attacks import attacks
+from benchmarks.audit import audit, pgds
 from benchmarks.forward import forward, lowerings
 from benchmarks.gradients import gradients, rules
 from benchmarks.memory import memory
@@ -36,6 +37,8 @@ SECTIONS: dict[str, Section] = {
     "others": others,
     "attacks": attacks,
     "memory": memory,
+    "pgd": pgds,
+    "audit": audit,
     "bounded": peers.bounded,
     "deepfool": peers.deepfool,
     "cw": peers.cw,
@@ -51,6 +54,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="runs of each program at most")
     parser.add_argument("--only", help=f"some of: {', '.join(SECTIONS)}, peers (the last three)")
     parser.add_argument("--bundles", type=Path, help="a directory with the bundles sm and ccn")
+    parser.add_argument("--samples", type=int, default=100, help="images of pgd and audit")
+    parser.add_argument("--keep", type=Path, help="a directory by which a killed audit goes on")
     options = parser.parse_args()
     try:
         chosen = _chosen(options.only)
@@ -59,7 +64,7 @@ def main() -> None:
 
     print(_machine(), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        subjects = make_subjects(Path(scratch), options.bundles)
+        subjects = make_subjects(Path(scratch), options.bundles, options.samples, options.keep)
         torch.set_num_threads(1)
         for name in chosen:
             section = SECTIONS[name]

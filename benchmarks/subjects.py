@@ -34,34 +34,48 @@ class Subjects:
         bundles: By defense.
         images: float32 [N, 1, 28, 28] in [0, 1].
         labels: int64 [N].
+        order: Their places in the data set, int64 [N].
         scratch: A directory for what a measurement writes; removed at the end.
+        made: The directory with bundles that was given, or None.
+        samples: On how many images the strength of attacks is measured.
+        keep: A directory for what took long, so that a killed run goes on; or None.
     """
 
     bundles: dict[str, Bundle]
     images: NDArray[np.float32]
     labels: NDArray[Any]
+    order: NDArray[np.int64]
     scratch: Path
+    made: Path | None
+    samples: int
+    keep: Path | None
 
 
-def make_subjects(scratch: Path, made: Path | None = None) -> Subjects:
+def make_subjects(
+    scratch: Path, made: Path | None = None, samples: int = 100, keep: Path | None = None
+) -> Subjects:
     """Train and export both networks below ``scratch``: a minute on two cores.
 
     Args:
         scratch: An empty directory.
         made: A directory with the bundles ``sm`` and ``ccn``, to measure those instead.
+        samples: See :class:`Subjects`.
+        keep: See :class:`Subjects`.
     """
     test_data = load_dataset(DATASET, "test")
     order = test_data.order()
     bundles = {
-        defense: _trained(defense, test_data, scratch)
+        defense: trained(defense, test_data, scratch)
         if made is None
         else open_bundle(made / defense)
         for defense in DEFENSES
     }
-    return Subjects(bundles, test_data.images(order), test_data.labels[order], scratch)
+    images, labels = test_data.images(order), test_data.labels[order]
+    return Subjects(bundles, images, labels, order, scratch, made, samples, keep)
 
 
-def _trained(defense: str, test_data: Dataset, scratch: Path) -> Bundle:
+def trained(defense: str, test_data: Dataset, scratch: Path) -> Bundle:
+    """Train the paper's MNIST network with the quick recipe, and export it."""
     config = TrainConfig(defense=defense, dataset=DATASET)
     run = train(config, load_dataset(DATASET, "train"), test_data, scratch / "runs" / defense)
     return export_bundle(run, scratch / "bundles" / defense)

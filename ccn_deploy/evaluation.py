@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ccn_deploy.bundle import Bundle
+from ccn_deploy.bundle import MANIFEST, Bundle
 from ccn_deploy.data import DATASETS, DataOptions, Dataset, ModelInput, load_dataset
-from ccn_deploy.data.matching import fitted
+from ccn_deploy.data.matching import ANOTHER_ORDER, fitted
 from ccn_deploy.data.options import DEFAULT
-from ccn_deploy.errors import UsageError
+from ccn_deploy.errors import IntegrityError, UsageError
 
 
 def evaluation_data(
@@ -33,9 +33,18 @@ def evaluation_data(
             say what it was trained on, or that was data of one's own.
         DatasetNotFoundError: Its files are not there.
         InputError: Files that cannot be read.
+        IntegrityError: The bundle numbers the classes of the data set that it was trained on
+            otherwise than these data do.
     """
-    name = name or trained_on(bundle.card.training)
-    return load_dataset(name, "test", directory, options=options, like=_like(bundle))
+    given = name or trained_on(bundle.card.training)
+    data = load_dataset(given, "test", directory, options=options, like=_like(bundle))
+    if not name and data.described.get("classes") == ANOTHER_ORDER:
+        raise IntegrityError(
+            f"{MANIFEST} names the classes in another order than {data.name}, on which it says "
+            "that the network was trained.",
+            "Do not use this bundle: export the network again, or find out who changed it.",
+        )
+    return data
 
 
 def trained_on(training: Mapping[str, Any]) -> str:

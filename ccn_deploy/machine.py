@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,15 @@ _NO_DEVICE = "no NVIDIA GPU"
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 _KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 _PROCESSORS = Path("/proc/cpuinfo")
+
+INSTRUCTION_SETS = (
+    "sse4_1", "sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx_vnni_int8", "avx_ne_convert",
+    "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16",
+    "amx_tile", "amx_int8", "amx_bf16", "amx_fp16",
+    "asimd", "asimdhp", "asimddp", "asimdfhm", "i8mm", "bf16", "sve", "sve2", "svei8mm", "svebf16",
+    "sme", "sme2",
+)  # fmt: skip
+"""Of x86 and of Arm, as Linux calls them: those by which libraries choose their kernels."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,25 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+@functools.lru_cache(maxsize=1)
+def instruction_sets() -> tuple[str, ...]:
+    """Return which of :data:`INSTRUCTION_SETS` this processor has; none if it cannot be asked.
+
+    On macOS, everything that ``sysctl`` says it has, under the names that it has there.
+    """
+    with contextlib.suppress(OSError):
+        for line in _PROCESSORS.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return tuple(flag for flag in INSTRUCTION_SETS if flag in value.split())
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = ["sysctl", "hw.optional", "machdep.cpu.features", "machdep.cpu.leaf7_features"]
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False)
+        lines = sorted(" ".join(line.split()) for line in told.stdout.splitlines())
+        return tuple(line for line in lines if not line.endswith(": 0"))
+    return ()
 
 
 def installed() -> dict[str, str]:

@@ -52,6 +52,34 @@ def drop_upper_bound(lost: int, gained: int, trials: int, confidence: float = CO
     )
 
 
+def share_lower_bound(successes: int, trials: int, confidence: float = CONFIDENCE) -> float:
+    """Return Clopper and Pearson's one-sided lower bound of a proportion; 0 without trials."""
+    return clopper_pearson(successes, trials, 2 * confidence - 1)[0]
+
+
+def trials_needed(
+    successes: int, trials: int, share: float, confidence: float = CONFIDENCE
+) -> int | None:
+    """Return how many trials would show a proportion of ``share`` if they went on like these.
+
+    Args:
+        successes: Seen so far.
+        trials: Seen so far, at least one.
+        share: Which the one-sided lower bound is to reach.
+        confidence: Of the bound.
+
+    Returns:
+        About the fewest; exactly those if none failed. None if no thousandfold would do.
+    """
+    if successes == trials:
+        return None if share >= 1.0 else math.ceil(math.log1p(-confidence) / math.log(share))
+    for factor in (1.05**k for k in range(1, 142)):
+        n = math.ceil(trials * factor)
+        if share_lower_bound(successes * n // trials, n, confidence) >= share:
+            return n
+    return None
+
+
 def samples_needed(max_drop: float, confidence: float = CONFIDENCE) -> int:
     """Return the fewest samples that can show a drop of at most ``max_drop``, none being lost."""
     if max_drop <= 0.0:
@@ -59,6 +87,15 @@ def samples_needed(max_drop: float, confidence: float = CONFIDENCE) -> int:
     if max_drop >= 1.0:
         return 1
     return math.ceil(math.log1p(-confidence) / math.log1p(-max_drop))
+
+
+def sign_test(more: int, fewer: int) -> float:
+    """Return how likely a fair coin falls ``more`` times or oftener in ``more + fewer`` throws.
+
+    Of pairs that differ, that is the exact one-sided test of McNemar (1947): whether the one kind
+    is commoner than the other by more than chance.
+    """
+    return float(_stats().binom.sf(more - 1, more + fewer, 0.5))
 
 
 def _tango(lost: int, gained: int, trials: int, drop: float) -> float:

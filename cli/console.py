@@ -66,6 +66,11 @@ class Bar:
         if self._task is not None:
             self._bar.stop()
 
+    @property
+    def started(self) -> bool:
+        """Whether anything was measured."""
+        return self._task is not None
+
     def __call__(self, what: str, done: float, total: float) -> None:
         """Show what is being done, and how far all of it is."""
         if self._task is None:

@@ -62,6 +62,16 @@ ThreadsOption = Annotated[
     typer.Option("--threads", min=1, help="CPU threads.", show_default="the runtime's choice"),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of everything that is random.")]
+MaxDropOption = Annotated[
+    str,
+    typer.Option(
+        "--max-drop",
+        metavar="SHARE",
+        help="By how much accuracy may be below the reference's, in every row: 1% or 0.01.",
+    ),
+]
+MAX_DROP = "1%"
+"""What it is if it is not given."""
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
 ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ccn_deploy.cli.options import JsonOption, SeedOption
+from ccn_deploy.cli.options import MAX_DROP, JsonOption, MaxDropOption, SeedOption
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -45,6 +45,7 @@ def quickstart(
         typer.Option("--epochs", min=1, help="Of training.", show_default="the recipe's"),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Test images to attack.")] = 500,
+    max_drop: MaxDropOption = MAX_DROP,
     seed: SeedOption = 0,
     threads: Annotated[
         int, typer.Option("--threads", min=1, help="CPU threads for each of the two networks.")
@@ -54,13 +55,17 @@ def quickstart(
     """Train a plain and a compact network, export both, prove parity, attack what is deployed."""
     from ccn_deploy.cli import console
     from ccn_deploy.extras import require
+    from ccn_deploy.robustness.thresholds import parse_max_drop
     from ccn_deploy.verdict import Verdict
 
+    allowed = parse_max_drop(max_drop)
     for module in ("torch", "lightning_fabric", "safetensors", "onnx", "foolbox", "matplotlib"):
         require(module, "train", "for the quickstart")
     require("onnxruntime", "cpu", "for the quickstart")
 
-    pipelines = [Pipeline(defense, output, epochs, samples, seed, threads) for defense in DEFENSES]
+    pipelines = [
+        Pipeline(defense, output, epochs, samples, allowed, seed, threads) for defense in DEFENSES
+    ]
     console.err.print("Two networks side by side. For each of them, what these commands do:")
     for command in pipelines[-1].commands():
         console.err.print(f"[bold]$ {command}[/]", soft_wrap=True)
@@ -105,6 +110,7 @@ class Pipeline:
     output: Path
     epochs: int | None
     samples: int
+    max_drop: float
     seed: int
     threads: int
 
@@ -123,7 +129,8 @@ class Pipeline:
         settings = [f"--threads={self.threads}", *([f"--seed={self.seed}"] if self.seed else [])]
         epochs = [f"--epochs={self.epochs}"] if self.epochs else []
         train = ["train", "--defense", self.defense, "--dataset", DATASET, *epochs, *settings]
-        attack = ["verify-robustness", self.bundle, "--samples", self.samples, *settings]
+        attack = ["verify-robustness", self.bundle, "--samples", self.samples,
+                  f"--max-drop={100 * self.max_drop:g}%", *settings]  # fmt: skip
         steps: list[list[object]] = [
             [*train, "--output", self.run],
             ["export", self.run, "--output", self.bundle],
@@ -165,7 +172,7 @@ class Pipeline:
 
         run, bundle, parity = self.prepare(lambda *_: None)
         measurement = self.attack(_attacks(), lambda *_: None)
-        robustness = judge(measurement)
+        robustness = judge(measurement, self.max_drop)
         examples = examples_of(measurement, _digits())
         report = write_report(bundle, robustness, examples, self.commands()[-1], parity.document())
         return Outcome(run, bundle, parity, robustness, report)
@@ -317,20 +324,20 @@ def _attack(pipeline: Pipeline, spec: AttackSpec) -> None:
 
 def _print(outcomes: list[Outcome]) -> None:
     from ccn_deploy.cli.console import out
-    from ccn_deploy.cli.tables import show
+    from ccn_deploy.cli.robustness_view import say
+    from ccn_deploy.cli.tables import show, show_verdict
 
     out.print()
     show(_table([outcome.title for outcome in outcomes], [o.robustness for o in outcomes]))
     for outcome in outcomes:
-        for warning in outcome.robustness.warnings:
-            out.print(f"{outcome.title}: {warning}", soft_wrap=True)
+        for finding in outcome.robustness.findings:
+            say(finding, f"{outcome.title}: ")
     for outcome in outcomes:
         parity, robustness = outcome.parity, outcome.robustness
         out.print(
-            f"{outcome.title}: parity {parity.verdict.value}, robustness "
-            f"{robustness.verdict.value}; {outcome.report}",
-            soft_wrap=True,
+            f"{outcome.title}: parity {parity.verdict.value}; {outcome.report}", soft_wrap=True
         )
+        show_verdict(robustness.verdict, robustness.shown)
 
 
 def _table(titles: list[str], results: list[RobustnessResult]) -> Table:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ccn_deploy.robustness import PrecisionsResult, RobustnessResult
+    from ccn_deploy.robustness.sanity import SanityFinding
 
 
 def show(result: RobustnessResult | PrecisionsResult, report: Path | None) -> None:
@@ -20,60 +21,84 @@ def show(result: RobustnessResult | PrecisionsResult, report: Path | None) -> No
     from ccn_deploy.cli.tables import show as show_table
     from ccn_deploy.cli.tables import show_verdict
     from ccn_deploy.robustness import PrecisionsResult
-    from ccn_deploy.robustness.tables import precision_table
+    from ccn_deploy.robustness.tables import precision_table, settings_table
 
     if isinstance(result, PrecisionsResult):
         results = list(result.results.values())
         show_table(precision_table(result))
-        for warning in result.warnings:
-            _note(warning)
+        for finding in result.findings:
+            say(finding)
     else:
         results = [result]
         _show_tables(result)
+    for setting in settings_table(results[0]).rows:
+        said = f"Settings of {setting.name}: {setting.cells[0].text}"
+        out.print(said, markup=False, soft_wrap=True)
     for one in results:
         name = f"{one.measurement.precision}: " if len(results) > 1 else ""
         whose = f"{name}gradients" if name else "Gradients on the runtime:"
         out.print(f"{whose} {_gradients(one)}.", soft_wrap=True)
-        for warning in one.warnings:
-            _note(f"{name}{warning}")
+        out.print(f"{name}{one.origin}", soft_wrap=True, markup=False)
+        for finding in one.findings:
+            say(finding, name)
         for reason, names in _doubts(one).items():
             more = f" and {len(names) - 2} more" if len(names) > 3 else ""
             rows = ", ".join(names[:2] if more else names)
             out.print(f"[yellow]{name}{rows}{more}:[/] {reason}", soft_wrap=True)
     if report is not None:
         out.print(f"Report: {report}", markup=False, soft_wrap=True)
-    show_verdict(
-        result.verdict,
-        "every row passes if its drop is shown, at 95 %, to be at most "
-        f"{results[0].max_drop:g} (--max-drop), and fails if it is larger.",
-    )
+    show_verdict(result.verdict, result.shown)
 
 
 def _show_tables(result: RobustnessResult) -> None:
     from ccn_deploy.cli.console import out
     from ccn_deploy.cli.tables import show as show_table
-    from ccn_deploy.robustness.tables import accuracy_table, effort_table, perturbation_table
+    from ccn_deploy.robustness.tables import (
+        accuracy_table,
+        effort_table,
+        perturbation_table,
+        stage_table,
+        threshold_table,
+    )
 
     show_table(accuracy_table(result))
-    for row in result.minimal:
-        if row.clip:
-            out.print(f"{row.title} d: moved by at most d times the norm of the image.\n")
-        show_table(perturbation_table(row))
+    if result.thresholds:
+        show_table(threshold_table(result))
+    for row in result.bounded:
+        if row.stages:
+            show_table(stage_table(row))
+    for minimal in result.minimal:
+        if minimal.clip:
+            by = "d times the norm of the image" if minimal.norm == "l2" else "d, any pixel"
+            out.print(f"{minimal.title} d: moved by at most {by}.\n")
+        show_table(perturbation_table(minimal))
     show_table(effort_table(result.efforts))
 
 
-def _note(warning: str) -> None:
-    from ccn_deploy.cli.console import out
+def say(finding: SanityFinding, name: str = "") -> None:
+    """Print a finding on a line.
 
-    out.print(f"[yellow]note:[/] {warning}", soft_wrap=True)
+    Args:
+        finding: What to know about the numbers.
+        name: Before it, of what it is about.
+    """
+    from ccn_deploy.cli.console import out
+    from ccn_deploy.cli.text import plain
+
+    text = plain(f"{name}{finding.sentence}")
+    out.print(f"[yellow]{finding.word}:[/] {text}", soft_wrap=True)
 
 
 def _doubts(result: RobustnessResult) -> dict[str, list[str]]:
-    """Group the rows that did not pass by the reason."""
+    """Group the rows and thresholds that did not pass by the reason."""
     found: dict[str, list[str]] = {}
-    for name, gate in result.gates.items():
-        if gate.reason:
-            found.setdefault(gate.reason, []).append(name)
+    reasons = [
+        *((name, gate.reason) for name, gate in result.gates.items()),
+        *((test.threshold.where, test.reason) for test in result.thresholds),
+    ]
+    for name, reason in reasons:
+        if reason:
+            found.setdefault(reason, []).append(name)
     return found
 
 

@@ -18,14 +18,18 @@ from ccn_deploy.cli.options import (
     takes_data_options,
     tell_notes,
 )
+from ccn_deploy.cli.text import line, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ccn_deploy.bundle import Bundle
     from ccn_deploy.data import DataOptions
+    from ccn_deploy.exporters.rederive import Rederived
     from ccn_deploy.parity import ParityResult
     from ccn_deploy.parity.judge import AnyFinding, Finding, GradientFinding
     from ccn_deploy.tables import Row, Table
+    from ccn_deploy.verdict import Verdict
 
 _ERRORS = ("max error", "p99", "of scale", "units")
 
@@ -56,13 +60,24 @@ def verify_parity(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure again even if the bundle has the evidence.")
     ] = False,
+    no_lineage: Annotated[
+        bool,
+        typer.Option(
+            "--no-lineage",
+            help="Do not derive the bundle's graphs again from what they were made of.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show that a runtime computes the function of its network: logits and slopes in float64."""
+    """Show that a runtime computes the function of its network: logits and slopes in float64.
+
+    First every graph of the bundle is derived again from what it was made of, byte for byte.
+    """
     from ccn_deploy.bundle import open_bundle
     from ccn_deploy.cli import console
     from ccn_deploy.evaluation import evaluation_data
     from ccn_deploy.parity import ParityRequest, collect, judge
+    from ccn_deploy.verdict import Verdict
 
     opened = open_bundle(bundle)
     images = evaluation_data(opened, dataset, data_dir, data)
@@ -76,16 +91,65 @@ def verify_parity(
         seed=seed,
         threads=threads,
     )
+    lineage = None if no_lineage else _lineage(opened)
     with console.Bar() as bar:
         result = judge(collect(opened, request, progress=bar, fresh=fresh))
+    verdict = Verdict.all_of(
+        (result.verdict, *(file.verdict for file in lineage or () if file.verdict is not None))
+    )
     if as_json:
-        console.print_json(result.document())
+        console.print_json(
+            {
+                **result.document(),
+                "verdict": verdict.value,
+                "evidence": "measured" if bar.started else "read",
+                "lineage": None if lineage is None else [file.document() for file in lineage],
+            }
+        )
     else:
-        _print(result)
-    raise typer.Exit(result.verdict.exit_code)
+        _print_lineage(lineage)
+        _print(result, verdict, measured=bar.started)
+    raise typer.Exit(verdict.exit_code)
 
 
-def _print(result: ParityResult) -> None:
+def _lineage(bundle: Bundle) -> tuple[Rederived, ...]:
+    """Derive every graph again, before anything is measured.
+
+    Raises:
+        IntegrityError: One is not what its pass makes.
+        MissingExtraError: A package that passes need is not installed.
+    """
+    from ccn_deploy.cli import console
+    from ccn_deploy.extras import require
+
+    for module in ("torch", "safetensors", "onnx"):
+        require(module, "train", "to derive the graphs again (--no-lineage leaves that out)")
+    from ccn_deploy.exporters.rederive import rederive, refuse_differences
+
+    with console.err.status("Deriving the graphs again") as status:
+        found = rederive(bundle, lambda path: status.update(f"Deriving {plain(path)} again"))
+    refuse_differences(found)
+    return found
+
+
+def _print_lineage(lineage: tuple[Rederived, ...] | None) -> None:
+    """Print what was derived again, and why the rest was not."""
+    from ccn_deploy.cli.tables import show
+    from ccn_deploy.tables import Row, Table, texts
+
+    if lineage is None:
+        line("Lineage: no graph was derived again (--no-lineage).\n")
+        return
+    show(Table("Lineage", ("file", "derived again"), [
+        Row(file.path, texts(file.status)) for file in lineage
+    ]))  # fmt: skip
+    for file in lineage:
+        if file.status != "same":
+            line(f"{plain(file.path)}: {plain(file.why)}.")
+    line("")
+
+
+def _print(result: ParityResult, verdict: Verdict, *, measured: bool) -> None:
     """Print the tables, what failed and why, and the verdict on the last line."""
     from ccn_deploy.cli.console import out
     from ccn_deploy.cli.tables import show, show_verdict
@@ -93,8 +157,15 @@ def _print(result: ParityResult) -> None:
     spec = result.evidence.setting["runtime"]
     versions = ", ".join(f"{name} {version}" for name, version in spec["versions"].items())
     out.print(f"{spec['name']} {spec['precision']} ({versions}) against the float64 reference")
+    line(
+        "Measured just now; the evidence is kept."
+        if measured
+        else "Evidence of an earlier measurement was read; --fresh measures again."
+    )
     show(_inputs(result))
     show(_invariance(result))
+    sizes = result.evidence.setting["batch_sizes"]
+    line(f"Batches of {', '.join(map(str, sizes))} were tried.\n")
     _print_gradients(result)
     if result.layers is not None:
         show(_layers(result.layers))
@@ -113,9 +184,10 @@ def _print(result: ParityResult) -> None:
     allowed = f"error up to {policy.max_relative:g} of the scale and {policy.max_units:g} units"
     if result.gradients is not None:
         allowed += f", gradients {policy.max_gradient:g} of the largest slope"
+    doubt = "; the lineage is in doubt" if verdict is not result.verdict else ""
     show_verdict(
-        result.verdict,
-        f"{len(result.failures)} of {len(result.checks)} checks fail ({allowed} allowed)",
+        verdict,
+        f"{len(result.failures)} of {len(result.checks)} checks fail ({allowed} allowed){doubt}",
     )
 
 

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ccn_deploy.attacks import ATTACKS, DEFAULT_ATTACKS, DEFAULT_EPSILONS, DEFAULT_L2_EPSILONS
 from ccn_deploy.cli.options import (
+    MAX_DROP,
     BundleArgument,
     DataDirOption,
     DatasetOption,
     JsonOption,
+    MaxDropOption,
     RuntimeOption,
     SeedOption,
     ThreadsOption,
@@ -21,12 +24,18 @@ from ccn_deploy.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ccn_deploy.data import DataOptions
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 SAMPLES = 500
+
+
+def _strengths(epsilons: Sequence[float]) -> str:
+    return ",".join(f"{epsilon:g}" for epsilon in epsilons)
 
 
 @takes_data_options
@@ -47,14 +56,45 @@ def verify_robustness(
         list[str] | None,
         typer.Option(
             "--attack",
-            help="fgsm, pgd, deepfool, deepfool-fast or cw (slow); give it again for more.",
-            show_default="the first three",
+            help=f"{', '.join(ATTACKS)}; give it again for more. audit and audit-l2 are the "
+            "recommended sets: strong attacks, each on what the ones before it left.",
+            show_default=", ".join(DEFAULT_ATTACKS),
         ),
     ] = None,
     epsilons: Annotated[
-        str,
-        typer.Option("--epsilons", help="Strengths of FGSM and PGD, pixels being 0 to 1."),
-    ] = "0.1,0.2,0.3,0.4",
+        str | None,
+        typer.Option(
+            "--epsilons",
+            help="Strengths of attacks in Linf, pixels being 0 to 1.",
+            show_default=_strengths(DEFAULT_EPSILONS),
+        ),
+    ] = None,
+    epsilons_l2: Annotated[
+        str | None,
+        typer.Option(
+            "--epsilons-l2",
+            help="Strengths of attacks that are bounded in L2.",
+            show_default=_strengths(DEFAULT_L2_EPSILONS),
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="Of PGD and APGD.", show_default="each attack's own"),
+    ] = None,
+    step_size: Annotated[
+        float | None,
+        typer.Option(
+            "--step-size",
+            help="Of PGD, relative to epsilon; every step is then that long.",
+            show_default="a decaying one",
+        ),
+    ] = None,
+    restarts: Annotated[
+        int | None,
+        typer.Option(
+            "--restarts", min=1, help="Of PGD and APGD.", show_default="each attack's own"
+        ),
+    ] = None,
     gradient: Annotated[
         str | None,
         typer.Option(
@@ -65,15 +105,36 @@ def verify_robustness(
         ),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Images to attack.")] = SAMPLES,
-    max_drop: Annotated[
-        float,
+    max_drop: MaxDropOption = MAX_DROP,
+    min_robust: Annotated[
+        list[str] | None,
         typer.Option(
-            "--max-drop",
-            min=0.0,
-            max=1.0,
-            help="By how much accuracy may be below the reference's, in every row.",
+            "--min-robust",
+            metavar="ATTACK@STRENGTH=SHARE",
+            help="What must be left under an attack, such as apgd@0.1=55% or apgd@8/255=0.55; "
+            "strength is epsilon, or d for attacks without one. Give it again for more.",
+            show_default=False,
         ),
-    ] = 0.01,
+    ] = None,
+    min_accuracy: Annotated[
+        str | None,
+        typer.Option(
+            "--min-accuracy",
+            metavar="SHARE",
+            help="What accuracy must be without an attack.",
+            show_default=False,
+        ),
+    ] = None,
+    recheck: Annotated[
+        str | None,
+        typer.Option(
+            "--recheck",
+            metavar="all|N",
+            help="Ask runtime and attack again about so many images of evidence that was read, "
+            "chosen at random; 0 for none.",
+            show_default="a tenth",
+        ),
+    ] = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     data: DataOptions,
@@ -85,7 +146,6 @@ def verify_robustness(
     as_json: JsonOption = False,
 ) -> None:
     """Attack what is deployed, image by image, and compare it with the PyTorch reference."""
-    from ccn_deploy.attacks import DEFAULT_ATTACKS, parse_epsilons, suite
     from ccn_deploy.attacks.source import source
     from ccn_deploy.bundle import open_bundle
     from ccn_deploy.cli import console, robustness_view
@@ -93,9 +153,18 @@ def verify_robustness(
     from ccn_deploy.report import examples_of
     from ccn_deploy.report import write_report as report
     from ccn_deploy.robustness import RobustnessRequest, collect_all, compare, judge
+    from ccn_deploy.robustness.options import AttackOptions, parse_recheck, rechecked
+    from ccn_deploy.robustness.thresholds import parse_max_drop, thresholds_of
     from ccn_deploy.runtimes import RuntimeOptions
 
-    attacks = suite(attack or DEFAULT_ATTACKS, parse_epsilons(epsilons))
+    allowed, again = parse_max_drop(max_drop), parse_recheck(recheck)
+    thresholds = thresholds_of(min_robust or (), min_accuracy)
+    asked = AttackOptions(
+        attack or DEFAULT_ATTACKS, epsilons, epsilons_l2, steps, step_size, restarts
+    )
+    attacks = asked.suite(thresholds)
+    for added in asked.added(thresholds):
+        console.err.print(f"{added.label} is run too: --min-robust asks for it.", soft_wrap=True)
     opened = open_bundle(bundle)
     images = evaluation_data(opened, dataset, data_dir, data)
     tell_notes(images)
@@ -115,10 +184,17 @@ def verify_robustness(
     try:
         with console.Bar() as bar:
             measurements = collect_all(opened, requests, bar)
+        rechecks = [
+            rechecked(opened, request, measurement, again)
+            for request, measurement in zip(requests, measurements, strict=True)
+        ]
     except KeyboardInterrupt:
         console.err.print("Interrupted. The same command goes on from the last whole batch.")
         raise typer.Exit(INTERRUPTED) from None
-    results = [judge(measurement, max_drop) for measurement in measurements]
+    results = [
+        judge(measurement, allowed, thresholds, epsilons=asked.linf, recheck=found)
+        for measurement, found in zip(measurements, rechecks, strict=True)
+    ]
     result = compare(results) if len(results) > 1 else results[0]
     path = None
     if write_report:

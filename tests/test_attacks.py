@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ccn_deploy.attacks import AttackSpec, parse_epsilons, suite
+from ccn_deploy.attacks import AttackSpec, parse_epsilons, settings_of, suite
 from ccn_deploy.attacks.deepfool import L2DeepFool
 from ccn_deploy.attacks.fgsm import LinfFGSM
 from ccn_deploy.attacks.foolbox_model import foolbox_model, reference_model
@@ -100,6 +100,42 @@ def test_bad_epsilons_are_named(text: str, item: str) -> None:
 def test_unknown_attack_suggests_the_nearest() -> None:
     with pytest.raises(UsageError, match="deepfool"):
         suite(["deepfol"], [0.1])
+
+
+def test_l2_epsilons_are_any_number_above_0_and_go_to_the_attacks_in_l2() -> None:
+    assert parse_epsilons("0.5, 12", "l2") == (0.5, 12.0)
+    with pytest.raises(UsageError, match="--epsilons-l2: 'inf'"):
+        parse_epsilons("inf", "l2")
+    specs = suite(["fgsm", "audit-l2"], [0.1], l2_epsilons=[2.0, 0.5])
+    assert [spec.label for spec in specs] == ["linf-0.1-fgsm", "l2-0.5-audit-l2", "l2-2-audit-l2"]
+
+
+def test_an_audit_is_its_stages_and_its_document_has_them() -> None:
+    (spec,) = suite(["audit"], [0.2])
+    assert {stage.name for stage in spec.stages} >= {"square", "hopskipjump", "transfer"}
+    assert spec.stages[0].name == "apgd" and spec.stages[-1].name == "transfer"
+    assert all(stage.epsilon in (0.2, None) and not stage.stages for stage in spec.stages)
+    parts = {stage.name: stage.part for stage in spec.stages}
+    assert parts["apgd"] is None and parts["square"] == 100 and parts["hopskipjump"] == 20
+    stages = spec.document()["stages"]
+    assert [stage["name"] for stage in stages] == [stage.name for stage in spec.stages]
+    assert [stage["part"] for stage in stages] == [stage.part for stage in spec.stages]
+
+
+def test_options_reach_the_attacks_that_take_them() -> None:
+    names = ["fgsm", "PGD"]
+    settings = settings_of(names, steps=7, step_size=0.125, restarts=3)
+    (_, pgd) = suite(names, [0.1], settings=settings)
+    chosen = {"steps": 7, "rel_stepsize": 0.125, "decay": False, "restarts": 3}
+    assert pgd.parameters == {"random_start": True, **chosen}
+    with pytest.raises(UsageError, match="--restarts: none of the attacks takes it"):
+        settings_of(["fgsm", "audit"], restarts=2)
+    with pytest.raises(UsageError, match="--step-size"):
+        settings_of(["pgd"], step_size=0.0)
+    with pytest.raises(UsageError, match="--steps"):
+        settings_of(["pgd"], steps=0)
+    with pytest.raises(UsageError, match="FGSM has no setting 'steps'"):
+        suite(["fgsm"], [0.1], settings={"fgsm": {"steps": 2}})
 
 
 def test_naming_attacks_loads_no_heavy_library() -> None:

@@ -14,7 +14,7 @@ from ccn_deploy.attacks import suite
 from ccn_deploy.bundle import Bundle, NewFile, write_bundle
 from ccn_deploy.data import dataset_from_arrays
 from ccn_deploy.errors import EngineUnfitError, EnvironmentUnfitError, RuntimeUnavailableError
-from ccn_deploy.machine import NO_DRIVER, Gpu, Machine
+from ccn_deploy.machine import NO_DRIVER, Gpu, Machine, instruction_sets
 from ccn_deploy.robustness import RobustnessRequest, collect
 from ccn_deploy.robustness.cache_key import cache_key, differentiable
 from ccn_deploy.storage import sha256
@@ -121,7 +121,29 @@ def test_the_library_is_the_one_that_computes(bundle: Bundle) -> None:
     for runtime in ("tensorrt", "tensorrt-rtx", "torch"):
         assert "onnxruntime" not in of(bundle, runtime)["versions"]
     assert of(bundle, "onnxruntime-cpu")["versions"]["onnxruntime"]
-    assert {"ccn-deploy", "torch", "foolbox"} <= set(of(bundle, "tensorrt")["versions"])
+    assert {"ccn-deploy", "numpy", "torch", "foolbox"} <= set(of(bundle, "tensorrt")["versions"])
+
+
+def test_the_processor_is_told_from_another(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = tmp_path / "cpuinfo"
+    monkeypatch.setattr("ccn_deploy.machine._PROCESSORS", told)
+    keys = []
+    for name, flags in (
+        ("Xeon", "fpu avx2 avx512f ht"),
+        ("Xeon", "fpu avx2 ht"),
+        ("EPYC", "avx2 fpu"),
+    ):
+        told.write_text(f"processor\t: 0\nmodel name\t: {name}\nflags\t\t: {flags}\n\n")
+        instruction_sets.cache_clear()
+        keys.append(of(bundle, "onnxruntime-cpu")["processor"])
+    instruction_sets.cache_clear()
+    assert keys == [
+        {"name": "Xeon", "instruction_sets": ["avx2", "avx512f"]},
+        {"name": "Xeon", "instruction_sets": ["avx2"]},
+        {"name": "EPYC", "instruction_sets": ["avx2"]},
+    ]
 
 
 def test_without_a_gpu_nothing_is_told_to_be_of_one(bundle: Bundle) -> None:

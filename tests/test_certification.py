@@ -12,20 +12,29 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import onnx
 import pytest
 
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.certification.session import Options
-from ccn_deploy.errors import UsageError
+from ccn_deploy.errors import ExitCode, UsageError
+from ccn_deploy.exporters import export_bundle
+from ccn_deploy.exporters.sources.opening import open_source
 from ccn_deploy.parity.evidence import KINDS
+from ccn_deploy.robustness.options import AttackOptions
+from ccn_deploy.runs import open_run
+from tests.fakes import times
 from tests.faults import Fault, drop_delta, reorder_classes, swap_rows
+from tests.foreign_files import classifier
 
 TARGET = "onnxruntime-cpu-fp32"
 PARITY = {f"parity[{TARGET}-{kind}]" for kind in KINDS}
 STEADY = {f"batch-invariant[{TARGET}]", f"deterministic[{TARGET}]"}
-ATTACKED = {f"accurate[{TARGET}]", "robust[linf-0.1-fgsm]", "robust[l2-deepfool]"}
-CLAIMS = {"intact[bundle]"} | PARITY | STEADY | ATTACKED
-UNDER_FGSM = ATTACKED - {"robust[l2-deepfool]"}
+ATTACKED = {f"accurate[{TARGET}]", "no-worse[linf-0.1-fgsm]", "no-worse[l2-deepfool]"}
+SANE = f"sane[{TARGET}]"
+DERIVED = {f"derived[graphs/{role}-fp32.onnx]" for role in ("forward", "gradient")}
+CLAIMS = {"intact[bundle]", SANE} | DERIVED | PARITY | STEADY | ATTACKED
+UNDER_FGSM = ATTACKED - {"no-worse[l2-deepfool]"}
 
 # 29 images, none lost, are the fewest that show a drop of at most 10 points.
 FGSM = ["--ccn-attack=fgsm", "--ccn-epsilons=0.1", "--ccn-samples=30", "--ccn-max-drop=0.1",
@@ -102,7 +111,9 @@ def test_a_planted_fault_breaks_the_claims_that_are_about_it(
     outcome = certify(tmp_path, "--ccn-bundle", bundle.path, *FGSM)
     assert outcome.exit_code == pytest.ExitCode.TESTS_FAILED
     assert broken <= set(outcome.failed), outcome.terminal
-    assert outcome.passed | set(outcome.failed) == CLAIMS - {"robust[l2-deepfool]"}
+    forged = "derived[graphs/forward-fp32-edited.onnx]"
+    assert outcome.passed | set(outcome.failed) == CLAIMS - {"no-worse[l2-deepfool]"} | {forged}
+    assert forged in outcome.failed and outcome.passed >= DERIVED
     assert "intact[bundle]" in outcome.passed  # its digests agree: only behaviour shows the fault
     for name in broken:
         lines = outcome.failed[name].splitlines()
@@ -116,7 +127,7 @@ def test_too_few_images_fail_as_inconclusive(
     bundle, _ = certified
     options = [option for option in SMALL if not option.startswith("--ccn-samples")]
     outcome = certify(
-        tmp_path, "--ccn-bundle", bundle, *options, "--ccn-samples=28", "-k", "robust or accurate"
+        tmp_path, "--ccn-bundle", bundle, *options, "--ccn-samples=28", "-k", "no-worse or accurate"
     )
     assert outcome.exit_code == pytest.ExitCode.TESTS_FAILED
     assert set(outcome.failed) == ATTACKED
@@ -125,13 +136,48 @@ def test_too_few_images_fail_as_inconclusive(
         assert "--ccn-samples 29" in text
 
 
+def test_what_must_be_left_is_a_claim_of_its_own(
+    certified: tuple[Path, Outcome], tmp_path: Path
+) -> None:
+    """Of thirty images, 26 in a row show 89 %, and what no network keeps is missed."""
+    required = ["fgsm@0.1=20%", "fgsm@0.12=0.999", "deepfool@0.05=0.2"]
+    options = [f"--ccn-min-robust={text}" for text in required]
+    outcome = certify(
+        tmp_path, "--ccn-bundle", certified[0], *SMALL, *options, "--ccn-min-accuracy=99.9%",
+        "-k", "robust or accurate or no-worse",
+    )  # fmt: skip
+    assert {"robust[fgsm@0.1>=0.2]", "robust[deepfool@0.05>=0.2]"} <= outcome.passed
+    assert "no-worse[linf-0.12-fgsm]" in outcome.passed  # the attack that a threshold added
+    assert set(outcome.failed) == {"robust[fgsm@0.12>=0.999]", f"accurate[{TARGET}]"}
+    for text in outcome.failed.values():
+        assert text.splitlines()[0] in ("fail", "inconclusive")
+        assert "at least 99.9 %, shown at 95 % confidence" in text
+
+
+def test_no_claim_passes_on_numbers_that_are_undermined(sm_bundle: Bundle, tmp_path: Path) -> None:
+    # The reference's gradients are what they were; those of the runtime lead nowhere.
+    bundle = times(sm_bundle, tmp_path / "blind", 0.0)
+    options = ["--ccn-attack=pgd", "--ccn-epsilons=0.2", "--ccn-samples=30", "--ccn-threads=1",
+               "--ccn-min-robust=pgd@0.2=50%"]  # fmt: skip
+    outcome = certify(
+        tmp_path, "--ccn-bundle", bundle.path, *options, "-k", "robust or sane or no-worse"
+    )
+    assert outcome.passed == set()
+    assert set(outcome.failed) == {SANE, "no-worse[linf-0.2-pgd]", "robust[pgd@0.2>=0.5]"}
+    assert outcome.failed[SANE].startswith("inconclusive\nmeasured  doubt: ")
+
+
 def test_evidence_is_judged_from_the_cache(certified: tuple[Path, Outcome], tmp_path: Path) -> None:
     """Nothing is attacked again: a second run works where torch is not installed."""
     bundle, _ = certified
     before = contents(bundle)
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
     outcome = certify(tmp_path, "--ccn-bundle", bundle, *SMALL, PYTHONPATH=str(tmp_path))
-    assert outcome.passed == CLAIMS, outcome.terminal
+    assert outcome.passed == CLAIMS - DERIVED, outcome.terminal
+    assert set(outcome.failed) == DERIVED  # graphs are always derived again: evidence can be forged
+    assert outcome.exit_code == ExitCode.ENVIRONMENT
+    for text in outcome.failed.values():
+        assert text.startswith("could not be judged: ") and "ccn-deploy[train]" in text
     assert contents(bundle) == before
 
 
@@ -146,14 +192,40 @@ def test_what_is_missing_to_judge_is_named_in_two_lines(ccn_bundle: Bundle, tmp_
         assert hint.endswith("'ccn-deploy[train]'")
 
 
+def test_a_precision_without_a_kernel_is_no_bad_bundle(
+    trained_run: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bundle = export_bundle(
+        open_run(trained_run("sm")), tmp_path / "bundle", precisions=("fp32", "bf16")
+    )
+    options = ["--ccn-bundle", bundle.path, "--ccn-precision=bf16", *FGSM]
+    outcome = certify(tmp_path, *options)
+    assert outcome.exit_code == ExitCode.ENVIRONMENT, outcome.terminal
+    assert {name.partition("[")[0] for name in outcome.passed} == {"intact", "derived"}
+    assert all("could not be judged: onnxruntime-cpu" in text for text in outcome.failed.values())
+    broken = swap_rows(bundle, tmp_path / "broken")
+    outcome = certify(tmp_path, "--ccn-bundle", broken.path, *options[2:])
+    assert outcome.exit_code == pytest.ExitCode.TESTS_FAILED  # a lie beside it is a bad bundle
+
+
+def test_a_graph_that_the_bundle_begins_with_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    onnx.save(classifier(), tmp_path / "theirs.onnx")
+    source = open_source(str(tmp_path / "theirs.onnx"))
+    bundle = export_bundle(source, tmp_path / "bundle")
+    outcome = certify(tmp_path, "--ccn-bundle", bundle.path, "-k", "derived", "-rs")
+    assert outcome.exit_code == pytest.ExitCode.OK
+    assert "1 passed, 1 skipped" in outcome.terminal
+    assert "graphs/forward-fp32.onnx is what was taken in from onnx theirs.onnx" in outcome.terminal
+
+
 def test_a_bundle_that_cannot_keep_evidence_is_judged_all_the_same(
     copy_bundle: Callable[[str], Bundle], tmp_path: Path
 ) -> None:
     # A file where the directory would be: unwritable for root too, unlike a mode.
     bundle = copy_bundle("ccn")
     bundle.evidence.write_text("not a directory")
-    outcome = certify(tmp_path, "--ccn-bundle", bundle.path, *FGSM, "-k", "robust")
-    assert outcome.passed == {"robust[linf-0.1-fgsm]"}, outcome.terminal
+    outcome = certify(tmp_path, "--ccn-bundle", bundle.path, *FGSM, "-k", "no-worse")
+    assert outcome.passed == {"no-worse[linf-0.1-fgsm]"}, outcome.terminal
     assert outcome.terminal.count("cannot be written to") == 1
     assert bundle.evidence.read_text() == "not a directory"
 
@@ -163,7 +235,7 @@ def test_a_damaged_bundle_breaks_every_claim(ccn_bundle: Bundle, tmp_path: Path)
     weights.write_bytes(weights.read_bytes()[:-1])
     outcome = certify(tmp_path, "--ccn-bundle", ccn_bundle.path, *SMALL)
     assert outcome.exit_code == pytest.ExitCode.TESTS_FAILED
-    assert set(outcome.failed) == CLAIMS
+    assert set(outcome.failed) == CLAIMS - DERIVED  # no manifest says what there is to derive
     assert all("weights.safetensors" in text for text in outcome.failed.values())
     assert not ccn_bundle.evidence.exists()
 
@@ -178,9 +250,9 @@ def test_no_claim_means_no_evidence(ccn_bundle: Bundle, tmp_path: Path) -> None:
 def test_a_claim_is_run_again_by_the_name_it_failed_under(
     certified: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
-    claim = "ccn_deploy.certification.claims::robust[linf-0.1-fgsm]"
+    claim = "ccn_deploy.certification.claims::no-worse[linf-0.1-fgsm]"
     outcome = certify(tmp_path, "--ccn-bundle", certified[0], *SMALL, package=claim)
-    assert outcome.passed == {"robust[linf-0.1-fgsm]"}
+    assert outcome.passed == {"no-worse[linf-0.1-fgsm]"}
 
 
 def test_the_claims_run_under_a_foreign_configuration(
@@ -194,15 +266,15 @@ def test_the_claims_run_under_a_foreign_configuration(
         "import pytest\n\n\n@pytest.fixture(autouse=True)\ndef everywhere():\n    yield\n"
     )
     (tmp_path / "below").mkdir()
-    outcome = certify(tmp_path / "below", f"--ccn-bundle={certified[0]}", *SMALL, "-k", "robust")
-    assert outcome.passed == {"robust[linf-0.1-fgsm]", "robust[l2-deepfool]"}, outcome.terminal
+    outcome = certify(tmp_path / "below", f"--ccn-bundle={certified[0]}", *SMALL, "-k", "no-worse")
+    assert outcome.passed == {"no-worse[linf-0.1-fgsm]", "no-worse[l2-deepfool]"}, outcome.terminal
     assert f"rootdir: {tmp_path}" in outcome.terminal
 
 
 def test_workers_share_the_evidence(certified: tuple[Path, Outcome], tmp_path: Path) -> None:
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
-    outcome = certify(tmp_path, "--ccn-bundle", certified[0], *SMALL, "-n", "2", "-k", "robust")
-    assert outcome.passed == {"robust[linf-0.1-fgsm]", "robust[l2-deepfool]"}, outcome.terminal
+    outcome = certify(tmp_path, "--ccn-bundle", certified[0], *SMALL, "-n", "2", "-k", "no-worse")
+    assert outcome.passed == {"no-worse[linf-0.1-fgsm]", "no-worse[l2-deepfool]"}, outcome.terminal
 
 
 @pytest.mark.parametrize(
@@ -226,11 +298,14 @@ def test_wrong_usage_is_told_before_anything_runs(
 @pytest.mark.parametrize(
     ("option", "word"),
     [
-        ({"epsilons": "0.1,big"}, "'big'"),
+        ({"attack": AttackOptions(epsilons="0.1,big")}, "'big'"),
+        ({"attack": AttackOptions(["fgsm"], steps=5)}, "--steps"),
+        ({"min_robust": ["pgd@0.1=55"]}, "--ccn-min-robust pgd@0.1=55%"),
+        ({"min_accuracy": "97"}, "--ccn-min-accuracy 97%"),
         ({"runtime": "onnxruntime-cp"}, "'onnxruntime-cpu'"),
         ({"precision": "fp17"}, "'fp17'"),
-        ({"max_drop": 0.0}, "--ccn-max-drop 0"),
-        ({"max_drop": float("nan")}, "--ccn-max-drop nan"),
+        ({"max_drop": "0"}, "--ccn-max-drop 0"),
+        ({"max_drop": "1"}, "--ccn-max-drop 1%"),
         ({"samples": 0}, "--ccn-samples 0"),
         ({"threads": -1}, "--ccn-threads -1"),
     ],

@@ -206,3 +206,31 @@ def test_version() -> None:
     from ccn_deploy import __version__
 
     assert ccn_deploy("--version").stdout == f"ccn-deploy {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-drop", "1"], ["--max-drop 1 ", "--max-drop 1%", "--max-drop 0.01"]),
+        (["--max-drop", "0"], ["--max-drop 0 "]),
+        (["--min-robust", "pgd@0.1"], ["'pgd@0.1'", "ATTACK@STRENGTH=SHARE"]),
+        (["--min-robust", "pgd@0.1=55"], ["--min-robust pgd@0.1=55%"]),
+        (["--min-accuracy", "97"], ["--min-accuracy 97%"]),
+        (["--attack", "fgsm", "--steps", "9"], ["--steps", "none of the attacks takes it"]),
+        (["--attack", "fgsm", "--step-size", "0.1"], ["--step-size"]),
+        (["--attack", "deepfool", "--restarts", "2"], ["--restarts"]),
+        (["--attack", "deepfool", "--epsilons", "0.1"], ["--epsilons"]),
+        (["--attack", "pgd", "--epsilons-l2", "1"], ["--epsilons-l2"]),
+        (["--recheck", "some"], ["--recheck some", "--recheck all"]),
+    ],
+)
+def test_what_is_judged_and_attacked_is_read_before_anything_else(
+    options: list[str], words: list[str]
+) -> None:
+    assert_clear_error(ccn_deploy("verify-robustness", "nowhere", *options), ExitCode.USAGE, *words)
+
+
+def test_the_quickstart_refuses_a_slip_before_it_trains(tmp_path: Path) -> None:
+    given = ("quickstart", "--output", tmp_path / "q", "--max-drop", "1")
+    assert_clear_error(ccn_deploy(*given), ExitCode.USAGE, "--max-drop 1%")
+    assert not (tmp_path / "q").exists()

@@ -111,7 +111,7 @@ def test_robustness_is_shown_on_an_npz_file_with_classes_in_another_order(
     images = np.concatenate([images_of(1, 8, 7), images_of(0, 8, 8)])
     labels = np.repeat([0, 1], 8)
     np.savez(path, images=images, labels=labels, class_names=np.array(["low", "high"]))
-    attack = ("--attack", "fgsm", "--epsilons", "0.1", "--no-report", "--max-drop", "1", *QUICK)
+    attack = ("--attack", "fgsm", "--epsilons", "0.1", "--no-report", "--max-drop", "49%", *QUICK)
     code, _, err = run("verify-robustness", bundle.path, "--dataset", path, *attack, "--json")
     assert code in (0, 4), err
     assert '"by name, another order"' in "".join(
@@ -150,7 +150,7 @@ def test_the_claims_take_data_of_ones_own(bundle: Bundle, folders: Path) -> None
     options = ["--ccn-dataset", str(folders), "--ccn-resize", "stretch", "--ccn-threads", "1"]
     attack = ["--ccn-attack", "fgsm", "--ccn-epsilons", "0.1", "--ccn-samples", "8"]
     command = ["--pyargs", "ccn_deploy.certification", "--ccn-bundle", str(bundle.path)]
-    few = ["--ccn-parity-samples", "8", "--ccn-max-drop", "1", "-p", "no:cacheprovider"]
+    few = ["--ccn-parity-samples", "8", "--ccn-max-drop", "49%", "-p", "no:cacheprovider"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *command, *options, *attack, *few],
         capture_output=True,

@@ -252,7 +252,7 @@ def test_text_of_a_bundle_cannot_steer_the_terminal(tmp_path: Path) -> None:
     evil = "\x1b[2J\r\n[bold]x[/] \u202e"
     named = write(tmp_path / "b", [], class_names=(evil,), architecture=evil, training={evil: evil})
     graph = replace(files()[1], made_by={evil: evil}, details={evil: evil, "ops": {evil: evil}})
-    contents = [graph, replace(graph, path="graphs/[red]x\x1b.onnx")]
+    contents = [graph, replace(graph, path="graphs/[red]x\x1b.onnx", precision="fp16")]
     for bundle in (named, write(tmp_path / "c", contents)):
         result = inspect(bundle.path)
         assert result.returncode == 0, result.stderr

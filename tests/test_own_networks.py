@@ -137,7 +137,7 @@ def test_from_the_factory_to_attacks_on_what_is_deployed(
     code, robustness = command(
         *(capsys, "verify-robustness", bundle.path, *measured, "--samples", ATTACKED),
         *("--attack", "fgsm", "--attack", "pgd", "--epsilons", "0.02", "--gradient", "native"),
-        *("--max-drop", 1, "--no-report"),
+        *("--max-drop", 0.49, "--no-report"),
     )
     assert (code, robustness["verdict"], robustness["gradient"]) == (0, "pass", "native")
     assert robustness["clean"]["runtime"]["accuracy"] == 1.0

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.cli.main import app
 from ccn_deploy.data import load_dataset
-from ccn_deploy.errors import IntegrityError, RuntimeUnavailableError, UsageError
+from ccn_deploy.errors import ExitCode, IntegrityError, RuntimeUnavailableError, UsageError
 from ccn_deploy.exporters import export_bundle
 from ccn_deploy.parity import ParityRequest, ParityResult, collect, judge
 from ccn_deploy.runs import open_run
@@ -163,12 +163,16 @@ def test_evidence_is_judged_where_torch_is_not_installed(
 ) -> None:
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
     command = [sys.executable, "-m", "ccn_deploy.cli.main", "verify-parity", str(ccn_bundle.path)]
-    command += ["--samples", "9", "--per-layer", "--threads", "1", "--json"]
+    command += ["--samples", "9", "--per-layer", "--threads", "1", "--json", "--no-lineage"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     there = judge(collect(ccn_bundle, REQUEST)).document()
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert json.loads(result.stdout) == there
+    assert json.loads(result.stdout) == {**there, "evidence": "read", "lineage": None}
     assert not result.stderr
+    command.remove("--no-lineage")
+    refused = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (refused.returncode, refused.stdout) == (ExitCode.ENVIRONMENT, "")
+    assert "--no-lineage" in refused.stderr and "ccn-deploy[train]" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -247,11 +251,11 @@ class TestCommand:
         self, exported: Callable[[str], Path], tmp_path: Path
     ) -> None:
         faulty = faults.perturb_layer(open_bundle(exported("ccn")), tmp_path / "faulty")
-        code, text = self.run(faulty.path, "--per-layer")
+        code, text = self.run(faulty.path, "--per-layer", "--no-lineage")
         assert code == 1
         assert "First layer to depart: conv2" in text
         assert text.splitlines()[-1].startswith("FAIL")
-        assert json.loads(self.run(faulty.path, "--json")[1])["verdict"] == "fail"
+        assert json.loads(self.run(faulty.path, "--json", "--no-lineage")[1])["verdict"] == "fail"
 
     def test_the_table_fits_eighty_columns(self, ccn_bundle: Bundle) -> None:
         code, text = self.run(ccn_bundle.path, "--per-layer")

@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ccn_deploy.data import Images
 from ccn_deploy.errors import IntegrityError, UsageError
 from ccn_deploy.parity.collect import measure_inputs
 from ccn_deploy.parity.comparison import compare_logits
 from ccn_deploy.parity.evidence import InputRow, LayerRow, ParityEvidence
 from ccn_deploy.parity.inputs import Probe
-from ccn_deploy.parity.invariance import Claim, measure_invariance
-from ccn_deploy.parity.judge import judge
+from ccn_deploy.parity.invariance import Claim, batch_sizes, measure_invariance
+from ccn_deploy.parity.judge import ParityResult, judge
 from ccn_deploy.parity.tolerances import tolerance_for
 from ccn_deploy.verdict import Verdict
 
@@ -86,10 +88,22 @@ def test_batches_are_one_an_odd_number_and_all() -> None:
     assert seen == [1] * 8 + [7] * 2 + [16]
 
 
-def invariance(run: object) -> dict[str, Verdict]:
-    claims = measure_invariance(run, IMAGES, reference(IMAGES), unit=1e-3, seed=0)  # type: ignore[arg-type]
-    result = judge(ParityEvidence(SETTING, (), tuple(claims)))
-    return {finding.subject: finding.verdict for finding in result.invariance}
+def invariant(run: Callable[[Images], NDArray[np.float64]]) -> ParityResult:
+    sizes = batch_sizes(256, 48)
+    claims = measure_invariance(run, IMAGES, reference(IMAGES), unit=1e-3, seed=0, sizes=sizes)
+    return judge(ParityEvidence(SETTING, (), tuple(claims)))
+
+
+def invariance(run: Callable[[Images], NDArray[np.float64]]) -> dict[str, Verdict]:
+    return {finding.subject: finding.verdict for finding in invariant(run).invariance}
+
+
+def test_sizes_are_what_programs_choose_kernels_by() -> None:
+    assert batch_sizes(4, 2) == (2, 3, 4, 5)
+    assert batch_sizes(20, 12) == (2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 19, 20, 21)
+    sizes = batch_sizes(256, 48)
+    assert {1 << exponent for exponent in range(1, 9)} | {47, 48, 49, 63, 255, 257} <= set(sizes)
+    assert sizes[-1] == 257
 
 
 class TestInvariance:
@@ -117,6 +131,35 @@ class TestInvariance:
 
         found = invariance(run)
         assert [name for name, verdict in found.items() if verdict is Verdict.FAIL] == ["sizes"]
+
+    @pytest.mark.parametrize("size", [5, 47, 48, 64, 128, 255, 257])
+    @pytest.mark.parametrize("by", [1, len(IMAGES)])
+    def test_rows_that_move_at_one_batch_size_are_seen(self, size: int, by: int) -> None:
+        def run(images: NDArray[np.float32]) -> NDArray[np.float64]:
+            return np.roll(reference(images), by * (len(images) == size), axis=0)
+
+        failed = [f for f in invariant(run).invariance if f.verdict is Verdict.FAIL]
+        assert [finding.name for finding in failed] == [f"sizes (batch of {size})"]
+
+    def test_another_answer_after_a_large_batch_is_seen(self) -> None:
+        largest = 0
+
+        def run(images: NDArray[np.float32]) -> NDArray[np.float64]:
+            nonlocal largest
+            largest = max(largest, len(images))
+            return reference(images) + 1e-12 * (largest > 200)
+
+        assert invariance(run)["deterministic"] is Verdict.FAIL
+
+    def test_another_answer_once_in_thirty_calls_is_seen(self) -> None:
+        calls = 0
+
+        def run(images: NDArray[np.float32]) -> NDArray[np.float64]:
+            nonlocal calls
+            calls += len(images) == 8
+            return reference(images) + 1e-12 * (calls == 30)
+
+        assert invariance(run)["deterministic"] is Verdict.FAIL
 
     def test_the_last_bit_may_depend_on_the_batch_and_not_on_the_run(self) -> None:
         calls = 0

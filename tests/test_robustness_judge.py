@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,10 +14,11 @@ from scipy import stats
 
 from ccn_deploy.attacks import ATTACKS, AttackSpec, suite
 from ccn_deploy.robustness import Evidence, Measurement, Pair, RobustnessResult, Sample, judge
+from ccn_deploy.robustness.tables import settings_table, stage_table
 from ccn_deploy.verdict import Verdict
 
 
-def sample(at: int, status: str, rho: float | None = None) -> Sample:
+def sample(at: int, status: str, rho: float | None = None, stages: Sequence[object] = ()) -> Sample:
     right = status != "already-wrong"
     return Sample(
         index=at,
@@ -26,6 +29,7 @@ def sample(at: int, status: str, rho: float | None = None) -> Sample:
         linf=0.1,
         l2=1.0,
         rho=rho,
+        stages=((1, 1),) * len(stages),
     )
 
 
@@ -110,9 +114,25 @@ def test_a_drop_that_is_shown_fails_the_whole() -> None:
     assert [name for name, gate in result.gates.items() if gate.reason] == ["FGSM at epsilon 0.1"]
 
 
-def test_a_runtime_that_is_more_robust_passes() -> None:
+def test_a_runtime_that_is_more_robust_passes_but_not_one_that_is_much_more_so() -> None:
+    result = judge(measured(bounded("f" * 4 + "h" * 396, "h" * 400)), 0.01)
+    assert (result.verdict, result.doubts) == (Verdict.PASS, ())
     result = judge(measured(bounded("f" * 20 + "h" * 380, "h" * 400)), 0.01)
-    assert result.verdict is Verdict.PASS
+    assert all(gate.verdict is Verdict.PASS for gate in result.gates.values())
+    assert result.verdict is Verdict.INCONCLUSIVE
+    (doubt,) = result.doubts
+    assert result.reasons == (doubt.sentence,)
+    assert result.shown == f"The numbers bear no verdict: {doubt.sentence}"
+
+
+def test_a_fail_stays_a_fail_whatever_else_is_known() -> None:
+    gaining = bounded("f" * 20 + "h" * 380, "h" * 400)
+    losing = bounded("h" * 400, "f" * 20 + "h" * 380, epsilon=0.2)
+    result = judge(measured(gaining, losing), 0.01)
+    assert result.doubts
+    assert result.verdict is Verdict.FAIL
+    assert result.shown.startswith("PGD at epsilon 0.2: 20 of 400 images lost")
+    assert result.doubts[0].sentence in result.reasons
 
 
 def test_an_illegal_image_is_never_robust_and_leaves_doubt() -> None:
@@ -180,10 +200,12 @@ def test_the_smallest_distance_and_the_success_are_of_what_was_found() -> None:
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_row_is_named_by_its_own_attack(name: str) -> None:
-    title = {"fgsm": "FGSM", "pgd": "PGD", "deepfool": "DeepFool",
-             "deepfool-fast": "DeepFool fast", "cw": "C&W"}[name]  # fmt: skip
+    title = ATTACKS[name].title
     spec = suite([name], [0.1])[0]
-    result = judge(measured(Pair(spec, evidence("hf"), evidence("hf"))))
+    made = Evidence.of(
+        [sample(at, c, stages=spec.stages) for at, c in enumerate(["held", "fooled"])]
+    )
+    result = judge(measured(Pair(spec, made, made)))
     assert {row["title"] for row in result.document()["attacks"]} == {title}
     strengths = {gate.split(" at ")[0] for gate in result.gates}
     assert strengths == {"no attack", title}
@@ -212,16 +234,17 @@ def test_deepfool_fails_where_any_distance_does() -> None:
 
 
 def test_the_document_keeps_the_contract() -> None:
-    result = judge(measured(bounded("hhfw", "hffw", "fgsm"), bounded("hhfw", "hffw"), deepfool()))
+    result = judge(measured(bounded("hhfwwww", "hffwwww", "fgsm"), bounded("hhfwwww", "hffwwww")))
     document = json.loads(json.dumps(result.document(), allow_nan=False))
-    assert document["schema"] == "ccn-deploy/robustness/1"
+    assert document["schema"] == "ccn-deploy/robustness/2"
     assert document["verdict"] in {"pass", "fail", "inconclusive"}
     assert document["runtime"] == "onnxruntime-cpu"
-    fgsm, pgd, smallest = document["attacks"]
+    fgsm, pgd = document["attacks"]
+    (smallest,) = judge(measured(deepfool())).document()["attacks"]
     for row, name in ((fgsm, "fgsm"), (pgd, "pgd")):
         assert row["attack"] == name
-        assert (row["norm"], row["epsilon"], row["n"], row["verdict_flips"]) == ("linf", 0.1, 4, 1)
-        for side, share in (("reference", 0.5), ("runtime", 0.25)):
+        assert (row["norm"], row["epsilon"], row["n"], row["verdict_flips"]) == ("linf", 0.1, 7, 1)
+        for side, share in (("reference", 2 / 7), ("runtime", 1 / 7)):
             assert row[side]["robust_accuracy"] == share
             low, high = row[side]["ci95"]
             assert 0 <= low < share < high <= 1
@@ -241,21 +264,23 @@ def test_nothing_found_is_null_and_not_nan() -> None:
 
 
 def warned(result: RobustnessResult, words: str) -> bool:
-    return any(words in warning for warning in result.warnings)
+    return any(words in finding.sentence for finding in result.findings)
 
 
 def test_numbers_that_flatter_are_named() -> None:
     flattering = judge(measured(bounded("h" * 10, "h" * 10, "fgsm"), bounded("f" * 10, "f" * 10)))
     assert warned(flattering, "FGSM flatters")
     honest = judge(measured(bounded("h" * 10, "h" * 10, "fgsm"), bounded("h" * 10, "h" * 10)))
-    assert not honest.warnings
+    assert not honest.findings
     masked = judge(measured(bounded("f" * 10, "f" * 10, "fgsm"), bounded("h" * 10, "h" * 10)))
-    assert warned(masked, "PGD found less than FGSM")
-    assert warned(judge(measured(bounded("hh", "hh", "fgsm"))), "No PGD")
+    assert warned(masked, "Many steps find less than one")
+    assert warned(judge(measured(bounded("hh", "hh", "fgsm"))), "Only FGSM was run")
     assert warned(judge(measured(bounded("ww", "ww"))), "Every image is wrong")
     assert warned(judge(measured(bounded("h", "h"), runtime="torch")), "reference itself")
-    rising = judge(measured(bounded("ff", "ff", epsilon=0.1), bounded("hh", "hh", epsilon=0.2)))
-    assert warned(rising, "not finding what is there")
+    rising = judge(
+        measured(bounded("f" * 7, "f" * 7, epsilon=0.1), bounded("h" * 7, "h" * 7, epsilon=0.2))
+    )
+    assert warned(rising, "does not find what is there")
 
 
 def test_effort_is_a_mean_over_the_images_that_were_attacked() -> None:
@@ -286,3 +311,57 @@ def test_exact_numbers_of_a_row_are_finite() -> None:
     gate = judge(measured(bounded("hf", "fh"))).bounded[0].gate
     assert math.isfinite(gate.upper95)
     assert gate.drop == 0
+
+
+def test_the_stages_of_an_audit_add_up() -> None:
+    first, second = suite(["pgd", "deepfool"], [0.1])[:2]
+    last = AttackSpec("transfer", "linf", 0.1)
+    audit = AttackSpec(
+        "audit", "linf", 0.1, stages=(first, dataclasses.replace(second, part=3), last)
+    )
+    # Wrong already; fooled by the first; by the second, of the first three; held; by the last.
+    asked = [
+        ("already-wrong", None, (0, 0), (0, 0), (0, 0)),
+        ("fooled", "pgd", (3, 2), (0, 0), (0, 0)),
+        ("fooled", "deepfool", (9, 9), (5, 40), (0, 0)),
+        ("held", None, (9, 9), (0, 0), (1, 0)),
+        ("fooled", "transfer", (9, 9), (0, 0), (1, 0)),
+    ]
+    made = Evidence.of(
+        [
+            replace(sample(at, status), stage=stage, stages=tuple(queries))
+            for at, (status, stage, *queries) in enumerate(asked)
+        ]
+    )
+    (row,) = judge(measured(Pair(audit, made, made)), 0.4).bounded
+    assert [
+        (
+            s.runtime.attacked,
+            s.runtime.fooled,
+            s.runtime.left,
+            s.runtime.forward,
+            s.runtime.backward,
+        )
+        for s in row.stages
+    ] == [(4, 1, 3, 30, 29), (1, 1, 2, 5, 40), (2, 1, 1, 2, 0)]
+    assert row.runtime.count == row.stages[-1].runtime.left
+    table = stage_table(row)
+    assert [r.name for r in table.rows] == ["PGD", "DeepFool, first 3", "transfer"]
+    assert [cell.text for cell in table.rows[1].cells] == [
+        "1 | 1", "1 | 1", "2 | 2", "5 | 5", "40 | 40"
+    ]  # fmt: skip
+    stages = row.document()["stages"]
+    assert [stage["attack"] for stage in stages] == ["pgd", "deepfool", "transfer"]
+    assert stages[0]["parameters"] == dict(first.parameters)
+    assert (stages[1]["part"], stages[1]["runtime"]["left"]) == (3, 2)
+
+
+def test_every_setting_of_every_attack_is_told() -> None:
+    specs = suite(["pgd", "fgsm"], [0.1], settings={"pgd": {"steps": 7}})
+    result = judge(measured(*(Pair(spec, evidence("h"), evidence("h")) for spec in specs)))
+    told = {row.name: row.cells[0].text for row in settings_table(result).rows}
+    assert told["PGD"].startswith("steps 7, ") and "random_start yes" in told["PGD"]
+    assert told["FGSM"] == "none"
+    first, second = result.document()["attacks"]
+    assert first["parameters"]["steps"] == 7
+    assert second["parameters"] == {}

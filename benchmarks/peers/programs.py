@@ -108,7 +108,8 @@ def pgd(network: Network) -> Iterator[Program]:
     """40 steps within 0.2 from a random start."""
     attack = foolbox.attacks.LinfPGD(steps=PGD_STEPS, rel_stepsize=PGD_STEP)
     yield from _foolbox(network, attack, rounds=2, epsilon=EPSILON)
-    yield from _ours(network, _spec("pgd", EPSILON), rounds=2)
+    constant = {"rel_stepsize": PGD_STEP, "decay": False}
+    yield from _ours(network, _spec("pgd", EPSILON, **constant), rounds=2)
     step = PGD_STEP * EPSILON
     settings = {"eps": EPSILON, "eps_step": step, "max_iter": PGD_STEPS, "num_random_init": 1}
     yield _art(network, "ProjectedGradientDescent", **settings, verbose=False)
@@ -206,9 +207,9 @@ def _ours(
     yield Program(f"{name}, PyTorch", craft(reference_model(network.tuned)), network.tuned, rounds)
 
 
-def _spec(name: str, epsilon: float | None = None) -> AttackSpec:
+def _spec(name: str, epsilon: float | None = None, **changes: float) -> AttackSpec:
     kind = ATTACKS[name]
-    return AttackSpec(name, kind.norm, epsilon, True, kind.parameters)
+    return AttackSpec(name, kind.norm, epsilon, True, {**kind.parameters, **changes})
 
 
 def _art(

@@ -8,8 +8,10 @@ from ccn_deploy.attacks.spec import (
     ATTACKS,
     DEFAULT_ATTACKS,
     DEFAULT_EPSILONS,
+    DEFAULT_L2_EPSILONS,
     AttackSpec,
     parse_epsilons,
+    settings_of,
     suite,
     title_of,
 )
@@ -18,8 +20,10 @@ __all__ = [
     "ATTACKS",
     "DEFAULT_ATTACKS",
     "DEFAULT_EPSILONS",
+    "DEFAULT_L2_EPSILONS",
     "AttackSpec",
     "parse_epsilons",
+    "settings_of",
     "suite",
     "title_of",
 ]

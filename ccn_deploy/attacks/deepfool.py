@@ -18,10 +18,7 @@ from torch import Tensor
 from ccn_deploy.attacks.passes import Pass, forward, labels_of, tensor_of
 
 _STABILITY = 1e-4
-"""Added to a step's length, so that a sample on the boundary still moves."""
-
-_TINY = 1e-8
-"""Added to a gradient's norm before dividing by it."""
+"""Added to a step's length, a distance between images, so that one on the boundary moves."""
 
 
 class L2DeepFool(MinimizationAttack):
@@ -152,7 +149,7 @@ class _Pruned:
             rows: Places in the pass, int64 [n].
             active: Places in the batch, int64 [n].
         """
-        far = losses.abs() / self.norms[active]  # zero where nothing is known yet
+        far = _distances(losses, self.norms[active])  # zero where nothing is known yet
         hopeful = far <= self.slack * far.min(dim=1, keepdim=True).values
         step: Tensor | None = None
         counts = hopeful.sum(dim=1)
@@ -161,7 +158,7 @@ class _Pruned:
             chosen = hopeful[group].nonzero()[:, 1].view(-1, count)
             asked = cotangents[group[:, None], chosen]
             gradients = here.gradients(rows[group], asked)
-            self.norms[active[group, None], chosen] = gradients.flatten(2).norm(dim=-1) + _TINY
+            self.norms[active[group, None], chosen] = _norms(gradients)
             if step is None:
                 step = gradients.new_empty((len(rows), *gradients.shape[2:]))
             step[group] = _step(losses[group[:, None], chosen], gradients)
@@ -182,9 +179,27 @@ def _step(losses: Tensor, gradients: Tensor) -> Tensor:
         losses: ``f_k - f_k0`` [N, K].
         gradients: Theirs [N, K, C, H, W].
     """
-    norms = gradients.flatten(2).norm(dim=-1) + _TINY
-    distances, nearest = (losses.abs() / norms).min(dim=1)
+    norms = _norms(gradients)
+    distances, nearest = _distances(losses, norms).min(dim=1)
     rows = torch.arange(len(nearest), device=nearest.device)
     scale = (distances + _STABILITY) / norms[rows, nearest]
     step: Tensor = scale.view(-1, 1, 1, 1) * gradients[rows, nearest]
     return step
+
+
+def _norms(gradients: Tensor) -> Tensor:
+    """Return the norms [N, K] of gradients [N, K, C, H, W].
+
+    Squares are of parts of the largest entry: of the gradients themselves they would overflow or
+    vanish in float32 where logits are scaled by 1e25 or 1e-25.
+    """
+    flat = gradients.flatten(2)
+    largest = flat.abs().amax(dim=-1)
+    return largest * (flat / largest.clamp_min(torch.finfo(flat.dtype).tiny)[..., None]).norm(
+        dim=-1
+    )
+
+
+def _distances(losses: Tensor, norms: Tensor) -> Tensor:
+    """Return how far linearised boundaries are [N, K]: infinitely, where there is no slope."""
+    return torch.where(norms == 0, torch.inf, losses.abs() / norms)

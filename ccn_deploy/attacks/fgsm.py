@@ -12,6 +12,7 @@ from foolbox.attacks.base import FixedEpsilonAttack, raise_if_kwargs
 from foolbox.distances import linf
 from foolbox.models.base import Model
 
+from ccn_deploy.attacks.losses import sound
 from ccn_deploy.attacks.passes import forward, labels_of, tensor_of
 
 
@@ -22,8 +23,8 @@ class LinfFGSM(FixedEpsilonAttack):
 
     It takes the step of Foolbox's ``LinfFastGradientAttack``, and asks for no gradient but the
     input's. Where the network is so sure that float32 has lost its doubt, Foolbox's step is one of
-    rounding and this one is not. An image without a finite gradient becomes NaN: nothing was shown
-    of it.
+    rounding and this one is not. An image whose gradient is not finite, or zero everywhere,
+    becomes NaN: nothing was shown of it.
     """
 
     distance = linf
@@ -44,5 +45,8 @@ class LinfFGSM(FixedEpsilonAttack):
         labels = labels_of(criterion, "FGSM here")
         images, restore_type = tensor_of(inputs)
         everything = torch.arange(len(images), device=images.device)
-        direction = forward(model, images, labels=labels).loss_gradient(everything, labels).sign()
-        return restore_type((images + epsilon * direction).clamp(*model.bounds))
+        gradients = forward(model, images, labels=labels).loss_gradient(everything, labels)
+        moved = (images + epsilon * gradients.sign()).clamp(*model.bounds)
+        _, leads = sound(gradients)
+        moved[~leads] = torch.nan
+        return restore_type(moved)

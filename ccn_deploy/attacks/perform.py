@@ -10,11 +10,13 @@ import torch
 from foolbox.attacks.base import FixedEpsilonAttack, MinimizationAttack
 from foolbox.models.pytorch import PyTorchModel
 
+from ccn_deploy.attacks.apgd import L2APGD, LinfAPGD
 from ccn_deploy.attacks.cw import L2CarliniWagner
 from ccn_deploy.attacks.deepfool import L2DeepFool
 from ccn_deploy.attacks.fgsm import LinfFGSM
+from ccn_deploy.attacks.losses import CROSS_ENTROPY, DLR, MARGIN, TARGETED_DLR, Loss
 from ccn_deploy.attacks.passes import QueryCounter
-from ccn_deploy.attacks.pgd import LinfPGD
+from ccn_deploy.attacks.pgd import L2PGD, LinfPGD
 from ccn_deploy.attacks.spec import AttackSpec
 from ccn_deploy.runtimes.base import Array
 
@@ -58,7 +60,7 @@ Attack = FixedEpsilonAttack | MinimizationAttack
 
 
 def attack_of(spec: AttackSpec, seeds: Array) -> Attack:
-    """Return the Foolbox attack that a specification describes."""
+    """Return the Foolbox attack that a specification without stages describes."""
     return _MAKERS[spec.name](spec, dict(spec.parameters), seeds)
 
 
@@ -66,11 +68,27 @@ def _deepfool(spec: AttackSpec, settings: dict[str, Any], _: Array) -> Attack:
     return L2DeepFool(clip=spec.clip, **settings)
 
 
-_MAKERS: Mapping[str, Callable[[AttackSpec, dict[str, Any], Array], Attack]] = {
+Maker = Callable[[AttackSpec, dict[str, Any], Array], Attack]
+
+
+def _climbing(attack: Callable[..., Attack], loss: Loss) -> Maker:
+    return lambda _, settings, seeds: attack(loss=loss, seeds=seeds, **settings)
+
+
+_MAKERS: Mapping[str, Maker] = {
     "fgsm": lambda _, settings, seeds: LinfFGSM(**settings),
-    "pgd": lambda _, settings, seeds: LinfPGD(seeds=seeds, **settings),
+    "pgd": _climbing(LinfPGD, CROSS_ENTROPY),
+    "pgd-margin": _climbing(LinfPGD, MARGIN),
+    "pgd-targeted": _climbing(LinfPGD, MARGIN),
+    "pgd-l2": _climbing(L2PGD, CROSS_ENTROPY),
+    "apgd": _climbing(LinfAPGD, CROSS_ENTROPY),
+    "apgd-dlr": _climbing(LinfAPGD, DLR),
+    "apgd-t": _climbing(LinfAPGD, TARGETED_DLR),
+    "apgd-l2": _climbing(L2APGD, CROSS_ENTROPY),
+    "apgd-dlr-l2": _climbing(L2APGD, DLR),
+    "apgd-t-l2": _climbing(L2APGD, TARGETED_DLR),
     "deepfool": _deepfool,
     "deepfool-fast": _deepfool,
     "cw": lambda _, settings, seeds: L2CarliniWagner(**settings),
 }
-"""One for every name in :data:`ccn_deploy.attacks.spec.ATTACKS`."""
+"""One for every attack in :data:`ccn_deploy.attacks.spec.ATTACKS` without stages."""

@@ -1,59 +1,77 @@
-"""Projected gradient descent in Linf, as a Foolbox attack.
+"""Projected gradient descent in Linf and L2, as Foolbox attacks.
 
-Madry et al., "Towards deep learning models resistant to adversarial attacks" (2018).
+Madry et al., "Towards deep learning models resistant to adversarial attacks" (2018),
+https://arxiv.org/abs/1706.06083.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from foolbox.attacks.base import FixedEpsilonAttack, raise_if_kwargs
-from foolbox.distances import linf
+from foolbox.distances import l2, linf
 from foolbox.models.base import Model
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ccn_deploy.attacks.balls import Ball, L2Ball, LinfBall, generators_of, stacked
+from ccn_deploy.attacks.losses import CROSS_ENTROPY, Loss, ranked_targets, sound
 from ccn_deploy.attacks.passes import forward, labels_of, tensor_of
 
+_SHORTEST = 0.01
+"""What a decaying step comes down to, relative to epsilon."""
 
-class LinfPGD(FixedEpsilonAttack):
-    r"""Climb the cross-entropy inside a box of half-width epsilon around the image.
 
-    .. math:: x_{i+1} = \Pi_\epsilon \left( x_i + s\,\epsilon\,
-              \mathrm{sign}\, \nabla_x L(f(x_i), y) \right)
+class PGD(FixedEpsilonAttack):
+    r"""Climb a loss inside a ball of radius epsilon around the image.
 
-    It takes the steps that Foolbox's ``LinfProjectedGradientDescentAttack`` takes from the same
-    start, and differs in two ways. An image leaves the batch as soon as it is misclassified:
-    less work, and no image is lost again by a later step. And a random start belongs to the
-    image, not to the batch or to a global state, so that two runtimes are attacked from the same
-    starts and an interrupted evaluation goes on as if it had not been. An image at which there is
-    no finite gradient becomes NaN: nothing was shown of it.
+    .. math:: x_{t+1} = \Pi_\epsilon \left( x_t + s_t\,\epsilon\,
+              d(\nabla_x L(f(x_t), y)) \right)
+
+    with d the sign in Linf and the division by the norm in L2. With a constant step it takes the
+    steps that Foolbox's ``LinfProjectedGradientDescentAttack`` and
+    ``L2ProjectedGradientDescentAttack`` take from the same start, and differs in two ways. An
+    image leaves the batch as soon as it is misclassified: less work, and no image is lost again by
+    a later step. And a random start belongs to the image, not to the batch or to a global state,
+    so that two runtimes are attacked from the same starts and an interrupted evaluation goes on as
+    if it had not been. An image at which there is no finite gradient becomes NaN, and so does one
+    whose gradient was zero everywhere whenever it was asked for: nothing was shown of it.
 
     Args:
-        steps: At most so many steps.
+        steps: At most so many steps from each start; with targets, from all of them together.
         rel_stepsize: Length s of a step, relative to epsilon.
-        random_start: Whether to start at a uniform point of the box instead of the image.
+        decay: Whether step t of T is s (1 - t/T) + 0.01 long instead: long ones to get anywhere,
+            short ones to stay there.
+        random_start: Whether to start at a uniform point of the ball instead of the image.
         restarts: How often to start, for images that still hold.
+        targets: Move towards each of so many classes in turn, those with the highest logits at
+            the image but for the label; 0 for wherever the loss leads.
+        loss: What to climb.
         seeds: One sequence of integers per image; the image's place in the batch if None.
     """
 
-    distance = linf
+    ball: Ball
 
     def __init__(
         self,
         *,
         steps: int = 40,
         rel_stepsize: float = 1 / 30,
+        decay: bool = False,
         random_start: bool = True,
         restarts: int = 1,
-        seeds: NDArray[np.int64] | None = None,
+        targets: int = 0,
+        loss: Loss = CROSS_ENTROPY,
+        seeds: NDArray[Any] | None = None,
     ) -> None:
         self.steps = steps
         self.rel_stepsize = rel_stepsize
+        self.decay = decay
         self.random_start = random_start
         self.restarts = restarts
+        self.targets = targets
+        self.loss = loss
         self.seeds = seeds
 
     def run(
@@ -65,45 +83,75 @@ class LinfPGD(FixedEpsilonAttack):
             model: A Foolbox model over torch.
             inputs: Images [N, C, H, W] within the model's bounds.
             criterion: ``Misclassification``, or labels int64 [N].
-            epsilon: Half-width of the box.
+            epsilon: Radius of the ball.
             **kwargs: None are taken.
         """
         raise_if_kwargs(kwargs)
         labels = labels_of(criterion, "PGD here")
         images, restore_type = tensor_of(inputs)
-        return restore_type(self._with_logits(model, images, labels, epsilon))
+        return restore_type(self._search(model, images, labels, epsilon))
 
-    def _with_logits(self, model: Model, origin: Tensor, labels: Tensor, epsilon: float) -> Tensor:
-        seeds = np.arange(len(origin)) if self.seeds is None else self.seeds
-        generators = [np.random.default_rng(seed) for seed in seeds]
+    def _search(self, model: Model, origin: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+        generators = generators_of(self.seeds, len(origin))
         result = origin.clone()
         active = torch.arange(len(origin), device=origin.device)
-        for _ in range(self.restarts):
+        led = torch.zeros(len(origin), dtype=torch.bool, device=origin.device)
+        aims: list[Tensor | None] = [None]
+        if self.targets:
+            logits = forward(model, origin).logits
+            active = (logits.argmax(dim=-1) == labels).nonzero()[:, 0]
+            aims = list(ranked_targets(logits, labels, self.targets).unbind(dim=1))
+        starts = [aim for aim in aims for _ in range(self.restarts)]
+        steps = max(1, self.steps // len(aims)) if self.targets else self.steps
+        for at, aim in enumerate(starts):
             result[active] = origin[active]
             if self.random_start:
-                noise = _noise([generators[at] for at in active.tolist()], origin, epsilon)
-                result[active] = (origin[active] + noise).clamp(*model.bounds)
-            for _ in range(self.steps):
-                here = forward(model, result[active], active, labels=labels[active])
-                holding = (here.logits.argmax(dim=-1) == labels[active]).nonzero()[:, 0]
-                if not len(holding):
-                    return result
-                active = active[holding]
-                direction = here.loss_gradient(holding, labels[active]).sign()
-                moved = result[active] + self.rel_stepsize * epsilon * direction
-                moved = origin[active] + (moved - origin[active]).clamp(-epsilon, epsilon)
+                shape = tuple(origin.shape[1:])
+                noise = [self.ball.inside(generators[i], shape) for i in active.tolist()]
+                moved = origin[active] + epsilon * stacked(noise, origin)
                 result[active] = moved.clamp(*model.bounds)
-                active = active[moved.flatten(1).isfinite().all(dim=1)]
-            if self.restarts > 1:  # before a restart takes their place
+            for step in range(steps):
+                if not len(active):
+                    return result
+                announced = labels[active] if self.loss.climbs_cross_entropy else None
+                here = forward(model, result[active], active, labels=announced)
+                rows = (here.logits.argmax(dim=-1) == labels[active]).nonzero()[:, 0]
+                active = active[rows]
+                if not len(active):
+                    return result
+                towards = None if aim is None else aim[active]
+                gradients = self.loss.slope(here, rows, labels[active], towards)
+                finite, leads = sound(gradients)
+                led[active] |= leads
+                length = self._length(step, steps) * epsilon
+                moved = result[active] + length * self.ball.direction(gradients)
+                moved = self.ball.project(origin[active], moved, epsilon)
+                result[active] = moved.clamp(*model.bounds)
+                result[active[~finite]] = torch.nan
+                active = active[finite]
+            if at + 1 < len(starts):  # before the next start takes their place
                 logits = forward(model, result[active], active).logits
                 active = active[logits.argmax(dim=-1) == labels[active]]
+        if steps:
+            result[active[~led[active]]] = torch.nan
         return result
 
+    def _length(self, step: int, steps: int) -> float:
+        """Return the length of a step, counted from 0, relative to epsilon."""
+        if self.decay:
+            return self.rel_stepsize * (1 - step / steps) + _SHORTEST
+        return self.rel_stepsize
 
-def _noise(generators: list[np.random.Generator], like: Tensor, epsilon: float) -> Tensor:
-    """Return uniform noise in [-epsilon, epsilon], one image from each generator."""
-    shape = like.shape[1:]
-    if not generators:
-        return like.new_empty((0, *shape))
-    noise = np.stack([g.uniform(-epsilon, epsilon, shape) for g in generators])
-    return torch.from_numpy(noise).to(like)
+
+class LinfPGD(PGD):
+    """Inside a box, by the sign of the gradient."""
+
+    distance = linf
+    ball = LinfBall()
+
+
+class L2PGD(PGD):
+    """Inside a ball, by the gradient divided by its norm."""
+
+    distance = l2
+    ball = L2Ball()

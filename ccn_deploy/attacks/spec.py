@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any, Literal
 
 from ccn_deploy.errors import UsageError, named
 
 Norm = Literal["linf", "l2"]
-Setting = int | float | bool
+Setting = int | float | bool | str
+Knowledge = Literal["gradients", "scores", "labels"]
+"""What an attack asks of a network besides its forward pass, from most to least."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class AttackSpec:
             an attack that looks for the smallest perturbation instead.
         clip: Whether adversarial images stay in [0, 1].
         parameters: The attack's own settings, by name.
+        part: Only the first so many images of the evaluation are attacked; None for all of them.
+        stages: Attacks that make up this one, in order, each on the images that still hold.
+            Without stages it is one attack.
     """
 
     name: str
@@ -32,6 +38,8 @@ class AttackSpec:
     epsilon: float | None = None
     clip: bool = True
     parameters: Mapping[str, Setting] = field(default_factory=dict, hash=False)
+    part: int | None = None
+    stages: tuple[AttackSpec, ...] = ()
 
     @property
     def title(self) -> str:
@@ -41,6 +49,8 @@ class AttackSpec:
     @property
     def cost(self) -> float:
         """Roughly how many gradients an image takes, to tell the time left."""
+        if self.stages:
+            return sum(stage.cost for stage in self.stages)
         return ATTACKS[self.name].cost(self.parameters) if self.name in ATTACKS else 1.0
 
     @property
@@ -62,7 +72,24 @@ class AttackSpec:
             "epsilon": self.epsilon,
             "clip": self.clip,
             "parameters": dict(self.parameters),
+            "part": self.part,
+            "stages": [stage.document() for stage in self.stages],
         }
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of an attack that is made up of others.
+
+    Attributes:
+        name: A name in :data:`ATTACKS`, or :data:`TRANSFER`.
+        settings: What differs from the attack's default parameters.
+        part: As in :class:`AttackSpec`.
+    """
+
+    name: str
+    settings: Mapping[str, Setting] = field(default_factory=dict, hash=False)
+    part: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +104,8 @@ class AttackKind:
         parameters: Default settings.
         cost: From its settings to roughly how many gradients an image takes.
         clips: Whether to run it inside the box [0, 1], outside of it, or both.
+        knowledge: What it asks of the network.
+        stages: What it is made up of, if it is not one attack.
     """
 
     name: str
@@ -84,22 +113,61 @@ class AttackKind:
     norm: Norm
     bounded: bool
     parameters: Mapping[str, Setting]
-    cost: Callable[[Mapping[str, Setting]], float]
+    cost: Callable[[Mapping[str, Any]], float]
     clips: tuple[bool, ...] = (True,)
+    knowledge: Knowledge = "gradients"
+    stages: tuple[Stage, ...] = ()
+
+
+TRANSFER = "transfer"
+"""The name of the stage that takes the images of the reference's own audit and makes none."""
+
+
+def _pgd(name: str, title: str, norm: Norm, targets: int = 0) -> AttackKind:
+    parameters: dict[str, Setting] = {
+        "steps": 40,
+        "rel_stepsize": 0.25,
+        "decay": True,
+        "random_start": True,
+        "restarts": 1,
+    }
+    if targets:
+        parameters["targets"] = targets  # which share the steps
+    return AttackKind(name, title, norm, True, parameters, lambda p: p["steps"] * p["restarts"])
+
+
+def _apgd(name: str, title: str, norm: Norm, targets: int = 0) -> AttackKind:
+    parameters: dict[str, Setting] = {"steps": 100, "restarts": 1}
+    if targets:
+        parameters["targets"] = targets
+    return AttackKind(
+        name,
+        title,
+        norm,
+        True,
+        parameters,
+        lambda p: p["steps"] * p["restarts"] * p.get("targets", 1),
+    )
+
+
+def _audit(name: str, title: str, norm: Norm, *stages: Stage) -> AttackKind:
+    return AttackKind(name, title, norm, True, {}, cost=lambda _: 1.0, stages=stages)
 
 
 ATTACKS: dict[str, AttackKind] = {
     kind.name: kind
     for kind in (
         AttackKind("fgsm", "FGSM", "linf", True, {}, cost=lambda _: 1.0),
-        AttackKind(
-            "pgd",
-            "PGD",
-            "linf",
-            True,
-            {"steps": 40, "rel_stepsize": 1 / 30, "random_start": True, "restarts": 1},
-            cost=lambda p: float(p["steps"] * p.get("restarts", 1)),
-        ),
+        _pgd("pgd", "PGD", "linf"),
+        _pgd("pgd-margin", "PGD margin", "linf"),
+        _pgd("pgd-targeted", "PGD targeted", "linf", targets=4),
+        _pgd("pgd-l2", "PGD L2", "l2"),
+        _apgd("apgd", "APGD", "linf"),
+        _apgd("apgd-dlr", "APGD-DLR", "linf"),
+        _apgd("apgd-t", "APGD-T", "linf", targets=9),
+        _apgd("apgd-l2", "APGD L2", "l2"),
+        _apgd("apgd-dlr-l2", "APGD-DLR L2", "l2"),
+        _apgd("apgd-t-l2", "APGD-T L2", "l2", targets=9),
         AttackKind(
             "deepfool",
             "DeepFool",
@@ -133,12 +201,40 @@ ATTACKS: dict[str, AttackKind] = {
             },
             cost=lambda p: 0.2 * p["steps"] * p["binary_search_steps"],
         ),
+        _audit(
+            "audit",
+            "Audit",
+            "linf",
+            Stage("apgd", {"steps": 100}),
+            Stage("apgd-t", {"steps": 40, "targets": 3}),
+            Stage("fmn-linf"),
+            Stage("square", part=100),
+            Stage("hopskipjump", part=20),
+            Stage(TRANSFER),
+        ),
+        _audit(
+            "audit-l2",
+            "Audit L2",
+            "l2",
+            Stage("apgd-l2", {"steps": 100}),
+            Stage("apgd-t-l2", {"steps": 40, "targets": 3}),
+            Stage("fmn"),
+            Stage("square-l2", part=100),
+            Stage("hopskipjump", part=20),
+            Stage(TRANSFER),
+        ),
     )
 }
+
+ALIASES = {"apgd-ce": "apgd"}
+"""Other names that people know an attack by."""
 
 DEFAULT_ATTACKS = ("fgsm", "pgd", "deepfool")
 DEFAULT_EPSILONS = (0.1, 0.2, 0.3, 0.4)
 """The paper's strengths for MNIST (table 1), in pixel values of [0, 1]."""
+
+DEFAULT_L2_EPSILONS = (0.5, 1.0, 1.5, 2.0)
+"""Strengths in L2, in the same pixel values: half of the way to C&W's mean distance and beyond."""
 
 
 def title_of(name: str) -> str:
@@ -146,47 +242,151 @@ def title_of(name: str) -> str:
     return ATTACKS[name].title if name in ATTACKS else name
 
 
-def suite(
-    names: Iterable[str] = DEFAULT_ATTACKS, epsilons: Sequence[float] = DEFAULT_EPSILONS
-) -> tuple[AttackSpec, ...]:
-    """Return the attacks to run: bounded ones at every epsilon, weakest first.
+def kinds_of(names: Iterable[str]) -> tuple[AttackKind, ...]:
+    """Return what names stand for; one given twice counts once.
 
     Args:
-        names: Names in :data:`ATTACKS`; one given twice counts once.
-        epsilons: Strengths of the bounded attacks.
+        names: Names in :data:`ATTACKS` or :data:`ALIASES`, in any case.
 
     Raises:
         UsageError: An unknown name, or none at all.
     """
-    kinds = [named("attack", name, ATTACKS) for name in dict.fromkeys(map(str.lower, names))]
+    lowered = [name.lower() for name in names]
+    known = dict.fromkeys(ALIASES.get(name, name) for name in lowered)
+    kinds = tuple(named("attack", name, ATTACKS) for name in known)
     if not kinds:
         raise UsageError("No attack was given.", f"Name one of: {', '.join(ATTACKS)}.")
+    return kinds
+
+
+def suite(
+    names: Iterable[str] = DEFAULT_ATTACKS,
+    epsilons: Sequence[float] = DEFAULT_EPSILONS,
+    *,
+    l2_epsilons: Sequence[float] = DEFAULT_L2_EPSILONS,
+    settings: Mapping[str, Mapping[str, Setting]] = MappingProxyType({}),
+) -> tuple[AttackSpec, ...]:
+    """Return the attacks to run: bounded ones at every epsilon, weakest first.
+
+    Args:
+        names: As for :func:`kinds_of`.
+        epsilons: Strengths of the attacks bounded in Linf.
+        l2_epsilons: Strengths of those bounded in L2.
+        settings: By attack, what differs from its default parameters.
+
+    Raises:
+        UsageError: An unknown name, none at all, or a setting that its attack does not have.
+    """
     specs: list[AttackSpec] = []
-    for kind in kinds:
-        strengths: list[float | None] = [*sorted(epsilons)] if kind.bounded else [None]
+    for kind in kinds_of(names):
+        parameters = _parameters(kind, settings.get(kind.name, {}))
+        bounds = epsilons if kind.norm == "linf" else l2_epsilons
+        strengths: list[float | None] = [*sorted(bounds)] if kind.bounded else [None]
         specs += [
-            AttackSpec(kind.name, kind.norm, epsilon, clip, kind.parameters)
+            AttackSpec(
+                kind.name,
+                kind.norm,
+                epsilon,
+                clip,
+                parameters,
+                stages=tuple(_stage(stage, kind.norm, epsilon) for stage in kind.stages),
+            )
             for epsilon in strengths
             for clip in kind.clips
         ]
     return tuple(specs)
 
 
-def parse_epsilons(text: str) -> tuple[float, ...]:
-    """Read strengths such as ``"0.1,0.2"`` or ``"2/255, 4/255"``.
+def _stage(stage: Stage, norm: Norm, epsilon: float | None) -> AttackSpec:
+    """Return a stage of an attack bounded by ``epsilon`` in ``norm``.
+
+    One that looks for the smallest perturbation has no bound of its own: whether what it found is
+    near enough is for the whole to say.
+    """
+    kind = ATTACKS.get(stage.name)
+    if kind is None:
+        return AttackSpec(stage.name, norm, epsilon, part=stage.part)
+    bound = epsilon if kind.bounded else None
+    parameters = _parameters(kind, stage.settings)
+    return AttackSpec(kind.name, kind.norm, bound, True, parameters, stage.part)
+
+
+def _parameters(kind: AttackKind, settings: Mapping[str, Setting]) -> Mapping[str, Setting]:
+    for name in settings:
+        if name not in kind.parameters:
+            raise UsageError(
+                f"{kind.title} has no setting {name!r}.",
+                f"It has: {', '.join(kind.parameters) or 'none'}.",
+            )
+    return {**kind.parameters, **settings}
+
+
+def settings_of(
+    names: Iterable[str],
+    *,
+    steps: int | None = None,
+    step_size: float | None = None,
+    restarts: int | None = None,
+) -> dict[str, dict[str, Setting]]:
+    """Return the ``settings`` of :func:`suite` that options for several attacks stand for.
+
+    An option changes every attack among ``names`` that takes it, of the kinds of PGD and APGD.
+
+    Args:
+        names: As for :func:`kinds_of`.
+        steps: At most so many steps.
+        step_size: Length of a step, relative to epsilon; it then stays that long.
+        restarts: How often to start.
 
     Raises:
-        UsageError: An item is no number, is not in (0, 1], or is there twice; names the item.
+        UsageError: An option that means nothing, or that none of the attacks takes.
+    """
+    options: dict[str, dict[str, Setting]] = {}
+    for option, name, value, least in (
+        ("--steps", "steps", steps, 1),
+        ("--step-size", "rel_stepsize", step_size, 0.0),
+        ("--restarts", "restarts", restarts, 1),
+    ):
+        if value is None:
+            continue
+        if not (least <= value < math.inf and value > 0):
+            raise UsageError(f"{option}: {value} is not above 0.", f"Give {option} a number above.")
+        options[option] = {name: value, **({"decay": False} if name == "rel_stepsize" else {})}
+    found: dict[str, dict[str, Setting]] = {}
+    kinds = [kind for kind in kinds_of(names) if kind.name.startswith(("pgd", "apgd"))]
+    for option, changes in options.items():
+        takers = [kind.name for kind in kinds if changes.keys() <= kind.parameters.keys()]
+        if not takers:
+            raise UsageError(
+                f"{option}: none of the attacks takes it.",
+                "Name one that does, such as --attack pgd, or leave the option out.",
+            )
+        for taker in takers:
+            found.setdefault(taker, {}).update(changes)
+    return found
+
+
+def parse_epsilons(text: str, norm: Norm = "linf") -> tuple[float, ...]:
+    """Read strengths such as ``"0.1,0.2"`` or ``"2/255, 4/255"``.
+
+    Args:
+        text: Numbers with commas between them.
+        norm: Of the perturbations; in Linf they are at most 1, the range of a pixel.
+
+    Raises:
+        UsageError: An item is no number, is not in range, or is there twice; names the item.
     """
     found: dict[str, float] = {}
     for item in text.split(","):
         value = _number(item.strip())
         if value is None:
-            raise _bad_epsilon(item, "is not a number")
-        if not 0.0 < value <= 1.0:
-            raise _bad_epsilon(item, "is not above 0 and at most 1, the range of a pixel")
+            raise _bad_epsilon(item, "is not a number", norm)
+        if norm == "linf" and not 0.0 < value <= 1.0:
+            raise _bad_epsilon(item, "is not above 0 and at most 1, the range of a pixel", norm)
+        if not 0.0 < value < math.inf:
+            raise _bad_epsilon(item, "is not above 0 and finite", norm)
         if f"{value:g}" in found:
-            raise _bad_epsilon(item, "is there twice")
+            raise _bad_epsilon(item, "is there twice", norm)
         found[f"{value:g}"] = value
     return tuple(found.values())
 
@@ -199,8 +399,12 @@ def _number(text: str) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _bad_epsilon(item: str, why: str) -> UsageError:
+def _bad_epsilon(item: str, why: str, norm: Norm) -> UsageError:
+    option, examples = {
+        "linf": ("--epsilons", "--epsilons 0.1,0.2 or 2/255,4/255"),
+        "l2": ("--epsilons-l2", "--epsilons-l2 0.5,1,2"),
+    }[norm]
     return UsageError(
-        f"--epsilons: {item.strip()!r} {why}.",
-        "Give numbers with commas between them, as in --epsilons 0.1,0.2 or 2/255,4/255.",
+        f"{option}: {item.strip()!r} {why}.",
+        f"Give numbers with commas between them, as in {examples}.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -109,7 +110,8 @@ class Manifest(Record, frozen=True):
         A manifest of schema 1 is read as what it says in schema 2.
 
         Raises:
-            IntegrityError: Not the bytes that were written, or a path that leaves the bundle.
+            IntegrityError: Not the bytes that were written, a path that leaves the bundle, or two
+                files for one purpose.
             EnvironmentUnfitError: Written by a newer version of this package.
         """
         plain = unseal(data, MANIFEST, DAMAGED)
@@ -125,7 +127,30 @@ class Manifest(Record, frozen=True):
         manifest = decode_sealed(data, cls, MANIFEST, DAMAGED)
         for record in manifest.files:
             check_path(record.path)
+        _check_unique(manifest.files)
         return manifest
+
+
+def _check_unique(files: Iterable[FileRecord]) -> None:
+    """Refuse a second graph, or second weights: one would be measured and another one served.
+
+    Engines of one role may be several, for different GPUs and batches.
+    """
+    held: dict[tuple[Role, str, str], str] = {}
+    paths: set[str] = set()
+    for file in files:
+        if file.path in paths:
+            raise IntegrityError(f"{MANIFEST} names {file.path} twice.", DAMAGED)
+        paths.add(file.path)
+        purpose = (file.role, file.precision, file.runtime)
+        if not file.role.is_engine and purpose in held:
+            what = " ".join(filter(None, purpose))
+            raise IntegrityError(
+                f"{held[purpose]} and {file.path} are both the bundle's {what}: nothing says which "
+                "is the network.",
+                DAMAGED,
+            )
+        held[purpose] = file.path
 
 
 def _upgraded(plain: dict[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,17 @@
 claim                  what it says
 =====================  =============================================================
 ``intact``             every file of the bundle is the file that was exported
+``derived``            the graph is what its pass makes of its sources; skipped where the bundle
+                       begins with it
 ``parity``             the runtime computes the reference's logits, and its slopes if it gives
                        any, kind of input by kind
 ``batch-invariant``    an image's answer does not depend on the images beside it
 ``deterministic``      the same images give the same answer again
-``accurate``           without an attack, the runtime loses no more than allowed
-``robust``             under an attack, the runtime loses no more than allowed to the reference
+``accurate``           without an attack, the runtime loses no more than allowed, and is as
+                       accurate as required
+``sane``               nothing undermines the numbers of the evaluation under attack
+``no-worse``           under an attack, the runtime loses no more than allowed to the reference
+``robust``             under an attack, as much is left as is required; only where something is
 =====================  =============================================================
 """
 
@@ -22,10 +27,11 @@ from typing import Any
 import pytest
 
 from ccn_deploy.certification.findings import Finding
-from ccn_deploy.certification.plugin import DATA_OPTIONS, NOTE
+from ccn_deploy.certification.plugin import DATA_OPTIONS, NOTE, UNFIT
 from ccn_deploy.certification.session import Certification, Options
 from ccn_deploy.data import DataOptions
-from ccn_deploy.errors import CcnDeployError
+from ccn_deploy.errors import CcnDeployError, EnvironmentUnfitError
+from ccn_deploy.robustness.options import AttackOptions
 from ccn_deploy.verdict import Verdict
 
 _SESSION = pytest.StashKey[Certification]()
@@ -41,6 +47,7 @@ def begin(config: pytest.Config) -> Certification:
         try:
             options = Options(
                 bundle=Path(config.getoption("--ccn-bundle")),
+                attack=AttackOptions(**_given(config, _ATTACK_FIELDS)),
                 data=DataOptions(**_given(config, _DATA_FIELDS)),
                 **_given(config, _FIELDS),
             )
@@ -52,9 +59,13 @@ def begin(config: pytest.Config) -> Certification:
 
 _FIELDS = {
     name.replace("-", "_"): name
-    for name in ("runtime", "precision", "max-drop", "samples", "parity-samples", "epsilons",
-                 "dataset", "data-dir", "threads")
-} | {"attacks": "attack"}  # fmt: skip
+    for name in ("runtime", "precision", "max-drop", "min-robust", "min-accuracy", "recheck",
+                 "samples", "parity-samples", "dataset", "data-dir", "threads")
+}  # fmt: skip
+_ATTACK_FIELDS = {
+    name.replace("-", "_"): name
+    for name in ("epsilons", "epsilons-l2", "steps", "step-size", "restarts")
+} | {"attacks": "attack"}
 _DATA_FIELDS = {
     {"npz-images": "images_key", "npz-labels": "labels_key"}.get(name, name): name
     for name in DATA_OPTIONS
@@ -91,7 +102,13 @@ class Claim(pytest.Item):
 
     def runtest(self) -> None:
         """Judge the claim, collecting its evidence if nobody has."""
-        finding = self._check()
+        try:
+            finding = self._check()
+        except EnvironmentUnfitError:
+            self.user_properties.append((UNFIT, True))
+            raise
+        if finding.void:
+            pytest.skip(finding.void)
         self.user_properties += [("measured", finding.measured), ("bound", finding.bound)]
         if note := begin(self.config).note:
             self.user_properties.append((NOTE, note))

@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ccn_deploy.parity.judge import AnyFinding, GradientFinding, KinkFinding
 from ccn_deploy.parity.judge import Finding as ParityFinding
 from ccn_deploy.parity.tolerances import Tolerance
 from ccn_deploy.robustness.non_inferiority import NonInferiorityTest, Proportion
+from ccn_deploy.robustness.result import RobustnessResult, points
 from ccn_deploy.robustness.rows import FixedEpsilonResult, MinimizationResult
+from ccn_deploy.robustness.thresholds import ThresholdTest
 from ccn_deploy.verdict import Verdict
+
+if TYPE_CHECKING:
+    from ccn_deploy.exporters.rederive import Rederived
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,14 @@ class Finding:
         measured: The numbers, one line.
         bound: What they had to keep to, one line.
         advice: What to do if it does not hold, one line.
+        void: Why there is nothing to judge, one line; empty if there is.
     """
 
     verdict: Verdict
     measured: str
     bound: str
     advice: str = ""
+    void: str = ""
 
     @property
     def text(self) -> str:
@@ -61,6 +69,19 @@ class ClaimText:
     def target(self) -> str:
         """Runtime and precision, as in tables."""
         return f"{self.runtime}-{self.precision}"
+
+    def derived(self, file: Rederived) -> Finding:
+        """Put into words what became of a graph that was derived again."""
+        if file.verdict is None:
+            return Finding(Verdict.INCONCLUSIVE, "", "", void=f"{file.path} is {file.why}")
+        return Finding(
+            file.verdict,
+            f"{file.status}: {file.why}",
+            "byte for byte what its pass makes of its sources",
+            "Export it again with the versions that are here."
+            if file.verdict is Verdict.INCONCLUSIVE
+            else "Do not ship it. Export the network again, or find out who changed it.",
+        )
 
     def parity(
         self,
@@ -101,26 +122,89 @@ class ClaimText:
             f"{self._verify_parity()} names the first layer that departs.",
         )
 
-    def bounded(self, row: FixedEpsilonResult) -> Finding:
-        """Put an attack at one epsilon, or no attack, into words."""
-        return self._gate(row.gate, self._shares(row.reference, row.runtime))
+    def accurate(self, result: RobustnessResult, tests: Sequence[ThresholdTest]) -> Finding:
+        """Put accuracy without an attack into words, with what is required of it."""
+        found = self._gate(result, result.clean.gate, self._row(result.clean))
+        for test in tests:
+            other = self.threshold(result, test)
+            decides = found if found.verdict is not Verdict.PASS else other
+            found = Finding(
+                Verdict.all_of([found.verdict, other.verdict]),
+                f"{found.measured}; {other.measured}",
+                f"{found.bound}; {other.bound}",
+                decides.advice,
+            )
+        return found
 
-    def minimal(self, row: MinimizationResult) -> Finding:
+    def bounded(self, result: RobustnessResult, row: FixedEpsilonResult) -> Finding:
+        """Put an attack at one epsilon into words."""
+        return self._gate(result, row.gate, self._row(row))
+
+    def minimal(self, result: RobustnessResult, row: MinimizationResult) -> Finding:
         """Put a search for the smallest perturbation into words, at the d that decides."""
         d = next(d for d, gate in row.gates.items() if gate == row.gate)
         shares = self._shares(row.reference.accuracy_at[d], row.runtime.accuracy_at[d])
-        return self._gate(row.gate, f"at d = {d:g}, {shares}")
+        return self._gate(result, row.gate, f"at d = {d:g}, {shares}")
+
+    def threshold(self, result: RobustnessResult, test: ThresholdTest) -> Finding:
+        """Put what must be left, and what is, into words."""
+        advice = "Do not ship it: attacks leave less than was required."
+        if test.verdict is Verdict.INCONCLUSIVE:
+            needed = None if test.invalid else test.needed
+            advice = f"Inconclusive: {test.reason}." + (
+                f" Give --ccn-samples {needed}." if needed else ""
+            )
+        return self._borne(
+            result,
+            Finding(
+                test.verdict,
+                f"{self.target} {_percent(test.reached)} under {test.threshold.where}, at least "
+                f"{100 * test.lower95:.2f} % at 95 % confidence",
+                f"at least {100 * test.threshold.share:g} %, shown at 95 % confidence",
+                advice,
+            ),
+        )
+
+    def sane(self, result: RobustnessResult) -> Finding:
+        """Put what the numbers give away of themselves into words."""
+        doubts = result.doubts
+        said = [f"{finding.word}: {finding.sentence}" for finding in doubts or result.findings]
+        return Finding(
+            Verdict.INCONCLUSIVE if doubts else Verdict.PASS,
+            " ".join(said) or "none of the automatic checks raised a doubt",
+            "nothing that undermines the numbers",
+            "Find the cause; “Sanity checks” in docs/robustness.md says what each finding means.",
+        )
+
+    def _borne(self, result: RobustnessResult, finding: Finding) -> Finding:
+        """Take a pass back where the numbers that it rests on are undermined."""
+        if (verdict := result.borne(finding.verdict)) is finding.verdict:
+            return finding
+        first = result.doubts[0]
+        return Finding(
+            verdict,
+            f"{finding.measured}; {first.word}: {first.sentence}",
+            f"{finding.bound}, on numbers that nothing undermines",
+            f"Inconclusive: see the claim sane[{self.target}].",
+        )
+
+    def _row(self, row: FixedEpsilonResult) -> str:
+        return self._shares(row.reference, row.runtime)
 
     def _shares(self, reference: Proportion, runtime: Proportion) -> str:
         return f"reference {_percent(reference)}, {self.target} {_percent(runtime)}"
 
-    def _gate(self, gate: NonInferiorityTest, shares: str) -> Finding:
-        return Finding(
-            gate.verdict,
-            f"{shares}; of {gate.n} images {gate.lost} lost and {gate.gained} gained: a drop of "
-            f"{100 * gate.drop:.2f} points, at most {100 * gate.upper95:.2f} at 95 % confidence",
-            f"a drop of at most {100 * gate.max_drop:g} points, shown at 95 % confidence",
-            self._advice(gate),
+    def _gate(self, result: RobustnessResult, gate: NonInferiorityTest, shares: str) -> Finding:
+        return self._borne(
+            result,
+            Finding(
+                gate.verdict,
+                f"{shares}; of {gate.n} images {gate.lost} lost and {gate.gained} gained: a drop "
+                f"of {100 * gate.drop:.2f} points, at most {100 * gate.upper95:.2f} at 95 % "
+                "confidence",
+                f"a drop of at most {points(gate.max_drop)}, shown at 95 % confidence",
+                self._advice(gate),
+            ),
         )
 
     def _advice(self, gate: NonInferiorityTest) -> str:

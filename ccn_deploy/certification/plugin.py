@@ -21,6 +21,12 @@ CLAIMS = DIRECTORY / "claims.py"
 NOTE = "ccn-note"
 """Property of a test report with what the reader of all results should know."""
 
+UNFIT = "ccn-unfit"
+"""Property of a claim that this machine could not judge, for want of a kernel or a package."""
+
+ENVIRONMENT = 3
+"""Exit code of a run whose claims fail for no other reason: as of the commands."""
+
 DATA_OPTIONS = {
     "resize": "MODE",
     "crop": "MODE",
@@ -51,10 +57,25 @@ _OPTIONS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     (
         "max-drop",
         "SHARE",
-        "How much accuracy under attack the runtime may lose to the reference, as a share of "
-        "images (default: as for `ccn-deploy verify-robustness`).",
-        {"type": float},
+        "How much accuracy under attack the runtime may lose to the reference, such as 1% or "
+        "0.01 (default: as for `ccn-deploy verify-robustness`).",
+        {},
     ),
+    (
+        "min-robust",
+        "ATTACK@STRENGTH=SHARE",
+        "What must be left under an attack, such as apgd@0.1=55%; may be given several times. "
+        "Without it nothing is claimed but that the runtime is no worse than the reference.",
+        {"action": "append"},
+    ),
+    (
+        "recheck",
+        "all|N",
+        "Ask runtime and attack again about so many images of evidence that was read, chosen at "
+        "random; 0 for none (default: a tenth).",
+        {},
+    ),
+    ("min-accuracy", "SHARE", "What accuracy must be without an attack, such as 95%.", {}),
     ("samples", "N", "Images to attack (default likewise).", {"type": int}),
     (
         "parity-samples",
@@ -66,10 +87,15 @@ _OPTIONS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     (
         "attack",
         "NAME",
-        "fgsm, pgd, deepfool, deepfool-fast or cw; may be given several times (default likewise).",
+        "A name that `ccn-deploy verify-robustness` takes; may be given several times (default "
+        "likewise).",
         {"action": "append"},
     ),
-    ("epsilons", "LIST", "Strengths of fgsm and pgd, with commas (default likewise).", {}),
+    ("epsilons", "LIST", "Strengths of attacks in Linf, with commas (default likewise).", {}),
+    ("epsilons-l2", "LIST", "Strengths of attacks bounded in L2 (default likewise).", {}),
+    ("steps", "N", "Of PGD and APGD (default likewise).", {"type": int}),
+    ("step-size", "SHARE", "Of PGD, relative to epsilon (default likewise).", {"type": float}),
+    ("restarts", "N", "Of PGD and APGD (default likewise).", {"type": int}),
     (
         "dataset",
         "NAME|DIR|FILE.npz",
@@ -119,6 +145,15 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> ClaimsFile
     from ccn_deploy.certification.claims import ClaimsFile
 
     return ClaimsFile.from_parent(parent, path=file_path, nodeid=f"{PACKAGE}.{CLAIMS.stem}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let a run that this machine is not fit for end otherwise than one of a bad bundle."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    stats = reporter.stats if reporter is not None else {}
+    failed = [*stats.get("failed", ()), *stats.get("error", ())]
+    if failed and all((UNFIT, True) in getattr(r, "user_properties", ()) for r in failed):
+        session.exitstatus = ENVIRONMENT
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

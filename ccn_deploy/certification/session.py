@@ -8,17 +8,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
-from ccn_deploy.attacks.spec import (
-    DEFAULT_ATTACKS,
-    AttackSpec,
-    parse_epsilons,
-    suite,
-)
+from ccn_deploy.attacks.spec import AttackSpec
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.certification.copies import TemporaryCopy, writable
 from ccn_deploy.certification.findings import ClaimText, Finding
@@ -26,6 +21,7 @@ from ccn_deploy.data import DataOptions, Dataset
 from ccn_deploy.data.options import DEFAULT
 from ccn_deploy.errors import CcnDeployError, IntegrityError, StorageError, UsageError
 from ccn_deploy.evaluation import evaluation_data
+from ccn_deploy.extras import require
 from ccn_deploy.parity.collect import ParityRequest
 from ccn_deploy.parity.collect import collect as collect_parity
 from ccn_deploy.parity.evidence import KINDS
@@ -33,13 +29,19 @@ from ccn_deploy.parity.invariance import DETERMINISTIC
 from ccn_deploy.parity.judge import ParityResult
 from ccn_deploy.parity.judge import judge as judge_parity
 from ccn_deploy.parity.tolerances import tolerance_for
-from ccn_deploy.robustness import RobustnessRequest, RobustnessResult
+from ccn_deploy.robustness import Measurement, RobustnessRequest, RobustnessResult
 from ccn_deploy.robustness import collect as collect_robustness
 from ccn_deploy.robustness import judge as judge_robustness
 from ccn_deploy.robustness.judge import MAX_DROP
+from ccn_deploy.robustness.options import AttackOptions, parse_recheck, rechecked
+from ccn_deploy.robustness.recheck import Recheck
+from ccn_deploy.robustness.thresholds import Threshold, parse_max_drop, thresholds_of
 from ccn_deploy.runtimes import RuntimeOptions
-from ccn_deploy.targets import Target
+from ccn_deploy.targets import Role, Target
 from ccn_deploy.verdict import Verdict
+
+if TYPE_CHECKING:
+    from ccn_deploy.exporters.rederive import Rederived
 
 log = logging.getLogger("ccn_deploy.certification")
 """Progress, for ``pytest --log-cli-level=INFO``."""
@@ -55,12 +57,14 @@ class Options:
         bundle: Path of the bundle.
         runtime: A name in :data:`ccn_deploy.targets.RUNTIMES`.
         precision: Of the deployed graph.
-        max_drop: How much accuracy the runtime may lose to the reference.
+        max_drop: How much accuracy the runtime may lose to the reference, as it was typed.
+        min_robust: What must be left under attacks, as it was typed.
+        min_accuracy: What accuracy must be without one, as it was typed.
+        recheck: How many images of evidence that was read to ask again about, as it was typed.
         samples: Images to attack.
         parity_samples: Images of each kind to compare with the reference; verify-parity's own
             choice if None.
-        attacks: Names of what to attack with.
-        epsilons: Strengths of the attacks that take one, with commas; the commands' if None.
+        attack: What to attack with.
         dataset: Name or path; the one the network was trained on if None.
         data_dir: Where the files of a named data set are.
         data: How images are made of a directory's or an .npz file's.
@@ -73,11 +77,13 @@ class Options:
     bundle: Path
     runtime: str
     precision: str
-    max_drop: float = MAX_DROP
+    max_drop: str = f"{MAX_DROP}"
+    min_robust: Sequence[str] = ()
+    min_accuracy: str | None = None
+    recheck: str | None = None
     samples: int = RobustnessRequest.samples
     parity_samples: int | None = None
-    attacks: Sequence[str] = DEFAULT_ATTACKS
-    epsilons: str | None = None
+    attack: AttackOptions = field(default_factory=AttackOptions)
     dataset: str | None = None
     data_dir: Path | None = None
     data: DataOptions = DEFAULT
@@ -87,22 +93,31 @@ class Options:
         """Refuse what means nothing."""
         Target(self.runtime, self.precision)
         tolerance_for(self.precision)
-        if not 0.0 < self.max_drop <= 1.0:
-            raise UsageError(
-                f"--ccn-max-drop {self.max_drop:g} is no share of images that could be shown.",
-                "Give a number above 0 and at most 1; 0.01 is one point of accuracy.",
-            )
+        _ = self.allowed, self.again
         for name, count in (("--ccn-samples", self.samples), ("--ccn-threads", self.threads)):
             if count is not None and count < 1:
                 raise UsageError(f"{name} {count} is not a count.", "Give 1 or more.")
         _ = self.suite
 
     @property
+    def allowed(self) -> float:
+        """The drop that is allowed, a share."""
+        return parse_max_drop(self.max_drop, "--ccn-max-drop")
+
+    @property
+    def again(self) -> int | Literal["all"] | None:
+        """How many images of evidence that was read to ask again about; None for a tenth."""
+        return parse_recheck(self.recheck, "--ccn-recheck")
+
+    @property
+    def thresholds(self) -> tuple[Threshold, ...]:
+        """What must be left whatever the reference leaves."""
+        return thresholds_of(self.min_robust, self.min_accuracy, "--ccn-")
+
+    @property
     def suite(self) -> tuple[AttackSpec, ...]:
         """The attacks at their strengths."""
-        if self.epsilons is None:
-            return suite(self.attacks)
-        return suite(self.attacks, parse_epsilons(self.epsilons))
+        return self.attack.suite(self.thresholds)
 
 
 class Certification:
@@ -121,6 +136,7 @@ class Certification:
         self._say = ClaimText(options.bundle, options.runtime, options.precision)
         self._bundle = _Once(partial(open_bundle, options.bundle))
         self._copy = _Once(lambda: TemporaryCopy.of(self._bundle()))
+        self._lineage = _Once(self._rederived)
         self._parity = _Once(self._judged_parity)
         self._robustness = _Once(self._judged_robustness)
         with contextlib.suppress(IntegrityError):
@@ -140,14 +156,20 @@ class Certification:
         """Yield the name of each claim and what judges it; nothing is measured by this."""
         target = self._say.target
         yield "intact[bundle]", self.intact
+        for path in self._graphs():
+            yield f"derived[{path}]", partial(self.derived, path)
         for kind in KINDS:
             yield f"parity[{target}-{kind}]", partial(self.parity, kind)
         yield f"batch-invariant[{target}]", self.batch_invariant
         yield f"deterministic[{target}]", self.deterministic
         yield f"accurate[{target}]", self.accurate
+        yield f"sane[{target}]", self.sane
         for spec in self._options.suite:
             if spec.clip:  # outside the box is for comparison with the paper, and not judged
-                yield f"robust[{spec.label}]", partial(self.robust, spec)
+                yield f"no-worse[{spec.label}]", partial(self.no_worse, spec)
+        for threshold in self._options.thresholds:
+            if threshold.attack is not None:
+                yield f"robust[{threshold.label}]", partial(self.robust, threshold)
 
     def intact(self) -> Finding:
         """Judge whether every file of the bundle is the one that was exported."""
@@ -157,6 +179,10 @@ class Certification:
             f"{len(manifest.files)} files, manifest {manifest.digest}",
             "every SHA-256 as in the manifest",
         )
+
+    def derived(self, path: str) -> Finding:
+        """Judge whether a graph is what its pass makes of its sources, byte for byte."""
+        return self._say.derived(next(file for file in self._lineage() if file.path == path))
 
     def parity(self, kind: str) -> Finding:
         """Judge whether the runtime computes the reference's logits and slopes on a kind of input.
@@ -182,19 +208,43 @@ class Certification:
         return self._say.parity(findings, result.policy)
 
     def accurate(self) -> Finding:
-        """Judge whether the runtime is as accurate as the reference without an attack."""
-        return self._say.bounded(self._robustness().clean)
+        """Judge whether the runtime is as accurate as the reference, and as required."""
+        result = self._robustness()
+        tests = [test for test in result.thresholds if test.threshold.attack is None]
+        return self._say.accurate(result, tests)
 
-    def robust(self, spec: AttackSpec) -> Finding:
+    def sane(self) -> Finding:
+        """Judge whether the numbers of the evaluation bear a verdict at all."""
+        return self._say.sane(self._robustness())
+
+    def no_worse(self, spec: AttackSpec) -> Finding:
         """Judge whether the runtime holds under an attack as well as the reference does."""
         result = self._robustness()
         if spec.epsilon is None:
-            return self._say.minimal(
-                next(row for row in result.minimal if row.name == spec.name and row.clip)
-            )
-        return self._say.bounded(
-            next(r for r in result.bounded if (r.name, r.epsilon) == (spec.name, spec.epsilon))
-        )
+            minimal = next(row for row in result.minimal if row.spec == spec)
+            return self._say.minimal(result, minimal)
+        return self._say.bounded(result, next(r for r in result.bounded if r.spec == spec))
+
+    def robust(self, threshold: Threshold) -> Finding:
+        """Judge whether as much is left under an attack as is required."""
+        result = self._robustness()
+        test = next(test for test in result.thresholds if test.threshold == threshold)
+        return self._say.threshold(result, test)
+
+    def _graphs(self) -> list[str]:
+        """Return the paths of all graphs; none of a damaged bundle, whose manifest says nothing."""
+        try:
+            files = self._bundle().manifest.files
+        except IntegrityError:
+            return []
+        return [file.path for file in files if file.role in (Role.FORWARD, Role.GRADIENT)]
+
+    def _rederived(self) -> tuple[Rederived, ...]:
+        for module in ("torch", "safetensors", "onnx"):
+            require(module, "train", "to derive the graphs again")
+        from ccn_deploy.exporters.rederive import rederive
+
+        return rederive(self._bundle(), lambda path: log.info("deriving %s again", path))
 
     def _judged_parity(self) -> ParityResult:
         options = self._options
@@ -218,8 +268,19 @@ class Certification:
             samples=options.samples,
             options=RuntimeOptions(threads=options.threads),
         )
-        measurement = self._measured(lambda bundle: collect_robustness(bundle, request, _tell))
-        return judge_robustness(measurement, options.max_drop)
+
+        def measure(bundle: Bundle) -> tuple[Measurement, Recheck | None]:
+            measurement = collect_robustness(bundle, request, _tell)
+            return measurement, rechecked(bundle, request, measurement, options.again)
+
+        measurement, again = self._measured(measure)
+        return judge_robustness(
+            measurement,
+            options.allowed,
+            options.thresholds,
+            epsilons=options.attack.linf,
+            recheck=again,
+        )
 
     def _dataset(self) -> Dataset:
         options = self._options

@@ -16,6 +16,9 @@ from ccn_deploy.data.files import listed
 from ccn_deploy.data.options import ModelInput
 from ccn_deploy.errors import UsageError
 
+ANOTHER_ORDER = "by name, another order"
+"""What a data set's description says where it had all classes of a network, numbered otherwise."""
+
 SHOWN = 3
 """Unknown names that an error lists."""
 
@@ -69,7 +72,7 @@ def match_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
     at = {name: number for number, name in enumerate(theirs)}
     number = np.array([at[name] for name in ours], dtype=np.int64)
     whole = len(ours) == len(theirs)
-    how = "by name, another order" if whole else f"by name, {len(ours)} of {len(theirs)}"
+    how = ANOTHER_ORDER if whole else f"by name, {len(ours)} of {len(theirs)}"
     if ours == theirs:
         how = "by name"
     return _renumbered(dataset, names, number[dataset.labels], how)

@@ -8,7 +8,7 @@ that is not in sight, differ from one run to the next, or exhaust the memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
 import onnx
@@ -152,8 +152,10 @@ def _check_model(model: onnx.ModelProto, limits: Limits) -> None:
         _check_tensor(tensor, f"The constant {tensor.name!r}", limits)
     for value in (*graph.input, *graph.output):
         _check_type(value)
+    off = _false_constants(graph)
     for node in graph.node:
         _check_node(node, limits)
+        _check_inference(node, off)
     _check_order(graph)
 
 
@@ -199,6 +201,44 @@ def _check_node(node: NodeProto, limits: Limits) -> None:
         raise GraphError(f"{label} is a constant without one value.", "Export it again.")
     for attribute in node.attribute:
         _check_attribute(attribute, f"{label} ({node.op_type})", limits)
+
+
+def _check_inference(node: NodeProto, off: Set[str]) -> None:
+    """Refuse a node that trains: it draws random numbers, or normalises by the batch at hand.
+
+    Args:
+        node: Of an operator that is let in.
+        off: Constants that are false.
+    """
+    if node.op_type == "Dropout" and node.input[2:] not in ([], [""]) and node.input[2] not in off:
+        raise GraphError(
+            f"{_label(node)} draws random numbers (Dropout in training mode).",
+            "Export it in evaluation mode.",
+        )
+    if node.op_type == "BatchNormalization" and any(
+        attribute.name == "training_mode" and attribute.i for attribute in node.attribute
+    ):
+        raise GraphError(
+            f"{_label(node)} normalises by the batch at hand (BatchNormalization in training "
+            "mode).",
+            "Export it in evaluation mode.",
+        )
+
+
+def _false_constants(graph: onnx.GraphProto) -> frozenset[str]:
+    """Return the names of the constants that are one truth value, false."""
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            held.update((name, a.t) for name, a in zip(node.output, node.attribute, strict=False))
+    return frozenset(
+        name
+        for name, tensor in held.items()
+        if tensor.data_type == TensorProto.BOOL
+        and math.prod(tensor.dims) == 1
+        and not any(tensor.raw_data)
+        and not any(tensor.int32_data)
+    )
 
 
 def _check_attribute(attribute: AttributeProto, label: str, limits: Limits) -> None:

@@ -34,12 +34,12 @@ from ccn_deploy.parity.gradients import (
     make_cotangents,
     measure_gradients,
 )
-from ccn_deploy.parity.invariance import Claim, measure_invariance
+from ccn_deploy.parity.invariance import Claim, batch_sizes, measure_invariance
 from ccn_deploy.parity.tolerances import Arithmetic, tolerance_for
-from ccn_deploy.runtimes import Runtime, RuntimeOptions, open_runtime
-from ccn_deploy.runtimes.base import Array
+from ccn_deploy.runtimes import Runtime, RuntimeOptions, RuntimeSpec, open_runtime
+from ccn_deploy.runtimes.base import LARGEST_BATCH, Array
 from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
-from ccn_deploy.targets import Role
+from ccn_deploy.targets import Role, Target
 
 if TYPE_CHECKING:
     from ccn_deploy.graph.evaluate import GraphModule
@@ -71,8 +71,13 @@ MIXED_IMAGES = 8
 """Images of each of three kinds in the batch that must not depend on its company."""
 
 _MIXED = ("clean", "adversarial", "noise")
-_LARGEST_MIXED = 2 * len(_MIXED) * MIXED_IMAGES  # each image twice
 _REFERENCE_BATCH = 64
+
+_ONE_PIECE = 1 << 16
+"""A batch that no measurement exceeds: what is asked for is run in one piece, if an engine can."""
+
+SMALL_IMAGE = 10_000
+"""Values of an image up to which hundreds of them take a CPU seconds."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done and steps in all."""
@@ -117,7 +122,7 @@ def collect(
     Args:
         bundle: An open bundle.
         request: What to measure.
-        progress: Is told how far the measurement is.
+        progress: Is told how far the measurement is; never called where evidence is read.
         fresh: Measure even if there is evidence.
 
     Raises:
@@ -131,10 +136,10 @@ def collect(
     data = request.dataset
     check_fits(bundle, data)
     samples = _samples(request, data)
-    options = RuntimeOptions(threads=request.threads, max_batch=max(samples, _LARGEST_MIXED))
+    options = RuntimeOptions(threads=request.threads, max_batch=_ONE_PIECE)
     with open_runtime(bundle, request.runtime, request.precision, options) as runtime:
         setting = _setting(bundle, request, data, samples, runtime)
-        target = runtime.spec.target
+        target = Target(request.runtime, request.precision)
         path = bundle.evidence_file("parity", f"{target}-{setting_key(setting)}.json")
         kept = None if fresh else ParityEvidence.read(path, setting)
         if kept is not None:
@@ -145,8 +150,9 @@ def collect(
             "precision": "fp64",
             "version": str(torch.__version__),
         }
-        from ccn_deploy.runtimes.torch_runtime import torch_threads
+        from ccn_deploy.runtimes.torch_runtime import check_programs, torch_threads
 
+        check_programs(bundle, target)
         measurement = _Measurement(bundle, request, options, runtime, setting)
         with torch_threads(request.threads):
             evidence = measurement.run(data, progress)
@@ -298,6 +304,7 @@ class _Measurement:
             np.concatenate([logits[probe.kind][:MIXED_IMAGES] for probe in mixed]),
             unit=max(_last(units[probe.kind]) for probe in mixed),
             seed=self.request.seed,
+            sizes=self.setting["batch_sizes"],
         )
 
     def _gradients(
@@ -383,7 +390,7 @@ def _batches(samples: int) -> list[tuple[int, int]]:
 def _samples(request: ParityRequest, data: Dataset) -> int:
     wanted = request.samples
     if wanted is None:
-        wanted = 256 if int(np.prod(data.input_shape)) <= 10_000 else 32
+        wanted = 256 if int(np.prod(data.input_shape)) <= SMALL_IMAGE else 32
     if wanted <= ODD_BATCH:
         raise UsageError(
             f"{wanted} images are too few to compare at several batch sizes.",
@@ -415,6 +422,7 @@ def _setting(
         "seed": request.seed,
         "samples": samples,
         "per_layer": request.per_layer,
+        "batch_sizes": _batch_sizes(runtime.spec),
         "unit_images": max(UNIT_IMAGES[0], min(UNIT_IMAGES[1], samples // 16)),
         "draws": DRAWS // 2 if many else DRAWS,
         "gradients": {
@@ -436,6 +444,15 @@ def _setting(
         "machine": platform.machine(),
         "ccn_deploy": ccn_deploy.__version__,
     }
+
+
+def _batch_sizes(spec: RuntimeSpec) -> list[int]:
+    """Return the sizes of batches that are tried; of large images on a CPU, those it is served."""
+    largest = spec.usual_batch
+    if spec.device != "cpu" or int(np.prod(spec.input_shape)) <= SMALL_IMAGE:
+        largest = max(largest, LARGEST_BATCH)
+    largest = min(largest, spec.max_batch)
+    return [n for n in batch_sizes(largest, spec.usual_batch) if n <= spec.max_batch]
 
 
 def _last(units: dict[str, float]) -> float:

@@ -13,7 +13,7 @@ from ccn_deploy.parity.invariance import Claim
 from ccn_deploy.records import Count, Record, Text, decode_sealed, encode_sealed
 from ccn_deploy.storage import canonical_json, read_regular, sha256, write_atomic
 
-SCHEMA = "ccn-deploy/parity-evidence/3"
+SCHEMA = "ccn-deploy/parity-evidence/4"
 
 KINDS = ("clean", "adversarial", "noise", "zero", "one", "near-mean")
 """Every kind of input, in the order of reports."""
@@ -63,7 +63,7 @@ class ParityEvidence(Record, frozen=True):
     invariance: tuple[Claim, ...]
     gradients: GradientEvidence | None = None
     layers: tuple[LayerRow, ...] | None = None
-    schema: Literal["ccn-deploy/parity-evidence/3"] = "ccn-deploy/parity-evidence/3"
+    schema: Literal["ccn-deploy/parity-evidence/4"] = "ccn-deploy/parity-evidence/4"
 
     @property
     def runtime(self) -> str:

@@ -58,7 +58,8 @@ class Finding:
     def name(self) -> str:
         """What the row is about, for messages."""
         if isinstance(self.row, Claim):
-            return self.row.claim
+            at = f" (batch of {self.row.batch})" if self.row.batch else ""
+            return f"{self.row.claim}{at}"
         if isinstance(self.row, LayerRow):
             return f"{self.row.layer} ({self.row.kind})"
         return f"{self.row.kind} at batch {self.row.batch}"

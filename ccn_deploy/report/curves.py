@@ -28,7 +28,8 @@ def curves(result: RobustnessResult) -> list[Curve]:
         found.append(
             Curve(
                 attack.full_title,
-                f"d, {NORMS[attack.norm]} over that of the image",
+                f"d, {NORMS[attack.norm]}"
+                + (" over that of the image" if attack.norm == "l2" else " of the perturbation"),
                 reference=_points(clean.reference, attack.reference.accuracy_at),
                 runtime=_points(clean.runtime, attack.runtime.accuracy_at),
             )

@@ -14,6 +14,7 @@ from ccn_deploy.attacks.spec import AttackSpec
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.extras import require
 from ccn_deploy.robustness import Evidence, Measurement, Pair
+from ccn_deploy.robustness.non_inferiority import Mask
 
 Pixels = NDArray[np.uint8]
 
@@ -51,7 +52,7 @@ class Example:
 
 
 def examples_of(measurement: Measurement, dataset: Dataset, count: int = 8) -> list[Example]:
-    """Return the images that evidence was kept of, at one strength per attack.
+    """Return the first images that were attacked, at one strength per attack.
 
     Images that the runtime gets right come first, since only those can be fooled.
 
@@ -64,9 +65,14 @@ def examples_of(measurement: Measurement, dataset: Dataset, count: int = 8) -> l
     if not shown:
         return []
     first = next(iter(shown.values()))
-    kept = sorted(set().union(*(evidence.images for evidence in shown.values())))
-    kept.sort(key=lambda at: bool(first.status[at] == "already-wrong"))  # stable
-    return [_example(at, first, shown, dataset) for at in kept[:count]]
+    attacked = np.any([_attacked(evidence) for evidence in shown.values()], axis=0)
+    rows = np.flatnonzero(attacked)
+    rows = rows[np.argsort(first.status[rows] == "already-wrong", kind="stable")][:count]
+    images = {name: evidence.adversarial(rows) for name, evidence in shown.items()}
+    return [
+        _example(row, first, shown, {name: kept[at] for name, kept in images.items()}, dataset)
+        for at, row in enumerate(rows.tolist())
+    ]
 
 
 def data_uri(image: Pixels) -> str:
@@ -93,25 +99,40 @@ def _one_strength_each(pairs: Sequence[Pair]) -> list[Pair]:
     return chosen
 
 
-def _example(at: int, first: Evidence, shown: Mapping[str, Evidence], dataset: Dataset) -> Example:
+def _attacked(evidence: Evidence) -> Mask:
+    """Which rows have an image that the attack was allowed to return."""
+    return np.asarray(np.isfinite(evidence.l2) & (evidence.status != "invalid"))
+
+
+def _example(
+    at: int,
+    first: Evidence,
+    shown: Mapping[str, Evidence],
+    images: Mapping[str, NDArray[np.float32]],
+    dataset: Dataset,
+) -> Example:
     index = int(first.index[at])
-    clean = np.rint(dataset.images([index])[0] * 255).astype(np.uint8)
     return Example(
         index=index,
         label=int(first.label[at]),
-        clean=Attacked(clean, int(first.clean_runtime[at])),
+        clean=Attacked(_pixels(dataset.images([index])[0]), int(first.clean_runtime[at])),
         attacked={
             name: Attacked(
-                evidence.images[at],
+                _pixels(images[name]),
                 int(evidence.adversarial_runtime[at]),
                 f"ρ = {evidence.rho[at]:.2f}"
                 if evidence.header["attack"]["epsilon"] is None
                 else "",
             )
             for name, evidence in shown.items()
-            if at in evidence.images
+            if _attacked(evidence)[at]
         },
     )
+
+
+def _pixels(image: NDArray[np.float32]) -> Pixels:
+    pixels: Pixels = np.rint(np.clip(image, 0.0, 1.0) * 255).astype(np.uint8)
+    return pixels
 
 
 def _name(spec: AttackSpec) -> str:

@@ -10,17 +10,20 @@ from ccn_deploy.report.curves import curves
 from ccn_deploy.report.examples import Example
 from ccn_deploy.report.parity import parity_table
 from ccn_deploy.report.provenance import digests, provenance
-from ccn_deploy.report.view import Fact, Page, Target
+from ccn_deploy.report.view import Fact, Note, Page, Target
 from ccn_deploy.robustness import PrecisionsResult, RobustnessResult
 from ccn_deploy.robustness.attack_session import REFERENCE
+from ccn_deploy.robustness.result import points
 from ccn_deploy.robustness.tables import (
     accuracy_table,
     effort_table,
     perturbation_table,
     precision_table,
+    settings_table,
+    stage_table,
+    threshold_table,
 )
 from ccn_deploy.tables import Mark, percent
-from ccn_deploy.verdict import Verdict
 
 
 def page_of(
@@ -45,17 +48,17 @@ def page_of(
     results = list(result.results.values()) if isinstance(result, PrecisionsResult) else [result]
     targets = [_target(one) for one in results]
     measurements = [one.measurement for one in results]
-    deciding = next(t for t in targets if t.verdict == Mark.of(result.verdict))
-    warnings = [
-        f"{one.measurement.precision}: {warning}" if several else warning
+    findings = [
+        Note(finding.word, f"{one.measurement.precision}: {text}" if several else text)
         for one in results
-        for warning in one.warnings
+        for finding in one.findings
+        for text in [finding.sentence]
     ]
     if isinstance(result, PrecisionsResult):
-        warnings = [*result.warnings, *warnings]
+        findings = [*(Note(f.word, f.sentence) for f in result.findings), *findings]
     return Page(
-        verdict=deciding.verdict,
-        reason=f"{deciding.name}: {deciding.reason}" if several else deciding.reason,
+        verdict=Mark(result.headline, result.verdict.value),
+        reason=result.shown,
         model=bundle.card.title,
         target=", ".join(one.name for one in targets),
         reference=str(REFERENCE),
@@ -66,9 +69,9 @@ def page_of(
         examples=examples,
         class_names=bundle.card.class_names,
         pictured=targets[0].name,
-        warnings=warnings,
+        findings=findings,
         command=command,
-        provenance=provenance(bundle, measurements),
+        provenance=[*provenance(bundle, measurements), Fact("Evidence", _origin(results))],
         digests=digests(bundle, measurements),
         version=__version__,
     )
@@ -81,31 +84,25 @@ def _target(result: RobustnessResult) -> Target:
     return Target(
         name=result.measurement.target,
         verdict=Mark.of(result.verdict),
-        reason=_reason(result),
+        reason=result.shown,
         curves=curves(result),
         tables=[
+            *([threshold_table(result)] if result.thresholds else []),
             accuracy_table(result),
+            *(stage_table(row) for row in result.bounded if row.stages),
             *map(perturbation_table, result.minimal),
+            settings_table(result),
             effort_table({**bounded, **minimal}),
         ],
     )
 
 
-def _reason(result: RobustnessResult) -> str:
-    """Return the verdict's reason in one sentence."""
-    if result.verdict is Verdict.PASS:
-        worst = max(row.gate.upper95 for row in result.rows)
-        allowed = f"{100 * result.max_drop:g}"
-        measurement = result.measurement
-        return (
-            f"In none of {len(result.rows)} comparisons on {measurement.n} images does "
-            f"{measurement.target} fall behind {REFERENCE} by more than {100 * worst:.2f} points, "
-            f"at 95 % confidence; {allowed} {'is' if allowed == '1' else 'are'} allowed."
-        )
-    first, *others = (row for row in result.rows if row.gate.verdict is result.verdict)
-    also = f"; likewise in {len(others)} more {'row' if len(others) == 1 else 'rows'}"
-    name = first.name[0].upper() + first.name[1:]
-    return f"{name}: {first.gate.reason}{also if others else ''}."
+def _origin(results: Sequence[RobustnessResult]) -> str:
+    """Return whether evidence was measured or read, once if it is the same of all."""
+    said = {one.measurement.precision: one.origin for one in results}
+    if len(set(said.values())) == 1:
+        return results[0].origin
+    return " ".join(f"{precision}: {origin}" for precision, origin in said.items())
 
 
 def _facts(result: RobustnessResult) -> list[Fact]:
@@ -121,5 +118,15 @@ def _facts(result: RobustnessResult) -> list[Fact]:
         ),
         Fact("Images", f"{measurement.n}", f"{data['name']}, {data['split']}"),
         Fact("Attacks", ", ".join(dict.fromkeys(titles))),
-        Fact("Allowed drop", f"{100 * result.max_drop:g} points"),
+        Fact("Allowed drop", points(result.max_drop)),
+        *(
+            Fact(f"Required, {label}", f"{100 * test.threshold.share:g}\N{NO-BREAK SPACE}%")
+            for test in result.thresholds
+            for label in [test.threshold.where]
+        ),
+        *(
+            []
+            if result.thresholds
+            else [Fact("Required accuracy", "none", "only the drop is judged")]
+        ),
     ]

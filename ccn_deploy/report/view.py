@@ -21,6 +21,14 @@ class Fact:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What a reader of the numbers should know; the word says how grave it is."""
+
+    word: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Target:
     """What was found of one target.
 
@@ -44,6 +52,8 @@ class Page:
     """Everything on the page, in its order.
 
     Attributes:
+        verdict: In a few words that promise no more than what was shown.
+        reason: What was shown, or why it was not.
         target: What was measured, in the heading.
         precisions: Several precisions side by side, if there are several.
         targets: One for each precision.
@@ -64,7 +74,7 @@ class Page:
     examples: Sequence[Example]
     class_names: Sequence[str]
     pictured: str
-    warnings: Sequence[str]
+    findings: Sequence[Note]
     command: str
     provenance: Sequence[Fact]
     digests: Sequence[Fact]

@@ -8,6 +8,7 @@ from ccn_deploy.robustness.collect import Measurement, Pair, RobustnessRequest, 
 from ccn_deploy.robustness.evidence import Evidence, Sample
 from ccn_deploy.robustness.judge import judge
 from ccn_deploy.robustness.precisions import PrecisionsResult, compare
+from ccn_deploy.robustness.recheck import Recheck, recheck
 from ccn_deploy.robustness.result import RobustnessResult
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Measurement",
     "Pair",
     "PrecisionsResult",
+    "Recheck",
     "RobustnessRequest",
     "RobustnessResult",
     "Sample",
@@ -22,4 +24,5 @@ __all__ = [
     "collect_all",
     "compare",
     "judge",
+    "recheck",
 ]

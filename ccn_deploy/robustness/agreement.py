@@ -6,24 +6,17 @@ evaluation with the reference's gradients attacks another function than the one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from ccn_deploy.attacks.spec import AttackSpec
-from ccn_deploy.bundle import Bundle
-from ccn_deploy.errors import IntegrityError
 from ccn_deploy.extras import require
-from ccn_deploy.records import Count, Record, decode_sealed, encode_sealed
+from ccn_deploy.records import Count, Record
 from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession
 from ccn_deploy.runtimes.base import Array, Runtime
-from ccn_deploy.storage import canonical_json, read_regular, sha256, write_atomic
 from ccn_deploy.targets import Target
-
-SCHEMA = "ccn-deploy/gradient-agreement/2"
 
 SAMPLES = 64
 """Images that are compared at most."""
@@ -90,52 +83,6 @@ class GradientAgreement(Record, frozen=True):
     clean: Agreement
     adversarial: Agreement
 
-    def write(self, path: Path, setting: Mapping[str, Any]) -> None:
-        """Keep this with everything it depends on, and a digest of both.
-
-        Raises:
-            StorageError: The disk is full or not writable.
-        """
-        write_atomic(path, encode_sealed(_Kept(dict(setting), self)))
-
-    @classmethod
-    def read(cls, path: Path, setting: Mapping[str, Any]) -> GradientAgreement | None:
-        """Read what :meth:`write` wrote; None if there is no file.
-
-        Raises:
-            IntegrityError: The file was changed, or is of something else.
-        """
-        data = read_regular(path)
-        if data is None:
-            return None
-        hint = f"Delete {path} and measure again."
-        kept = decode_sealed(data, _Kept, f"The evidence {path.name}", hint)
-        if canonical_json(kept.setting) != canonical_json(setting):
-            raise IntegrityError(
-                f"The evidence {path.name} was changed: it is of another setting than its name "
-                "stands for.",
-                hint,
-            )
-        return kept.agreement
-
-
-class _Kept(Record, frozen=True):
-    """The file of an agreement."""
-
-    setting: dict[str, Any]
-    agreement: GradientAgreement
-    schema: Literal["ccn-deploy/gradient-agreement/2"] = "ccn-deploy/gradient-agreement/2"
-
-
-def agreement_path(bundle: Bundle, setting: Mapping[str, Any], target: Target) -> Path:
-    """Return where the agreement is kept, below ``BUNDLE/evidence``.
-
-    Raises:
-        IntegrityError: There is a link on the way.
-    """
-    key = sha256(canonical_json({"schema": SCHEMA, **setting}))[:16]
-    return bundle.evidence_file("robustness", str(target), f"gradients-{key}.json")
-
 
 def compare_gradients(
     session: AttackSession, target: Target, images: Array, labels: Array
@@ -161,13 +108,13 @@ def compare_gradients(
     seeds = np.arange(len(images))[:, None]
     attacked = perform(PROBE, model, images, labels, seeds=seeds)
     clean, adversarial = (
-        Agreement.between(_slope(native, points, labels), _slope(reference, points, labels))
+        Agreement.between(slopes(native, points, labels), slopes(reference, points, labels))
         for points in (images, attacked)
     )
     return GradientAgreement(clean, adversarial)
 
 
-def _slope(runtime: Runtime, images: Array, labels: Array) -> Array:
+def slopes(runtime: Runtime, images: Array, labels: Array) -> Array:
     """Return the direction [N, C, H, W] of the gradient of the cross-entropy.
 
     Its cotangent is softmax less one-hot. Divided by one less the label's probability, which

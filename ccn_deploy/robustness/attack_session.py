@@ -6,10 +6,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ccn_deploy.attacks.source import Gradient
 from ccn_deploy.bundle import Bundle
+from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.runtimes import open_runtime
-from ccn_deploy.runtimes.base import Runtime, RuntimeOptions
+from ccn_deploy.runtimes.base import Array, Runtime, RuntimeOptions
 from ccn_deploy.targets import Target
 
 if TYPE_CHECKING:
@@ -34,6 +38,7 @@ class AttackSession:
         self._options = options
         self._open: dict[tuple[Target, bool], Runtime] = {}
         self._models: dict[tuple[Target, bool, Gradient], PyTorchModel] = {}
+        self._clean: dict[tuple[Target, str], dict[int, int]] = {}
         self._reference: GraphModule | None = None
         self._stack = ExitStack()
 
@@ -46,10 +51,34 @@ class AttackSession:
     def runtime(self, target: Target, clip: bool = True) -> Runtime:
         """Return a runtime; for an attack that leaves the box, one that takes such images."""
         if (target, clip) not in self._open:
+            from ccn_deploy.runtimes.torch_runtime import check_programs
+
+            check_programs(self.bundle, target)
             options = replace(self._options, check_range=clip)
             runtime = open_runtime(self.bundle, target.runtime, target.precision, options)
             self._open[target, clip] = self._stack.enter_context(runtime)
         return self._open[target, clip]
+
+    def clean_labels(
+        self, target: Target, dataset: Dataset, indices: Array, images: Array
+    ) -> NDArray[np.int64]:
+        """Return a target's labels of clean images; each image is asked for once a session.
+
+        Args:
+            target: Runtime and precision.
+            dataset: Has the images.
+            indices: int64 [N] in it.
+            images: They themselves, float32 [N, C, H, W].
+
+        Returns:
+            int64 [N], -1 where the logits are not finite.
+        """
+        known = self._clean.setdefault((target, dataset.digest), {})
+        new = [at for at, index in enumerate(indices.tolist()) if index not in known]
+        if new:
+            labels = labels_of(self.runtime(target), images[new])
+            known.update(zip(indices[new].tolist(), labels.tolist(), strict=True))
+        return np.array([known[index] for index in indices.tolist()], dtype=np.int64)
 
     def model(self, target: Target, clip: bool, gradient: Gradient) -> PyTorchModel:
         """Return what Foolbox attacks: the reference itself, or a runtime with gradients.
@@ -74,3 +103,9 @@ class AttackSession:
                 else foolbox_model(self.runtime(target, clip), self._reference, gradient=gradient)
             )
         return self._models[key]
+
+
+def labels_of(runtime: Runtime, images: Array) -> NDArray[np.int64]:
+    """Return the labels [N] that a runtime gives, -1 where its logits are not finite."""
+    logits = runtime.logits(np.ascontiguousarray(images))
+    return np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), -1)

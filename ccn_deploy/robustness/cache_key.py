@@ -14,7 +14,7 @@ from ccn_deploy.attacks.source import Gradient
 from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.errors import EnvironmentUnfitError
-from ccn_deploy.machine import Machine, this_machine
+from ccn_deploy.machine import Machine, instruction_sets, processor, this_machine
 from ccn_deploy.robustness.attack_session import REFERENCE
 from ccn_deploy.runtimes.compatibility import choose_engine, no_gpu
 from ccn_deploy.targets import Role, Target
@@ -83,6 +83,9 @@ def cache_key(
         "seed": seed,
         "versions": _versions(target, machine),
         "machine": platform.machine(),
+        # Always: reference and attacks compute on it. Kernels, and so the last bits, are chosen
+        # by it.
+        "processor": {"name": processor(), "instruction_sets": list(instruction_sets())},
         "gpu": _gpu(target, machine, device),
     }
 
@@ -119,8 +122,8 @@ def _gpu(target: Target, machine: Machine | None, device: int) -> dict[str, str]
 
 
 def _versions(target: Target, machine: Machine | None) -> Mapping[str, str | None]:
-    """Return the libraries that shape the numbers; the first three carry out every attack."""
-    versions = {name: _version(name) for name in ("ccn-deploy", "torch", "foolbox")}
+    """Return the libraries that shape the numbers; the first four carry out every attack."""
+    versions = {name: _version(name) for name in ("ccn-deploy", "numpy", "torch", "foolbox")}
     if target.kind.runs_engines:
         assert machine is not None
         distribution = target.kind.distribution

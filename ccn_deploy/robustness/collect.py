@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from ccn_deploy.attacks import AttackSpec, suite
+from ccn_deploy.attacks import ATTACKS, AttackSpec, suite
 from ccn_deploy.attacks.source import GRADIENTS, Gradient, no_gradients, source
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data.dataset import Dataset
-from ccn_deploy.errors import IntegrityError, UsageError
+from ccn_deploy.errors import UsageError
 from ccn_deploy.evaluation import check_fits
-from ccn_deploy.robustness import agreement
-from ccn_deploy.robustness.agreement import GradientAgreement
-from ccn_deploy.robustness.attack_job import TOLERANCE, Trial, attack
+from ccn_deploy.extras import require
+from ccn_deploy.robustness.agreement import PROBE, GradientAgreement
+from ccn_deploy.robustness.attack_job import AttackJob, attack
 from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession
 from ccn_deploy.robustness.cache_key import cache_key, differentiable
+from ccn_deploy.robustness.diagnostics import Diagnostics, diagnostics_path
 from ccn_deploy.robustness.evidence import (
     SCHEMA,
     Evidence,
+    Origin,
     evidence_path,
     read_evidence,
     writing,
 )
+from ccn_deploy.robustness.row_checks import check_pair, check_rows
 from ccn_deploy.runtimes.base import RuntimeOptions
 from ccn_deploy.targets import Target
 
@@ -79,6 +82,12 @@ class Pair:
     reference: Evidence
     runtime: Evidence
 
+    @property
+    def origin(self) -> Origin:
+        """Whether all of both was measured by the call that returned it, or some was read."""
+        sides = {self.reference.origin, self.runtime.origin}
+        return "measured" if sides == {"measured"} else "read"
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -93,8 +102,7 @@ class Measurement:
         seed: Of the selection and of the attacks.
         n: How many images.
         pairs: One per attack, in order of the request.
-        agreement: How well its own and the reference's gradients agree; None if it has none
-            of its own, or is its reference.
+        diagnostics: Signs of hidden slopes, on a few images.
     """
 
     runtime: str
@@ -104,7 +112,16 @@ class Measurement:
     seed: int
     n: int
     pairs: tuple[Pair, ...]
-    agreement: GradientAgreement | None = None
+    diagnostics: Diagnostics | None = None
+
+    @property
+    def agreement(self) -> GradientAgreement | None:
+        """How well its own and the reference's gradients agree.
+
+        None if it has none of its own, or is its reference.
+        """
+        native = self.diagnostics.native if self.diagnostics is not None else None
+        return None if native is None else native.agreement
 
     @property
     def target(self) -> str:
@@ -167,27 +184,33 @@ def collect_all(
 def _measure(
     bundle: Bundle,
     request: RobustnessRequest,
-    plan: tuple[Gradient, list[_Job]],
+    plan: tuple[Gradient, list[Planned]],
     progress: Progress | None,
 ) -> Measurement:
     gradient, jobs = plan
     n = request.n
-    total, done = float(sum(job.trial.spec.cost * n for job in jobs)), 0.0
-    found: dict[tuple[str, Target], Evidence] = {}
+    total, done = float(sum(job.spec.cost * n for job, _ in jobs)), 0.0
+    found: dict[tuple[AttackSpec, Target], Evidence] = {}
     with AttackSession(bundle, request.options) as session:
-        for job in jobs:
-            spec, target = job.trial.spec, job.trial.target
-            what = f"{spec.label} on {target}"
-            path = evidence_path(bundle, job.header, spec.label)
-            evidence = _read(path, job, request)
+        for job, header in jobs:
+            spec, target = job.spec, job.target
+            # The reference is attacked first: its images are tried on the target.
+            reference = None if target == REFERENCE else found[spec, REFERENCE]
+            path = evidence_path(bundle, header, spec.label)
+            evidence = _read(path, header, job, request)
             if len(evidence) < n:
-                for count in _extend(session, request, job):
+                counts = _extend(session, request, job, header, reference)
+                origin: Origin | None = None
+                for count in counts:
+                    origin = origin or ("read" if count else "measured")
                     if progress is not None:
-                        progress(what, done + spec.cost * count, total)
-                evidence = _read(path, job, request)
-            found[spec.label, target] = evidence
+                        progress(f"{spec.label} on {target}", done + spec.cost * count, total)
+                evidence = replace(_read(path, header, job, request), origin=origin or "read")
+            if reference is not None:
+                check_pair(reference, evidence)
+            found[spec, target] = evidence
             done += spec.cost * n
-        compared = _agreement(session, request)
+        diagnostics = _diagnostics(session, request, gradient)
     dataset = request.dataset
     return Measurement(
         runtime=request.runtime,
@@ -197,87 +220,68 @@ def _measure(
         seed=request.seed,
         n=n,
         pairs=tuple(
-            Pair(spec, found[spec.label, REFERENCE], found[spec.label, request.target])
+            Pair(spec, found[spec, REFERENCE], found[spec, request.target])
             for spec in request.attacks
         ),
-        agreement=compared,
+        diagnostics=diagnostics,
     )
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One attack on one target, with everything that its evidence depends on."""
-
-    trial: Trial
-    header: dict[str, Any]
+Planned = tuple[AttackJob, dict[str, Any]]
+"""An attack on a target, with everything that its evidence depends on."""
 
 
-def _plan(bundle: Bundle, request: RobustnessRequest) -> tuple[Gradient, list[_Job]]:
+def _plan(bundle: Bundle, request: RobustnessRequest) -> tuple[Gradient, list[Planned]]:
     """Return whose gradients the attacks on the runtime use, and everything there is to do."""
     _check(bundle, request)
     gradient = _gradient(bundle, request)
     sources: dict[Target, Gradient] = {REFERENCE: "native", request.target: gradient}
-    trials = [
-        Trial(spec, target, own) for spec in request.attacks for target, own in sources.items()
+    jobs = [
+        AttackJob(spec, target, own) for spec in request.attacks for target, own in sources.items()
     ]
-    return gradient, [_Job(trial, _header(bundle, request, trial)) for trial in trials]
+    return gradient, [(job, _header(bundle, request, job)) for job in jobs]
 
 
-def _read(path: Path, job: _Job, request: RobustnessRequest) -> Evidence:
-    """Return the evidence that is there, of the very images and within the attack's bounds.
-
-    A seal shows that nobody changed a byte by mistake; anybody can compute a new one. What a row
-    says must at least be possible.
+def _read(
+    path: Path, header: dict[str, Any], job: AttackJob, request: RobustnessRequest
+) -> Evidence:
+    """Return the evidence that is there, if it can be.
 
     Raises:
         IntegrityError: It is damaged, or says what cannot be.
     """
-    evidence, spec = read_evidence(path, job.header, request.n), job.trial.spec
-    wanted = request.dataset.order(request.seed)[: len(evidence)]
-    classes = len(request.dataset.class_names)
-    clean, adversarial = evidence.clean_runtime, evidence.adversarial_runtime
-    given = np.concatenate([clean, adversarial, evidence.clean_reference])
-    status = evidence.status
-    size = {"linf": evidence.linf, "l2": evidence.l2}[spec.norm]
-    legal = (status == "fooled") | (status == "held")
-    possible = (
-        np.array_equal(evidence.index, wanted)
-        and np.array_equal(evidence.label, request.dataset.labels[wanted])
-        and (given < classes).all()
-        and np.array_equal(status == "already-wrong", clean != evidence.label)
-        and (adversarial[status == "held"] == clean[status == "held"]).all()
-        and (adversarial[status == "fooled"] != clean[status == "fooled"]).all()
-        and (spec.epsilon is None or (size[legal] <= spec.epsilon + TOLERANCE).all())
-    )
-    if not possible:
-        raise IntegrityError(
-            f"The evidence {path.name} says what cannot be: other images, labels or distances "
-            "than the attack could give.",
-            f"Delete {path} and measure again.",
-        )
+    evidence = read_evidence(path, header, request.n)
+    check_rows(evidence, job, request.dataset, request.seed)
     return evidence
 
 
-def _extend(session: AttackSession, request: RobustnessRequest, job: _Job) -> Iterator[int]:
+def _extend(
+    session: AttackSession,
+    request: RobustnessRequest,
+    job: AttackJob,
+    header: dict[str, Any],
+    reference: Evidence | None,
+) -> Iterator[int]:
     """Measure what is missing of one job, yielding the count of samples after every batch."""
-    path = evidence_path(session.bundle, job.header, job.trial.spec.label)
+    path = evidence_path(session.bundle, header, job.spec.label)
     order = request.dataset.order(request.seed)
-    with writing(path, job.header) as writer:
+    with writing(path, header) as writer:
         yield min(writer.count, request.n)
         while writer.count < request.n:
             # Batches end at multiples of their size, so that resuming meets the same batches.
             end = min((writer.count // request.batch + 1) * request.batch, request.n)
             positions = np.arange(writer.count, end)
             started = time.perf_counter()
-            samples = attack(
+            samples, images = attack(
                 session,
-                job.trial,
+                job,
                 request.dataset,
                 order[positions],
                 positions=positions,
                 seed=request.seed,
+                reference=reference,
             )
-            writer.append(samples, time.perf_counter() - started)
+            writer.append(samples, images, time.perf_counter() - started)
             yield writer.count
 
 
@@ -305,34 +309,43 @@ def _gradient(bundle: Bundle, request: RobustnessRequest) -> Gradient:
     return request.gradient or ("native" if native else "reference")
 
 
-def _agreement(session: AttackSession, request: RobustnessRequest) -> GradientAgreement | None:
-    """Return how well native and reference gradients agree, measured if it is not kept yet."""
+def _diagnostics(
+    session: AttackSession, request: RobustnessRequest, gradient: Gradient
+) -> Diagnostics:
+    """Return the signs of hidden slopes, measured if they are not kept yet."""
     bundle, target, dataset = session.bundle, request.target, request.dataset
-    if target == REFERENCE or not differentiable(bundle, target, device=request.options.device):
-        return None
-    indices = dataset.order(request.seed)[: min(request.n, agreement.SAMPLES)]
+    strengths = [spec.epsilon for spec in request.attacks if spec.norm == "linf" and spec.epsilon]
+    epsilon = max(strengths, default=PROBE.epsilon or 0.0)
     setting = {
-        **_cache_key(bundle, request, target, "native"),
-        "samples": len(indices),
-        "probe": agreement.PROBE.document(),
+        **_cache_key(bundle, request, target, gradient),
+        "samples": request.n,
+        "epsilon": epsilon,
+        "attack": dict(ATTACKS["pgd"].parameters),
+        "training": bundle.card.training,
     }
-    path = agreement.agreement_path(bundle, setting, target)
-    kept = GradientAgreement.read(path, setting)
+    path = diagnostics_path(bundle, setting, target)
+    kept = Diagnostics.read(path, setting)
     if kept is not None:
         return kept
-    images, labels = dataset.images(indices), dataset.labels[indices]
-    found = agreement.compare_gradients(session, target, images, labels)
+    require("foolbox", "train", "to attack")
+    from ccn_deploy.robustness.diagnose import diagnose
+
+    indices = dataset.order(request.seed)[: request.n]
+    found = diagnose(
+        session, target, gradient, dataset, indices, epsilon=epsilon, seed=request.seed
+    )
     found.write(path, setting)
     return found
 
 
-def _header(bundle: Bundle, request: RobustnessRequest, trial: Trial) -> dict[str, Any]:
+def _header(bundle: Bundle, request: RobustnessRequest, job: AttackJob) -> dict[str, Any]:
     """Return everything that the evidence depends on, without opening a runtime."""
     return {
         "schema": SCHEMA,
-        "attack": trial.spec.document(),
-        **_cache_key(bundle, request, trial.target, trial.gradient),
+        "attack": job.spec.document(),
+        **_cache_key(bundle, request, job.target, job.gradient),
         "batch": request.batch,
+        "shape": list(request.dataset.input_shape),
     }
 
 

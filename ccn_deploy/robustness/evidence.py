@@ -1,27 +1,28 @@
-"""What an attack did to every single image, in a file that shows when it was changed.
+"""What an attack did to every single image, in files that show when they were changed.
 
 A file of JSON lines, one attack on one target::
 
-    {"attack": {...}, "schema": "ccn-deploy/robustness-evidence/3", "target": {...}, ...}
+    {"attack": {...}, "schema": "ccn-deploy/robustness-evidence/4", "target": {...}, ...}
     {"adversarial": [5, 3], "clean": [3, 3], "index": 17, "label": 3, "status": "fooled", ...}
     ...
-    {"sealed": 100, "seconds": 4.2, "sha256": "..."}
+    {"images": 61609, "images_sha256": "...", "sealed": 100, "seconds": 4.2, "sha256": "..."}
     {"adversarial": [1, 1], "index": 402, ...}
 
+and beside it one with the adversarial images, see :mod:`ccn_deploy.robustness.kept_images`.
+
 The first line says everything that the numbers depend on. A seal follows every batch: how many
-images are above it, how long they took, and the SHA-256 of that and of every byte above. So a
-changed byte is found, and what a killed process left after the last seal is dropped and computed
-again.
+images are above it, how long they took, the length and the SHA-256 of the file of images, and the
+SHA-256 of that and of every byte above. So a changed byte is found, and what a killed process left
+after the last seal, in either file, is dropped and computed again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -37,22 +38,31 @@ from ccn_deploy.records import (
     Count,
     Digest,
     Record,
+    Text,
     decode_line,
     encode_line,
     json_line,
     plain_object,
 )
+from ccn_deploy.robustness.kept_images import (
+    Block,
+    KeptImages,
+    Pixels,
+    compress,
+    images_path,
+    open_images,
+)
+from ccn_deploy.robustness.non_inferiority import Mask
 from ccn_deploy.storage import canonical_json, not_regular, read_regular, sha256
 from ccn_deploy.targets import Target
 
-SCHEMA = "ccn-deploy/robustness-evidence/3"
-
-LONGEST = 8 << 20
-"""Bytes of the longest line that is parsed; a kept image is in one."""
+SCHEMA = "ccn-deploy/robustness-evidence/4"
 
 Status = Literal["already-wrong", "fooled", "held", "invalid"]
 """What became of an image: wrong before the attack; label lost; label kept; or the attack
 returned something that is no legal adversarial image, which shows nothing."""
+
+Origin = Literal["measured", "read"]
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -63,33 +73,6 @@ NO_LABEL = -1
 
 Label = Annotated[int, msgspec.Meta(ge=0, lt=2**31)] | None
 Length = Annotated[float, msgspec.Meta(ge=0)] | None
-
-
-class Picture(Record, frozen=True):
-    """An attacked image that is kept for people to look at.
-
-    Attributes:
-        shape: (channels, height, width).
-        uint8: Its pixels.
-    """
-
-    shape: tuple[Count, Count, Count]
-    uint8: bytes
-
-    def __post_init__(self) -> None:
-        if len(self.uint8) != math.prod(self.shape):
-            raise ValueError(f"{len(self.uint8)} pixels are no image of shape {self.shape}")
-
-    @classmethod
-    def of(cls, pixels: NDArray[np.uint8]) -> Picture:
-        """Keep pixels [C, H, W]."""
-        channels, height, width = pixels.shape
-        return cls((channels, height, width), pixels.tobytes())
-
-    @property
-    def pixels(self) -> NDArray[np.uint8]:
-        """uint8 [C, H, W]."""
-        return np.frombuffer(self.uint8, np.uint8).reshape(self.shape)
 
 
 class Sample(Record, frozen=True):
@@ -108,7 +91,10 @@ class Sample(Record, frozen=True):
             adversarial image was found, which stands for infinity.
         queries: How often the attack asked for this image's logits, and for an input gradient of
             it. What only decides the status, before and after the attack, is not counted.
-        image: The attacked image, kept for a few.
+        stage: Of an attack in stages: the one whose image fooled it; else None.
+        stages: Of an attack in stages: ``queries`` by stage, in their order.
+        transferred: The target's label of the image that the same attack made on the reference;
+            None where there is none or it is not legal, and for the reference itself.
     """
 
     index: Count
@@ -120,7 +106,9 @@ class Sample(Record, frozen=True):
     l2: Length = None
     rho: Length = None
     queries: tuple[Count, Count] = (0, 0)
-    image: Picture | None = None
+    stage: Text | None = None
+    stages: tuple[tuple[Count, Count], ...] = ()
+    transferred: Label = None
 
 
 @dataclass(frozen=True)
@@ -142,9 +130,14 @@ class Evidence:
         rho: ``l2`` over the norm of the clean image; NaN where nothing was found.
         forward: Queries of the attack for logits.
         backward: Queries of the attack for an input gradient.
-        images: The first attacked images, by position; uint8 [C, H, W].
+        stage: The stage whose image fooled it, empty for none.
+        stage_queries: Queries by stage, int64 [n, S, 2]: for logits, then for gradients; -1 where a
+            row has fewer stages than others.
+        transferred: The target's labels of the images that were made on the reference.
         seconds: What computing them took.
         path: The file, if there is one.
+        origin: Whether all of it was measured by the call that returned it, or some was read.
+        fetch: Maps rows int64 [m] to their adversarial images.
     """
 
     header: Mapping[str, Any]
@@ -160,12 +153,32 @@ class Evidence:
     rho: Floats
     forward: Integers
     backward: Integers
-    images: Mapping[int, NDArray[np.uint8]] = field(default_factory=dict)
+    stage: NDArray[np.str_]
+    stage_queries: Integers
+    transferred: Integers
     seconds: float = 0.0
     path: Path | None = None
+    origin: Origin = "read"
+    fetch: Callable[[Integers], Pixels] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def adversarial(self, rows: Integers | Mask) -> Pixels:
+        """Return the attacked images of some rows.
+
+        Args:
+            rows: int64 [m], or a mask of all.
+
+        Returns:
+            float32 [m, C, H, W], NaN where the attack returned no finite image or was not run.
+
+        Raises:
+            IntegrityError: The images are not those that were kept.
+        """
+        if self.fetch is None:
+            raise ValueError("these samples were put together without images")
+        return self.fetch(np.arange(len(self))[rows])
 
     @classmethod
     def of(
@@ -174,8 +187,13 @@ class Evidence:
         header: Mapping[str, Any] | None = None,
         seconds: float = 0.0,
         path: Path | None = None,
+        *,
+        fetch: Callable[[Integers], Pixels] | None = None,
     ) -> Evidence:
         """Put samples into columns."""
+        stages = np.full((len(samples), max((len(s.stages) for s in samples), default=0), 2), -1)
+        for row, sample in enumerate(samples):
+            stages[row, : len(sample.stages)] = np.reshape(sample.stages, (-1, 2))
 
         def labels(values: list[int | None]) -> Integers:
             return integers([NO_LABEL if v is None else v for v in values])
@@ -200,9 +218,12 @@ class Evidence:
             rho=floats([s.rho for s in samples]),
             forward=integers([s.queries[0] for s in samples]),
             backward=integers([s.queries[1] for s in samples]),
-            images={at: s.image.pixels for at, s in enumerate(samples) if s.image is not None},
+            stage=np.array([s.stage or "" for s in samples], dtype=np.str_),
+            stage_queries=stages,
+            transferred=labels([s.transferred for s in samples]),
             seconds=seconds,
             path=path,
+            fetch=fetch,
         )
 
 
@@ -220,86 +241,143 @@ def evidence_path(bundle: Bundle, header: Mapping[str, Any], label: str) -> Path
 def read_evidence(path: Path, header: Mapping[str, Any], limit: int = -1) -> Evidence:
     """Read the sealed part of a file; none of it if there is no file.
 
+    Images are read when :meth:`Evidence.adversarial` asks for them, and checked then.
+
     Args:
         path: The file.
         header: What its first line must be.
         limit: Read so many samples at most; all if negative.
 
     Raises:
-        IntegrityError: The file was changed after it was written, or is no regular file.
+        IntegrityError: The file was changed after it was written, or is no regular file; or the
+            file of images is missing or too short.
         EnvironmentUnfitError: It cannot be read.
     """
     data = read_regular(path) or b""
     content = _verified(data, path, header)
+    images = _images(path, header, content)
+    images.check_size()
     samples = content.samples if limit < 0 else content.samples[:limit]
     share = len(samples) / len(content.samples) if content.samples else 0.0
-    return Evidence.of(samples, header, content.seconds * share, path)
+    return Evidence.of(samples, header, content.seconds * share, path, fetch=images.read)
 
 
 class EvidenceWriter:
-    """Appends whole batches to a file; made by :func:`writing`.
+    """Appends whole batches to both files; made by :func:`writing`.
 
     Attributes:
         count: Samples in the file, all sealed.
     """
 
-    def __init__(self, file: FileIO, path: Path, header: Mapping[str, Any]) -> None:
-        content = _verified(file.read(), path, header)
+    def __init__(self, rows: FileIO, images: FileIO, path: Path, header: Mapping[str, Any]) -> None:
+        content = _verified(rows.read(), path, header)
         self.count = len(content.samples)
-        self._file = file
+        self._rows = _Growing(rows, content.sealed, content.digest)
+        kept = _images(path, header, content)
+        kept.check_size()
+        end = content.blocks[-1].bytes if content.blocks else 0
+        self._images = _Growing(images, end, kept.digest())
         self._path = path
-        self._size = content.sealed
-        self._digest = content.digest
         self._header = header
-        file.truncate(self._size)
-        file.seek(self._size)
 
-    def append(self, samples: Sequence[Sample], seconds: float) -> None:
+    def append(self, samples: Sequence[Sample], images: Pixels, seconds: float) -> None:
         """Write a batch and its seal, and wait until they are on the disk.
 
+        Args:
+            samples: Of n images.
+            images: What the attack made of them, float32 [n, C, H, W]; NaN where nothing.
+            seconds: What computing them took.
+
         Raises:
-            StorageError: The disk is full; the file is as it was before.
+            StorageError: The disk is full; the files are as they were before.
         """
-        data = json_line(self._header) if self._size == 0 else b""
+        if images.shape != (len(samples), *self._header["shape"]):
+            raise ValueError(f"{len(samples)} samples with images of shape {images.shape}")
+        block = compress(images)
+        image_digest = self._images.with_more(block)
+        data = json_line(self._header) if self._rows.size == 0 else b""
         data += b"".join(map(encode_line, samples))
+        seal = _seal(
+            _Seal(
+                sealed=self.count + len(samples),
+                seconds=round(seconds, 3),
+                images=self._images.size + len(block),
+                images_sha256=image_digest.hexdigest(),
+            ),
+            self._rows.with_more(data),
+        )
+        try:
+            # Images first: what no seal speaks of is dropped.
+            self._images.write(block)
+            self._rows.write(data + seal)
+        except OSError as error:
+            for file in (self._images, self._rows):
+                file.take_back()
+            raise _storage_error(self._path, error) from error
+        for file, written in ((self._images, block), (self._rows, data + seal)):
+            file.keep(written)
+        self.count += len(samples)
+
+
+class _Growing:
+    """A file that only grows, by whole pieces; what is in it beyond ``size`` is cut off."""
+
+    def __init__(self, file: FileIO, size: int, digest: Any) -> None:
+        self.size = size
+        self._file = file
+        self._digest = digest
+        file.truncate(size)
+        file.seek(size)
+
+    def with_more(self, data: bytes) -> Any:
+        """Return the digest of the file with more at its end."""
         digest = self._digest.copy()
         digest.update(data)
-        seal = _seal(self.count + len(samples), round(seconds, 3), digest)
-        try:
-            rest = memoryview(data + seal)
-            while rest:  # a disk that is nearly full takes a part, and says so at the next part
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file.fileno(), self._size)
-            raise _storage_error(self._path, error) from error
-        digest.update(seal)
-        self._digest = digest
-        self._size += len(data) + len(seal)
-        self.count += len(samples)
+        return digest
+
+    def write(self, data: bytes) -> None:
+        """Write at the end, and wait until it is on the disk; :meth:`keep` makes it stay."""
+        rest = memoryview(data)
+        while rest:  # a disk that is nearly full takes a part, and says so at the next part
+            rest = rest[self._file.write(rest) :]
+        os.fsync(self._file.fileno())
+
+    def keep(self, data: bytes) -> None:
+        self.size += len(data)
+        self._digest.update(data)
+
+    def take_back(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.truncate(self.size)
+            self._file.seek(self.size)
 
 
 @contextlib.contextmanager
 def writing(path: Path, header: Mapping[str, Any]) -> Iterator[EvidenceWriter]:
-    """Open a file for this process alone; a second process waits, then finds the work done.
+    """Open both files for this process alone; a second process waits, then finds the work done.
 
     Raises:
-        IntegrityError: The file was changed after it was written.
+        IntegrityError: A file was changed after it was written.
         StorageError: The directory is not writable.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _open_locked(path)
-    except OSError as error:
-        raise _storage_error(path, error) from error
-    try:
-        yield EvidenceWriter(file, path, header)
-    finally:
-        with contextlib.suppress(OSError):
-            if os.fstat(file.fileno()).st_size == 0:
-                path.unlink()
-        file.close()
+    beside = images_path(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = stack.enter_context(_open_locked(path))
+            stack.callback(_remove_empty, rows, path, beside)
+            images = stack.enter_context(open_images(beside, os.O_RDWR | os.O_CREAT))
+        except OSError as error:
+            raise _storage_error(path, error) from error
+        yield EvidenceWriter(rows, images, path, header)
+
+
+def _remove_empty(rows: FileIO, path: Path, beside: Path) -> None:
+    """Leave nothing behind where nothing was sealed."""
+    with contextlib.suppress(OSError):
+        if os.fstat(rows.fileno()).st_size == 0:
+            path.unlink()
+            beside.unlink()
 
 
 def _open_locked(path: Path) -> FileIO:
@@ -328,6 +406,7 @@ class _Content:
     seconds: float = 0.0
     sealed: int = 0  # bytes
     digest: Any = field(default_factory=hashlib.sha256)  # of those bytes
+    blocks: list[Block] = field(default_factory=list)
 
 
 class _Seal(Record, frozen=True):
@@ -335,13 +414,20 @@ class _Seal(Record, frozen=True):
 
     sealed: Count
     seconds: Annotated[float, msgspec.Meta(ge=0)]
-    sha256: Digest
+    images: Count
+    images_sha256: Digest
+    sha256: Digest = "0" * 64
 
 
-def _seal(count: int, seconds: float, above: Any) -> bytes:
+def _seal(seal: _Seal, above: Any) -> bytes:
+    """Return the line of a seal, its own digest computed from its fields and all bytes above."""
     digest = above.copy()
-    digest.update(json_line({"sealed": count, "seconds": seconds}))
-    return encode_line(_Seal(count, seconds, digest.hexdigest()))
+    digest.update(encode_line(msgspec.structs.replace(seal, sha256="0" * 64)))
+    return encode_line(msgspec.structs.replace(seal, sha256=digest.hexdigest()))
+
+
+def _images(path: Path, header: Mapping[str, Any], content: _Content) -> KeptImages:
+    return KeptImages(images_path(path), tuple(header["shape"]), content.blocks, _hint(path))
 
 
 def _verified(data: bytes, path: Path, header: Mapping[str, Any]) -> _Content:
@@ -362,13 +448,15 @@ def _verified(data: bytes, path: Path, header: Mapping[str, Any]) -> _Content:
             _check_header(whole, path, header)
         elif text.startswith(_SEAL):
             seal = decode_line(whole, _Seal, what, hint)
-            if whole != _seal(len(content.samples) + len(pending), seal.seconds, digest):
+            count = len(content.samples) + len(pending)
+            if seal.sealed != count or whole != _seal(seal, digest):
                 raise _changed(path, "a seal does not match what is above it")
             content.samples += pending
+            content.blocks.append(Block(count, seal.images, seal.images_sha256))
             content.seconds += seal.seconds
             pending = []
         else:
-            pending.append(decode_line(whole, Sample, what, hint, limit=LONGEST))
+            pending.append(decode_line(whole, Sample, what, hint))
         offset += len(whole)
         digest.update(whole)
         if content.samples and not pending:
@@ -378,7 +466,7 @@ def _verified(data: bytes, path: Path, header: Mapping[str, Any]) -> _Content:
     return content
 
 
-_SEAL = b'{"sealed": '
+_SEAL = b'{"images": '
 
 
 def _check_header(text: bytes, path: Path, header: Mapping[str, Any]) -> None:

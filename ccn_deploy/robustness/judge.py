@@ -6,49 +6,95 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ccn_deploy.attacks import AttackSpec
+from ccn_deploy.attacks import DEFAULT_EPSILONS, AttackSpec
+from ccn_deploy.attacks.spec import Norm
 from ccn_deploy.robustness.collect import Measurement, Pair
 from ccn_deploy.robustness.evidence import Evidence
 from ccn_deploy.robustness.non_inferiority import NonInferiorityTest, Proportion
-from ccn_deploy.robustness.outcomes import invalid, right, robust, robust_at
+from ccn_deploy.robustness.outcomes import invalid, right, robust, robust_within
 from ccn_deploy.robustness.query_stats import QueryStats, QueryStatsPair
+from ccn_deploy.robustness.recheck import Recheck
 from ccn_deploy.robustness.result import RobustnessResult
 from ccn_deploy.robustness.rows import FixedEpsilonResult, MinimizationResult, MinimizationSide
 from ccn_deploy.robustness.sanity import sanity_findings
+from ccn_deploy.robustness.stages import stages_of
+from ccn_deploy.robustness.thresholds import Threshold, ThresholdTest
 
 MAX_DROP = 0.01
 DISTANCES = (0.1, 0.2, 0.3, 0.4, 0.5)
-"""The paper's max-residue-ratios d (section 5.1, equation 8, and table 2)."""
+"""The paper's max-residue-ratios d (section 5.1, equation 8, and table 2), of attacks in L2."""
 
 
-def judge(measurement: Measurement, max_drop: float = MAX_DROP) -> RobustnessResult:
-    """Judge a measurement: may this runtime stand in for the reference?
+def judge(
+    measurement: Measurement,
+    max_drop: float = MAX_DROP,
+    thresholds: Sequence[Threshold] = (),
+    *,
+    epsilons: Sequence[float] | None = None,
+    recheck: Recheck | None = None,
+) -> RobustnessResult:
+    """Judge a measurement: may this runtime stand in for the reference, and is enough left?
 
     Args:
         measurement: From :func:`ccn_deploy.robustness.collect`.
         max_drop: By how much its accuracy may be below the reference's, in every row.
+        thresholds: What must be left whatever the reference leaves.
+        epsilons: Distances in Linf at which attacks that look for the smallest perturbation in
+            that norm are judged; those of the attacks bounded in it if None.
+        recheck: What asking again about evidence that was read showed, to be told.
+
+    Raises:
+        ValueError: Nothing was measured, or not what a threshold is about.
     """
     if not measurement.pairs:
         raise ValueError("nothing was measured")
-    bounded = [_bounded(p, max_drop) for p in measurement.pairs if p.spec.epsilon is not None]
-    smallest = [(p.spec, _minimal(p, max_drop)) for p in measurement.pairs if not p.spec.epsilon]
-    clean = _clean(measurement.pairs[0], max_drop)
+    pairs = measurement.pairs
+    if epsilons is None:
+        found = {p.spec.epsilon for p in pairs if p.spec.epsilon and p.spec.norm == "linf"}
+        epsilons = sorted(found) or DEFAULT_EPSILONS
+    bounded = [_bounded(p, max_drop) for p in pairs if p.spec.epsilon is not None]
+    smallest = []
+    for pair in pairs:
+        if pair.spec.epsilon is None:
+            own = [t.strength for t in thresholds if t.attack == pair.spec.name]
+            usual = DISTANCES if pair.spec.norm == "l2" else epsilons
+            smallest.append((pair.spec, _minimal(pair, max_drop, sorted({*usual, *own}))))
+    clean, minimal = _clean(pairs[0], max_drop), _nested(smallest)
     return RobustnessResult(
         measurement=measurement,
         max_drop=max_drop,
         clean=clean,
         bounded=tuple(bounded),
-        minimal=_nested(smallest),
-        warnings=tuple(sanity_findings(measurement, clean, bounded)),
+        minimal=minimal,
+        thresholds=tuple(_test(threshold, clean, bounded, minimal) for threshold in thresholds),
+        findings=tuple(sanity_findings(measurement, clean, bounded, minimal, max_drop)),
+        recheck=recheck,
     )
+
+
+def _test(
+    threshold: Threshold,
+    clean: FixedEpsilonResult,
+    bounded: Sequence[FixedEpsilonResult],
+    minimal: Sequence[MinimizationResult],
+) -> ThresholdTest:
+    if threshold.attack is None:
+        return ThresholdTest(threshold, clean.runtime)
+    at = threshold.attack, threshold.strength
+    for row in bounded:
+        if (row.name, row.epsilon) == at:
+            return ThresholdTest(threshold, row.runtime, row.invalid)
+    for attack in minimal:
+        if attack.name == threshold.attack and attack.clip:
+            reached = attack.runtime.accuracy_at[threshold.strength]
+            return ThresholdTest(threshold, reached, attack.invalid)
+    raise ValueError(f"nothing was measured of {threshold.label}")
 
 
 def _clean(pair: Pair, max_drop: float) -> FixedEpsilonResult:
     reference, runtime = right(pair.reference), right(pair.runtime)
     return FixedEpsilonResult(
-        name="clean",
-        norm=None,
-        epsilon=0.0,
+        spec=None,
         reference=Proportion.of(reference),
         runtime=Proportion.of(runtime),
         already_wrong=int((~runtime).sum()),
@@ -63,9 +109,7 @@ def _bounded(pair: Pair, max_drop: float) -> FixedEpsilonResult:
     # Wrong before the attack counts as not robust, and so does a runtime that was not attacked.
     reference, runtime = robust(pair.reference), robust(pair.runtime)
     return FixedEpsilonResult(
-        name=pair.spec.name,
-        norm=pair.spec.norm,
-        epsilon=float(pair.spec.epsilon or 0.0),
+        spec=pair.spec,
         reference=Proportion.of(reference),
         runtime=Proportion.of(runtime),
         already_wrong=int((pair.runtime.status == "already-wrong").sum()),
@@ -73,19 +117,22 @@ def _bounded(pair: Pair, max_drop: float) -> FixedEpsilonResult:
         flips=int((reference != runtime).sum()),
         gate=NonInferiorityTest.between(reference, runtime, max_drop, _doubtful(pair)),
         effort=_efforts(pair),
+        stages=stages_of(pair.spec, pair.reference, pair.runtime),
     )
 
 
-def _minimal(pair: Pair, max_drop: float) -> MinimizationResult:
-    robust = {d: (robust_at(pair.reference, d), robust_at(pair.runtime, d)) for d in DISTANCES}
+def _minimal(pair: Pair, max_drop: float, distances: Sequence[float]) -> MinimizationResult:
+    norm = pair.spec.norm
+    robust = {
+        d: (robust_within(pair.reference, norm, d), robust_within(pair.runtime, norm, d))
+        for d in distances
+    }
     differ = np.any([reference != runtime for reference, runtime in robust.values()], axis=0)
     return MinimizationResult(
-        name=pair.spec.name,
-        norm=pair.spec.norm,
-        clip=pair.spec.clip,
+        spec=pair.spec,
         n=len(pair.runtime),
-        reference=_side(pair.reference),
-        runtime=_side(pair.runtime),
+        reference=_side(pair.reference, norm, distances),
+        runtime=_side(pair.runtime, norm, distances),
         invalid=invalid(pair.runtime),
         flips=int(differ.sum()),
         gates={
@@ -117,7 +164,7 @@ def _nested(
     return (*clipped, *unclipped.values())
 
 
-def _side(evidence: Evidence) -> MinimizationSide:
+def _side(evidence: Evidence, norm: Norm, distances: Sequence[float]) -> MinimizationSide:
     attackable = evidence.status != "already-wrong"
     found = np.isfinite(evidence.rho)
     failed = ~found & (evidence.status != "invalid")
@@ -128,6 +175,7 @@ def _side(evidence: Evidence) -> MinimizationSide:
         found=Proportion.of(found),
         rho=evidence.rho[found],
         l2=evidence.l2[found],
+        linf=evidence.linf[found],
         rho_correct=evidence.rho[found & attackable],
-        accuracy_at={d: Proportion.of(robust_at(evidence, d)) for d in DISTANCES},
+        accuracy_at={d: Proportion.of(robust_within(evidence, norm, d)) for d in distances},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ccn_deploy.attacks.spec import Norm
 from ccn_deploy.robustness.evidence import Evidence
 from ccn_deploy.robustness.non_inferiority import Mask
 
@@ -21,6 +22,18 @@ def robust(evidence: Evidence) -> Mask:
 def robust_at(evidence: Evidence, d: float) -> Mask:
     """Right, and the attack failed or needed more than d (paper, equation 8)."""
     far = (evidence.status == "fooled") & (evidence.rho > d)
+    return np.asarray((evidence.status == "held") | far)
+
+
+def robust_within(evidence: Evidence, norm: Norm, d: float) -> Mask:
+    """Right, and the smallest perturbation that was found is larger than d, or none was.
+
+    In L2, d is relative to the norm of the image (paper, equation 8). In Linf it is in pixel values
+    of [0, 1], as epsilon is.
+    """
+    if norm == "l2":
+        return robust_at(evidence, d)
+    far = (evidence.status == "fooled") & (evidence.linf > d)
     return np.asarray((evidence.status == "held") | far)
 
 

@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from ccn_deploy.records import document
 from ccn_deploy.robustness.attack_session import REFERENCE
 from ccn_deploy.robustness.collect import Measurement
 from ccn_deploy.robustness.evidence import Evidence
-from ccn_deploy.robustness.judge import DISTANCES
 from ccn_deploy.robustness.non_inferiority import Mask, PairedDifference, Proportion
-from ccn_deploy.robustness.outcomes import invalid, right, robust, robust_at
-from ccn_deploy.robustness.result import RobustnessResult
+from ccn_deploy.robustness.outcomes import invalid, right, robust, robust_within
+from ccn_deploy.robustness.result import RobustnessResult, listed
 from ccn_deploy.robustness.rows import label_of
+from ccn_deploy.robustness.sanity import SanityFinding
 from ccn_deploy.verdict import Verdict
 
-SCHEMA = "ccn-deploy/robustness-precisions/1"
+SCHEMA = "ccn-deploy/robustness-precisions/2"
 
 BASELINE = "fp32"
 """What precisions are compared with, where it is among them; else the first of them is."""
@@ -114,16 +115,38 @@ class PrecisionsResult:
         return next(iter(self.results.values())).measurement
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """What a reader of the comparison should know."""
+    def deciding(self) -> RobustnessResult:
+        """The precision whose verdict is that of the whole."""
+        return next(r for r in self.results.values() if r.verdict is self.verdict)
+
+    @property
+    def headline(self) -> str:
+        """The verdict, in a few words."""
+        return self.deciding.headline
+
+    @property
+    def shown(self) -> str:
+        """What was shown, or why it was not."""
+        if self.verdict is Verdict.PASS:
+            return self.deciding.passes(f"{self.first.runtime} in {listed(list(self.results))}")
+        return f"{self.deciding.measurement.precision}: {self.deciding.shown}"
+
+    @property
+    def findings(self) -> tuple[SanityFinding, ...]:
+        """What a reader of the comparison should know, beside what is known of each precision."""
         own = self.results[self.baseline].measurement.gradient
         others = [n for n, r in self.results.items() if r.measurement.gradient != own]
         if not others:
             return ()
         given = self.results[others[0]].measurement.gradient
         return (
-            f"Attacks took {given} gradients on {', '.join(others)} and {own} ones on "
-            f"{self.baseline}: a difference may be the attack's.",
+            SanityFinding(
+                code="gradients-of-two-kinds",
+                undermines=False,
+                sentence=f"Attacks took {given} gradients on {', '.join(others)} and {own} ones on "
+                f"{self.baseline}: a difference may be the attack's.",
+                figures={"baseline": own, "others": given},
+            ),
         )
 
     def document(self) -> dict[str, Any]:
@@ -131,7 +154,8 @@ class PrecisionsResult:
         return {
             "schema": SCHEMA,
             "verdict": self.verdict.value,
-            "warnings": list(self.warnings),
+            "shown": self.shown,
+            "findings": [document(finding) for finding in self.findings],
             "runtime": self.first.runtime,
             "reference": str(REFERENCE),
             "baseline": self.baseline,
@@ -192,8 +216,10 @@ def compare(results: Sequence[RobustnessResult]) -> PrecisionsResult:
         if spec.epsilon is not None:
             rows.append(row(spec.name, spec.title, at, robust, epsilon=spec.epsilon))
         elif spec.clip:
+            gates = next(r for r in results[0].minimal if r.spec == spec).gates
             rows += [
-                row(spec.name, spec.title, at, partial(robust_at, d=d), d=d) for d in DISTANCES
+                row(spec.name, spec.title, at, partial(robust_within, norm=spec.norm, d=d), d=d)
+                for d in gates
             ]
     return PrecisionsResult(by_precision, baseline, agreement, tuple(rows))
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ccn_deploy.attacks.spec import title_of
+from ccn_deploy.attacks.spec import AttackSpec, Norm, Setting
 from ccn_deploy.robustness.non_inferiority import NonInferiorityTest, Proportion
 from ccn_deploy.robustness.query_stats import QueryStatsPair
+from ccn_deploy.robustness.stages import StageResult
 from ccn_deploy.verdict import Verdict
 
 
@@ -38,14 +40,21 @@ def label_of(title: str, strength: float | None) -> str:
     return "none" if strength is None else f"{title} {strength:g}"
 
 
+def settings_text(parameters: Mapping[str, Setting]) -> str:
+    """Return settings on a line, such as ``"steps 40, decay yes"``; "none" if there are none."""
+    said = (
+        f"{name} {('no', 'yes')[value] if isinstance(value, bool) else _plain(value)}"
+        for name, value in parameters.items()
+    )
+    return ", ".join(said) or "none"
+
+
 @dataclass(frozen=True)
 class FixedEpsilonResult:
     """One attack at one epsilon, or no attack at all.
 
     Attributes:
-        name: ``"clean"``, or that of an attack with an epsilon.
-        norm: In which epsilon is measured; None without an attack.
-        epsilon: Strength; 0 without an attack.
+        spec: The attack; None without one.
         reference: Proportion of images that are right and stay right on the reference.
         runtime: The same on the runtime.
         already_wrong: Images that the runtime gets wrong without an attack.
@@ -53,11 +62,10 @@ class FixedEpsilonResult:
         flips: Images that one of the two gets right and the other does not.
         gate: The comparison.
         effort: What the two attacks took.
+        stages: What each stage left, of an attack that is several one after another.
     """
 
-    name: str
-    norm: str | None
-    epsilon: float
+    spec: AttackSpec | None
     reference: Proportion
     runtime: Proportion
     already_wrong: int
@@ -65,16 +73,32 @@ class FixedEpsilonResult:
     flips: int
     gate: NonInferiorityTest
     effort: QueryStatsPair
+    stages: tuple[StageResult, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """That of the attack, or ``"clean"``."""
+        return "clean" if self.spec is None else self.spec.name
+
+    @property
+    def norm(self) -> str | None:
+        """In which epsilon is measured; None without an attack."""
+        return None if self.spec is None else self.spec.norm
+
+    @property
+    def epsilon(self) -> float:
+        """Strength; 0 without an attack."""
+        return 0.0 if self.spec is None else float(self.spec.epsilon or 0.0)
 
     @property
     def title(self) -> str:
         """The attack, for people; its strength is :attr:`epsilon`."""
-        return "no attack" if self.norm is None else title_of(self.name)
+        return "no attack" if self.spec is None else self.spec.title
 
     @property
     def row(self) -> AccuracyRow:
         """What is judged."""
-        clean = self.norm is None
+        clean = self.spec is None
         return AccuracyRow(
             self.title if clean else f"{self.title} at epsilon {self.epsilon:g}",
             label_of(self.title, None if clean else self.epsilon),
@@ -90,6 +114,7 @@ class FixedEpsilonResult:
             "title": self.title,
             "norm": self.norm,
             "epsilon": self.epsilon,
+            "parameters": {} if self.spec is None else dict(self.spec.parameters),
             "n": self.runtime.n,
             "already_wrong": self.already_wrong,
             "invalid": self.invalid,
@@ -99,6 +124,7 @@ class FixedEpsilonResult:
             **self.gate.document(),
             "seconds": round(self.effort.seconds, 3),
             "effort": self.effort.document(),
+            "stages": [stage.document() for stage in self.stages],
         }
 
 
@@ -106,15 +132,19 @@ class FixedEpsilonResult:
 class MinimizationSide:
     """What the smallest perturbations say of one target (paper, equations 8 and 9).
 
+    Arrays are of the images where something was found.
+
     Attributes:
         already_wrong: Images wrong without an attack.
         failed: Images for which nothing was found; their rho stands for infinity.
         failed_correct: Those among them that are right without an attack.
         found: Proportion of all images for which something was found: the attack's success.
-        rho: Of the images where something was found.
-        l2: Euclidean norm of the perturbation, of the images where something was found.
-        rho_correct: Those among them that are right without an attack.
-        accuracy_at: By d: share that is right, and not fooled within ``rho <= d``.
+        rho: Euclidean norm of the perturbation over that of the image.
+        l2: Euclidean norm of the perturbation.
+        linf: Largest change of a pixel.
+        rho_correct: Of the images that are right without an attack.
+        accuracy_at: By d: share that is right, and not fooled within ``rho <= d``, or within
+            ``linf <= d`` if that is what the attack makes small.
     """
 
     already_wrong: int
@@ -123,6 +153,7 @@ class MinimizationSide:
     found: Proportion
     rho: NDArray[np.float64]
     l2: NDArray[np.float64]
+    linf: NDArray[np.float64]
     rho_correct: NDArray[np.float64]
     accuracy_at: dict[float, Proportion]
 
@@ -141,6 +172,16 @@ class MinimizationSide:
         """Mean L2 distance of the images that were found (paper, tables 11 and 12)."""
         return _mean(self.l2)
 
+    @property
+    def linf_mean(self) -> float | None:
+        """Mean Linf distance of the images that were found."""
+        return _mean(self.linf)
+
+    @property
+    def linf_median(self) -> float | None:
+        """Median Linf distance of the same images."""
+        return _median(self.linf)
+
     def document(self) -> dict[str, Any]:
         """Return this as JSON."""
         return {
@@ -150,6 +191,8 @@ class MinimizationSide:
             "rho_adv_median": self.rho_median,
             "l2_mean": self.l2_mean,
             "l2_median": _median(self.l2),
+            "linf_mean": self.linf_mean,
+            "linf_median": self.linf_median,
             "success": self.found.value,
             "success_ci95": list(self.found.ci95),
             "accuracy_at": {f"{d:g}": share.value for d, share in self.accuracy_at.items()},
@@ -169,9 +212,7 @@ class MinimizationResult:
     """An attack that looks for the smallest perturbation.
 
     Attributes:
-        name: Of an attack without an epsilon.
-        norm: In which it is small.
-        clip: Whether images stayed in [0, 1].
+        spec: The attack, which has no epsilon.
         n: Images.
         reference: The reference, attacked itself.
         runtime: The runtime, attacked itself.
@@ -182,9 +223,7 @@ class MinimizationResult:
         unclipped: The same attack without the box, for comparison with the paper; not judged.
     """
 
-    name: str
-    norm: str
-    clip: bool
+    spec: AttackSpec
     n: int
     reference: MinimizationSide
     runtime: MinimizationSide
@@ -195,9 +234,24 @@ class MinimizationResult:
     unclipped: MinimizationResult | None = None
 
     @property
+    def name(self) -> str:
+        """That of the attack."""
+        return self.spec.name
+
+    @property
+    def norm(self) -> Norm:
+        """In which the perturbation is small."""
+        return self.spec.norm
+
+    @property
+    def clip(self) -> bool:
+        """Whether images stayed in [0, 1]."""
+        return self.spec.clip
+
+    @property
     def title(self) -> str:
         """The attack, for people."""
-        return title_of(self.name)
+        return self.spec.title
 
     @property
     def full_title(self) -> str:
@@ -233,6 +287,7 @@ class MinimizationResult:
             "norm": self.norm,
             "epsilon": None,
             "clip": self.clip,
+            "parameters": dict(self.spec.parameters),
             "n": self.n,
             "already_wrong": self.runtime.already_wrong,
             "failed": self.runtime.failed,
@@ -249,6 +304,10 @@ class MinimizationResult:
         if self.unclipped is not None:
             document["unclipped"] = self.unclipped.document()
         return document
+
+
+def _plain(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ccn_deploy.attacks.spec import AttackSpec, title_of
 from ccn_deploy.robustness.non_inferiority import PairedDifference, Proportion
 from ccn_deploy.robustness.precisions import PrecisionsResult
 from ccn_deploy.robustness.query_stats import QueryStatsPair
 from ccn_deploy.robustness.result import RobustnessResult
-from ccn_deploy.robustness.rows import MinimizationResult
-from ccn_deploy.tables import NORMS, Cell, Mark, Row, Table, number, percent, texts
+from ccn_deploy.robustness.rows import (
+    FixedEpsilonResult,
+    MinimizationResult,
+    label_of,
+    settings_text,
+)
+from ccn_deploy.tables import Cell, Mark, Row, Table, number, percent, texts
 
 
 def accuracy_table(result: RobustnessResult) -> Table:
@@ -22,7 +28,8 @@ def accuracy_table(result: RobustnessResult) -> Table:
     if result.minimal:
         about += (
             " One that looks for the smallest perturbation stands with d: an image counts as right "
-            "if it was right before and must be moved by more than d times its norm."
+            "if it was right before and must be moved by more than d times its norm, or where it "
+            "is the L∞ norm that is small, by more than d."
         )
     measurement = result.measurement
     return Table(
@@ -55,10 +62,18 @@ def accuracy_table(result: RobustnessResult) -> Table:
 def perturbation_table(result: MinimizationResult) -> Table:
     """Return how far images had to be moved by an attack without an epsilon."""
     sides = (result.reference, result.runtime)
-    rows = [
-        Row("Found (success)", [_share(side.found) for side in sides]),
-        Row("Mean rho (rho_adv)", texts(*(number(side.rho_adv) for side in sides))),
-        Row("Median rho", texts(*(number(side.rho_median) for side in sides))),
+    rows = [Row("Found (success)", [_share(side.found) for side in sides])]
+    if result.norm == "linf":
+        rows += [
+            Row("Mean L∞ distance", texts(*(number(side.linf_mean) for side in sides))),
+            Row("Median L∞ distance", texts(*(number(side.linf_median) for side in sides))),
+        ]
+    else:
+        rows += [
+            Row("Mean rho (rho_adv)", texts(*(number(side.rho_adv) for side in sides))),
+            Row("Median rho", texts(*(number(side.rho_median) for side in sides))),
+        ]
+    rows += [
         Row("Mean L2 distance", texts(*(number(side.l2_mean) for side in sides))),
         Row("Already wrong", texts(*(side.already_wrong for side in sides))),
         Row("Nothing found", texts(*(side.failed for side in sides))),
@@ -70,9 +85,70 @@ def perturbation_table(result: MinimizationResult) -> Table:
         title=f"{result.full_title}: the smallest perturbation that changes the label",
         columns=("", "Reference", "Runtime"),
         rows=rows,
-        about=f"rho is the {NORMS[result.norm]} of the perturbation over that of the image. Means "
-        "are over the images for which something was found. What leaves [0, 1] is not judged.",
+        about="rho is the L2 norm of the perturbation over that of the image. Means are over the "
+        "images for which something was found. What leaves [0, 1] is not judged.",
     )
+
+
+def threshold_table(result: RobustnessResult) -> Table:
+    """Return what was required of the runtime, and what is shown."""
+    return Table(
+        title="What was required of the runtime (accuracy, %)",
+        columns=("Attack", "Required", result.measurement.target, "Shown"),
+        rows=[
+            Row(
+                label_of(title_of(test.threshold.attack or ""), test.threshold.strength or None),
+                [
+                    *texts(f"{100 * test.threshold.share:g}"),
+                    _share(test.reached),
+                    *texts(percent(test.lower95)),
+                ],
+                Mark.of(test.verdict),
+            )
+            for test in result.thresholds
+        ],
+        about="Shown is the one-sided 95 % lower bound of the accuracy (Clopper and Pearson). A "
+        "threshold is passed if that reaches it, and failed if the accuracy itself does not.",
+    )
+
+
+def stage_table(row: FixedEpsilonResult) -> Table:
+    """Return what each stage of an attack that has some added on the reference and runtime."""
+    return Table(
+        title=f"{row.row.label}, stage by stage (reference | runtime)",
+        columns=("Stage", "Images", "Fell", "Left", "Forward", "Backward"),
+        rows=[
+            Row(
+                _stage_name(stage.spec),
+                texts(
+                    *(
+                        f"{getattr(stage.reference, what)} | {getattr(stage.runtime, what)}"
+                        for what in ("attacked", "fooled", "left", "forward", "backward")
+                    )
+                ),
+            )
+            for stage in row.stages
+        ],
+        about="Each stage attacks what the ones before it left; an image that one of them fooled "
+        "does not hold. The last runs the images of the reference's own audit on the runtime. "
+        "Queries are those of all images together.",
+    )
+
+
+def settings_table(result: RobustnessResult) -> Table:
+    """Return every setting of every attack; strengths stand with the results."""
+    rows = []
+    for spec in {pair.spec.title: pair.spec for pair in result.measurement.pairs}.values():
+        rows.append(Row(spec.title, texts(settings_text(spec.parameters))))
+        rows += [
+            Row(f"{spec.title}: {_stage_name(stage)}", texts(settings_text(stage.parameters)))
+            for stage in spec.stages
+        ]
+    return Table("How the attacks were set", ("Attack", "Settings"), rows)
+
+
+def _stage_name(spec: AttackSpec) -> str:
+    return spec.title if spec.part is None else f"{spec.title}, first {spec.part}"
 
 
 def effort_table(efforts: Mapping[str, QueryStatsPair]) -> Table:
@@ -113,8 +189,12 @@ def precision_table(result: PrecisionsResult) -> Table:
     ]
     for attacks in zip(*(one.minimal for one in results.values()), strict=True):
         if attacks[0].clip:
-            rhos = (number(one.runtime.rho_adv) for one in attacks)
-            rows.append(Row(f"{attacks[0].title} mean rho", texts(*rhos)))
+            if attacks[0].norm == "linf":
+                sizes = (number(one.runtime.linf_mean) for one in attacks)
+                rows.append(Row(f"{attacks[0].title} mean L∞", texts(*sizes)))
+            else:
+                rhos = (number(one.runtime.rho_adv) for one in attacks)
+                rows.append(Row(f"{attacks[0].title} mean rho", texts(*rhos)))
             distances = (number(one.runtime.l2_mean) for one in attacks)
             rows.append(Row(f"{attacks[0].title} mean L2", texts(*distances)))
     same = (percent(share.value) for share in result.agreement.values())

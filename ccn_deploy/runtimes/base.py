@@ -78,6 +78,7 @@ class RuntimeSpec:
         thread_safe: Whether several threads may call at once.
         graph: Path in the bundle of the graph or engine that :meth:`Runtime.logits` executes;
             empty if it executes none.
+        usual_batch: What ``max_batch`` is where nothing else is asked for.
     """
 
     name: str
@@ -89,6 +90,7 @@ class RuntimeSpec:
     versions: Mapping[str, str]
     thread_safe: bool
     graph: str = ""
+    usual_batch: int = LARGEST_BATCH
 
     @property
     def target(self) -> str:

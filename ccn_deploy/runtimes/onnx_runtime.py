@@ -325,16 +325,18 @@ def make_spec(
     """Describe a session of :func:`make_session`."""
     on_cpu = not target.on_gpu
     usual = IMAGES * (options.threads or os.cpu_count() or 1) if on_cpu else LARGEST_BATCH
+    usual = min(usual, LARGEST_BATCH)
     return RuntimeSpec(
         name=target.runtime,
         precision=target.precision,
         input_shape=bundle.card.input_shape,
         classes=bundle.card.classes,
-        max_batch=options.max_batch or min(usual, LARGEST_BATCH),
+        max_batch=options.max_batch or usual,
         device="cpu" if on_cpu else f"cuda:{options.device}",
         versions={"onnxruntime": ort.__version__},
         thread_safe=True,
         graph=bundle.program(target).path,
+        usual_batch=usual,
     )
 
 

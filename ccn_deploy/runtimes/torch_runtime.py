@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccn_deploy.bundle import Bundle
+from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.errors import GraphError, IntegrityError, RuntimeUnavailableError
 from ccn_deploy.graph.evaluate import GraphModule
 from ccn_deploy.graph.graph import Graph
@@ -25,7 +25,7 @@ from ccn_deploy.runtimes.base import (
     check_cotangent_shape,
     check_images,
 )
-from ccn_deploy.targets import RUNTIMES, Role
+from ccn_deploy.targets import RUNTIMES, Role, Target
 
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -67,7 +67,26 @@ def forward_graph(bundle: Bundle) -> Graph:
         IntegrityError: The graph is damaged, or has what no exporter of this package writes.
         RuntimeUnavailableError: The bundle has no float32 forward graph.
     """
-    record = bundle.file(Role.FORWARD, "fp32")
+    return _read(bundle, bundle.file(Role.FORWARD, "fp32"))
+
+
+def check_programs(bundle: Bundle, target: Target) -> None:
+    """Read the graphs that a target executes, or that its engines are built from.
+
+    What they compute is then a function of the images: no operator in them draws random numbers or
+    is unknown here. No number of measurements would show that.
+
+    Raises:
+        IntegrityError: A graph holds what no exporter of this package writes; names the node.
+    """
+    precision = "fp32" if target.is_reference else target.precision
+    for role in (Role.FORWARD, Role.GRADIENT):
+        for runtime in ("", target.runtime):
+            for record in bundle.files(role, precision, runtime):
+                _read(bundle, record)
+
+
+def _read(bundle: Bundle, record: FileRecord) -> Graph:
     try:
         return read_graph(bundle.read(record), record.path)
     except GraphError as error:

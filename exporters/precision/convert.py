@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import onnx
 
-from ccn_deploy.errors import UsageError, unknown
+from ccn_deploy.errors import LoweringError, UsageError, unknown
 from ccn_deploy.exporters.canonical import canonical
 from ccn_deploy.exporters.precision.calibration import Calibration, ranges
 from ccn_deploy.exporters.precision.cast import low_nodes, round_constants, to_half
@@ -36,7 +36,7 @@ class Converted:
         layers: For each layer its ``"compute"`` and, if it divides by a norm, its ``"norm"``
             precision.
         calibration: How the ranges of activations were found, and what they are; None in a
-            precision that needs none.
+            precision that needs none, and where they were known.
     """
 
     graph: onnx.ModelProto
@@ -47,7 +47,7 @@ class Converted:
 def convert(
     graph: Graph,
     precision: str,
-    calibration: Calibration | None = None,
+    calibration: Calibration | Mapping[str, float] | None = None,
     keep_fp32: Sequence[str] = (),
 ) -> Converted:
     """Convert a float32 graph.
@@ -58,14 +58,16 @@ def convert(
         graph: A forward graph; for fp16 and bf16 also its gradient graph. It is not changed; the
             conversion starts from its canonical form.
         precision: One of :data:`PRECISIONS`.
-        calibration: Images to find the ranges of activations on; int8 and fp8 need them.
+        calibration: Images to find the ranges of activations on, or those ranges by the names
+            that :attr:`Converted.calibration` has for them; int8 and fp8 need one or the other.
         keep_fp32: Names of nodes of the forward graph, or what such names begin with, that stay
             float32 beside those that do by structure.
 
     Raises:
         UsageError: An unknown precision, one that needs a calibration and has none, one that
             a gradient graph cannot have, a name that no node has, or nothing to quantise.
-        LoweringError: A constant overflows fp16, or a layer's input has no range.
+        LoweringError: A constant overflows fp16, a layer's input has no range, or the ranges
+            given are not those of this graph.
         MissingExtraError: ONNX Runtime is needed to calibrate and is not installed.
     """
     if precision not in PRECISIONS:
@@ -107,7 +109,10 @@ def _to_half(graph: Graph, forward: Graph, to: Format, kept: frozenset[str]) -> 
 
 
 def _to_grid(
-    forward: Graph, to: Format, calibration: Calibration, kept: frozenset[str]
+    forward: Graph,
+    to: Format,
+    calibration: Calibration | Mapping[str, float],
+    kept: frozenset[str],
 ) -> Converted:
     sites = quantized_sites(forward, island_nodes(forward), kept)
     if not sites:
@@ -122,15 +127,25 @@ def _to_grid(
         layer = layer_of(site.node, layers)
         taken = not layer or layer in names.values()
         names.setdefault(site.x, site.node if taken else layer)
-    found = ranges(forward, names, calibration)
-    return Converted(
-        to_grid(forward, to, sites, found, names),
-        _precisions(forward, to.precision, {site.node for site in sites}),
-        {
+    document = None
+    if isinstance(calibration, Calibration):
+        found = ranges(forward, names, calibration)
+        document = {
             **calibration.document,
             "method": calibration.method,
             "ranges": {names[tensor]: limit for tensor, limit in found.items()},
-        },
+        }
+    else:
+        if odd := sorted(calibration.keys() ^ set(names.values())):
+            raise LoweringError(
+                f"The range of {odd[0]!r} is missing, or is one of nothing that is quantised.",
+                "Calibrate again.",
+            )
+        found = {tensor: calibration[name] for tensor, name in names.items()}
+    return Converted(
+        to_grid(forward, to, sites, found, names),
+        _precisions(forward, to.precision, {site.node for site in sites}),
+        document,
     )
 
 

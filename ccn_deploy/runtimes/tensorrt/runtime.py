@@ -94,6 +94,7 @@ class TensorRtRuntime(Closing):
             },
             thread_safe=True,
             graph=record.path,
+            usual_batch=self._forward.limits[BATCH].high,
         )
 
     @property
