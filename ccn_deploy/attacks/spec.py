@@ -126,7 +126,7 @@ TRANSFER = "transfer"
 def _pgd(name: str, title: str, norm: Norm, targets: int = 0) -> AttackKind:
     parameters: dict[str, Setting] = {
         "steps": 40,
-        "rel_stepsize": 0.25,
+        "rel_stepsize": 1.0,
         "decay": True,
         "random_start": True,
         "restarts": 1,
