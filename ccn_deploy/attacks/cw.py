@@ -16,6 +16,7 @@ from foolbox.distances import l2
 from foolbox.models.base import Model
 from torch import Tensor
 
+from ccn_deploy.attacks.closest import Closest
 from ccn_deploy.attacks.passes import Pass, forward, tensor_of
 
 _INSIDE = 0.999999
@@ -123,7 +124,7 @@ class L2CarliniWagner(MinimizationAttack):
         return restore_type(self._search(model, images, goal))
 
     def _search(self, model: Model, images: Tensor, goal: _Goal) -> Tensor:
-        best = _Best(images)
+        best = Closest(images, 2)
         consts = images.new_full((len(images),), self.initial_const)
         lower, upper = torch.zeros_like(consts), torch.full_like(consts, torch.inf)
         for _ in range(self.binary_search_steps):
@@ -133,7 +134,7 @@ class L2CarliniWagner(MinimizationAttack):
         return best.result()
 
     def _descend(
-        self, model: Model, images: Tensor, goal: _Goal, consts: Tensor, best: _Best
+        self, model: Model, images: Tensor, goal: _Goal, consts: Tensor, best: Closest
     ) -> Tensor:
         """Run one round from the images themselves; return who succeeded at least once [N]."""
         space = _TanhSpace(model.bounds)
@@ -226,32 +227,6 @@ class _Goal:
         classes = classes[rows]
         ahead = sign * (without(logits, classes).amax(dim=-1) - _pick(logits, classes))
         return (ahead > 0) & (ahead >= confidence)
-
-
-class _Best:
-    """The closest success seen of every image; the image itself until there is one."""
-
-    def __init__(self, images: Tensor) -> None:
-        self._origin = images
-        self._distance = images.new_full((len(images),), torch.inf)
-        self._doubted = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        self._images = images.clone()
-
-    def doubt(self, rows: Tensor) -> None:
-        """Take note of samples [n] whose search could not go on."""
-        self._doubted[rows] = True
-
-    def result(self) -> Tensor:
-        """Return the images; NaN where nothing was found and the search could not go on."""
-        self._images[self._doubted & self._distance.isinf()] = torch.nan
-        return self._images
-
-    def take(self, rows: Tensor, found: Tensor) -> None:
-        """Keep those of the successes ``found`` [n, C, H, W] that are closer than before."""
-        distance = (found - self._origin[rows]).flatten(1).norm(dim=1)
-        closer = distance < self._distance[rows]
-        self._distance[rows[closer]] = distance[closer]
-        self._images[rows[closer]] = found[closer]
 
 
 class _TanhSpace:

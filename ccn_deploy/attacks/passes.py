@@ -108,7 +108,8 @@ def forward(
 ) -> Pass:
     """Begin a pass at ``images`` [N, C, H, W]: the model's own way if it has one, else autograd.
 
-    Every forward and backward pass of our attacks begins here.
+    Every forward and backward pass of our attacks begins here, but those of attacks that ask for
+    :func:`scores`.
 
     Args:
         model: A Foolbox model over torch.
@@ -125,6 +126,23 @@ def forward(
         return model.counted_pass(images, places, labels)
     own: Callable[[Tensor, Tensor | None], Pass] | None = getattr(model, "forward_pass", None)
     return AutogradPass(model, images) if own is None else own(images, labels)
+
+
+def scores(model: Model, images: Tensor, places: Tensor | None = None) -> Tensor:
+    """Return logits [n, classes], for an attack that may know no more of a model.
+
+    The model need not have gradients: none can be asked for.
+
+    Args:
+        model: A Foolbox model over torch.
+        images: As for :func:`forward`, [n, C, H, W].
+        places: As for :func:`forward`, int64 [n].
+    """
+    if isinstance(model, QueryCounter):
+        return model.counted_scores(images, places)
+    with torch.no_grad():
+        logits: Tensor = model(images.detach())
+    return logits
 
 
 class AutogradPass:
@@ -264,9 +282,9 @@ class Queries:
         self._backward = torch.zeros_like(self._forward)
 
     def add(self, places: Tensor, *, forward: int = 0, backward: int = 0) -> None:
-        """Count queries for each of the images at ``places``, int64 [n] without repetition."""
-        self._forward[places] += forward
-        self._backward[places] += backward
+        """Count queries for each of the images at ``places``, int64 [n]; one may be there often."""
+        for total, count in ((self._forward, forward), (self._backward, backward)):
+            total.index_add_(0, places, torch.full_like(places, count))
 
     @property
     def forward(self) -> NDArray[np.int64]:
@@ -280,7 +298,7 @@ class Queries:
 
 
 class QueryCounter(Model):
-    """A Foolbox model that counts what is asked of it, for attacks that use :func:`forward`.
+    """A Foolbox model that counts what is asked of it by :func:`forward` and :func:`scores`.
 
     Args:
         model: A Foolbox model over torch.
@@ -308,9 +326,17 @@ class QueryCounter(Model):
         self, images: Tensor, places: Tensor | None, labels: Tensor | None = None
     ) -> Pass:
         """Begin a pass of the model; see :func:`forward`."""
-        if places is None:
-            places = torch.arange(len(images), device=images.device)
+        places = _all_of(images) if places is None else places
         return _CountingPass(forward(self._model, images, labels=labels), places, self.queries)
+
+    def counted_scores(self, images: Tensor, places: Tensor | None) -> Tensor:
+        """Return the model's logits; see :func:`scores`."""
+        self.queries.add(_all_of(images) if places is None else places, forward=1)
+        return scores(self._model, images)
+
+
+def _all_of(images: Tensor) -> Tensor:
+    return torch.arange(len(images), device=images.device)
 
 
 class _CountingPass:

@@ -14,10 +14,13 @@ from ccn_deploy.attacks.apgd import L2APGD, LinfAPGD
 from ccn_deploy.attacks.cw import L2CarliniWagner
 from ccn_deploy.attacks.deepfool import L2DeepFool
 from ccn_deploy.attacks.fgsm import LinfFGSM
+from ccn_deploy.attacks.fmn import L2FastMinimumNorm, LinfFastMinimumNorm
+from ccn_deploy.attacks.hopskipjump import HopSkipJump
 from ccn_deploy.attacks.losses import CROSS_ENTROPY, DLR, MARGIN, TARGETED_DLR, Loss
 from ccn_deploy.attacks.passes import QueryCounter
 from ccn_deploy.attacks.pgd import L2PGD, LinfPGD
 from ccn_deploy.attacks.spec import AttackSpec
+from ccn_deploy.attacks.square import L2SquareAttack, LinfSquareAttack
 from ccn_deploy.runtimes.base import Array
 
 
@@ -90,5 +93,10 @@ _MAKERS: Mapping[str, Maker] = {
     "deepfool": _deepfool,
     "deepfool-fast": _deepfool,
     "cw": lambda _, settings, seeds: L2CarliniWagner(**settings),
+    "fmn": lambda _, settings, seeds: L2FastMinimumNorm(**settings),
+    "fmn-linf": lambda _, settings, seeds: LinfFastMinimumNorm(**settings),
+    "square": lambda _, settings, seeds: LinfSquareAttack(seeds=seeds, **settings),
+    "square-l2": lambda _, settings, seeds: L2SquareAttack(seeds=seeds, **settings),
+    "hopskipjump": lambda _, settings, seeds: HopSkipJump(seeds=seeds, **settings),
 }
 """One for every attack in :data:`ccn_deploy.attacks.spec.ATTACKS` without stages."""

@@ -119,6 +119,9 @@ class AttackKind:
     stages: tuple[Stage, ...] = ()
 
 
+_FORWARD = 0.3
+"""What a forward pass costs, in gradients."""
+
 TRANSFER = "transfer"
 """The name of the stage that takes the images of the reference's own audit and makes none."""
 
@@ -150,6 +153,24 @@ def _apgd(name: str, title: str, norm: Norm, targets: int = 0) -> AttackKind:
     )
 
 
+def _square(name: str, title: str, norm: Norm) -> AttackKind:
+    parameters: dict[str, Setting] = {"queries": 1000, "p_init": 0.8, "restarts": 1}
+    return AttackKind(
+        name,
+        title,
+        norm,
+        True,
+        parameters,
+        lambda p: _FORWARD * p["queries"] * p["restarts"],
+        knowledge="scores",
+    )
+
+
+def _fmn(name: str, title: str, norm: Norm, stepsize: float) -> AttackKind:
+    parameters: dict[str, Setting] = {"steps": 100, "stepsize": stepsize, "gamma": 0.05}
+    return AttackKind(name, title, norm, False, parameters, lambda p: float(p["steps"]))
+
+
 def _audit(name: str, title: str, norm: Norm, *stages: Stage) -> AttackKind:
     return AttackKind(name, title, norm, True, {}, cost=lambda _: 1.0, stages=stages)
 
@@ -168,6 +189,8 @@ ATTACKS: dict[str, AttackKind] = {
         _apgd("apgd-l2", "APGD L2", "l2"),
         _apgd("apgd-dlr-l2", "APGD-DLR L2", "l2"),
         _apgd("apgd-t-l2", "APGD-T L2", "l2", targets=9),
+        _square("square", "Square", "linf"),
+        _square("square-l2", "Square L2", "l2"),
         AttackKind(
             "deepfool",
             "DeepFool",
@@ -200,6 +223,17 @@ ATTACKS: dict[str, AttackKind] = {
                 "initial_const": 1.0,
             },
             cost=lambda p: 0.2 * p["steps"] * p["binary_search_steps"],
+        ),
+        _fmn("fmn", "FMN", "l2", stepsize=3.0),
+        _fmn("fmn-linf", "FMN Linf", "linf", stepsize=10.0),
+        AttackKind(
+            "hopskipjump",
+            "HopSkipJump",
+            "l2",
+            False,
+            {"queries": 2000, "gradient_queries": 100},
+            cost=lambda p: _FORWARD * p["queries"],
+            knowledge="labels",
         ),
         _audit(
             "audit",
