@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,8 +45,8 @@ def request(samples: int = 20, *attacks: AttackSpec, **more: object) -> Robustne
     )
 
 
-def files(bundle: Bundle) -> dict[str, bytes]:
-    found = sorted(bundle.evidence.rglob("*.jsonl"))
+def files(bundle: Bundle, suffix: str = ".jsonl") -> dict[str, bytes]:
+    found = sorted(bundle.evidence.rglob(f"*{suffix}"))
     return {str(f.relative_to(bundle.evidence)): f.read_bytes() for f in found}
 
 
@@ -283,16 +284,20 @@ def test_a_killed_evaluation_continues_to_the_same_evidence(ccn_bundle: Bundle) 
     assert child.returncode == -signal.SIGKILL
     interrupted = {name: len(sample_lines(data)) for name, data in files(ccn_bundle).items()}
     assert any(1 < count < 41 for count in interrupted.values())
+    # As if killed between images and rows.
+    for path in ccn_bundle.evidence.glob("robustness/onnxruntime-cpu-fp32/*.images"):
+        path.write_bytes(path.read_bytes() + b"no block")
 
     resumed = collect(ccn_bundle, request(40, PGD))
-    continued = files(ccn_bundle)
-    for path in ccn_bundle.evidence.rglob("*.jsonl"):
-        path.unlink()
+    continued, images = files(ccn_bundle), files(ccn_bundle, ".images")
+    shutil.rmtree(ccn_bundle.evidence)
     whole = collect(ccn_bundle, request(40, PGD))
     uninterrupted = files(ccn_bundle)
     assert continued.keys() == uninterrupted.keys()
     for name, data in continued.items():
         assert sample_lines(data) == sample_lines(uninterrupted[name])
+    assert len(images) == 2
+    assert images == files(ccn_bundle, ".images")
     assert verdicts(resumed) == verdicts(whole)
 
 

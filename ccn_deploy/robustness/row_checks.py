@@ -6,6 +6,7 @@ here needs no image and no runtime; :mod:`ccn_deploy.robustness.recheck` asks th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -41,13 +42,16 @@ def check_rows(evidence: Evidence, job: AttackJob, dataset: Dataset, seed: int) 
     wanted = dataset.order(seed)[: len(evidence)]
     refuse(evidence, "is not the one that the selection gives", evidence.index != wanted)
     refuse(evidence, "has another label in the data", evidence.label != dataset.labels[wanted])
-    for why, bad in (
-        *_labels(evidence, len(dataset.class_names)),
-        *_outcomes(evidence, job.spec),
-        *_distances(evidence, job.spec, math.prod(dataset.input_shape)),
-        *_queries(evidence, job),
-        *(_reference(evidence) if job.target == REFERENCE else ()),
-        *_stages(evidence, job),
+    if not len(evidence):
+        return
+    # One after another: later checks rest on what earlier ones refuse.
+    for why, bad in itertools.chain(
+        _labels(evidence, len(dataset.class_names)),
+        _outcomes(evidence, job.spec),
+        _distances(evidence, job.spec, math.prod(dataset.input_shape)),
+        _queries(evidence, job),
+        _reference(evidence) if job.target == REFERENCE else (),
+        _stages(evidence, job),
     ):
         refuse(evidence, why, bad)
 
@@ -154,8 +158,8 @@ def _reference(e: Evidence) -> Iterator[Check]:
 
 def _stages(e: Evidence, job: AttackJob) -> Iterator[Check]:
     stages = job.spec.stages
-    whole = e.stage_queries.shape[1] == len(stages) and (e.stage_queries >= 0).all()
-    yield "has not the stages of its attack", np.full(len(e), not whole)
+    count = (e.stage_queries >= 0).all(axis=2).sum(axis=1)
+    yield "has not the stages of its attack", count != len(stages)
     if not stages:
         yield "has a stage of no attack", e.stage != ""
         return
