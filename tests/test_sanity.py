@@ -7,7 +7,7 @@ up. Findings that rest on rows alone are checked on rows made by hand.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace as with_diagnostics
+from dataclasses import replace as with_changed
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from ccn_deploy.attacks import suite
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data import Dataset, dataset_from_arrays, load_dataset
 from ccn_deploy.errors import IntegrityError
-from ccn_deploy.robustness import RobustnessRequest, RobustnessResult, collect, judge
+from ccn_deploy.robustness import Pair, RobustnessRequest, RobustnessResult, collect, judge
 from ccn_deploy.robustness.diagnostics import DataFacts, Diagnostics, Held, Planted, Slopes
 from ccn_deploy.robustness.sanity import SanityFinding, sanity_findings
 from ccn_deploy.runtimes import RuntimeOptions
@@ -188,8 +188,10 @@ def test_a_changed_file_is_an_integrity_error(tmp_path: Path) -> None:
 # Rows made by hand
 
 
-def of_rows(*pairs: object, max_drop: float = 0.01, **more: object) -> dict[str, SanityFinding]:
-    measurement = measured(*pairs, **more)  # type: ignore[arg-type]
+def of_rows(
+    *pairs: Pair, max_drop: float = 0.01, gradient: str = "native"
+) -> dict[str, SanityFinding]:
+    measurement = with_changed(measured(*pairs), gradient=gradient)  # type: ignore[arg-type]
     result = judge(measurement, max_drop)
     found = sanity_findings(
         measurement, result.clean, result.bounded, result.minimal, result.max_drop
@@ -217,6 +219,7 @@ def test_a_gain_is_as_suspicious_as_a_loss(
     if expected:
         assert found["gain"].undermines
         assert found["gain"].figures["gain"] == pytest.approx((gained - lost) / 200)
+    assert "gain" not in of_rows(pair, max_drop=max_drop, gradient="reference")
 
 
 def test_more_steps_and_larger_epsilons_that_leave_more() -> None:
@@ -270,7 +273,7 @@ HONEST = Diagnostics(
 )
 def test_a_look_at_the_target_is_judged(changed: dict[str, object], code: str | None) -> None:
     pair = bounded("h" * 100, "h" * 100)
-    measurement = with_diagnostics(measured(pair), diagnostics=replace(HONEST, **changed))
+    measurement = with_changed(measured(pair), diagnostics=replace(HONEST, **changed))
     result = judge(measurement)
     found = sanity_findings(measurement, result.clean, result.bounded, result.minimal, 0.01)
     assert undermining(found) - {"chance-accuracy"} == ({code} if code else set())
