@@ -72,7 +72,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
         from ccn_deploy.cli import console
 
         out, err = io.StringIO(), io.StringIO()
-        patch.setattr(console.err, "file", err)
+        patch.setattr(console.err, "_file", err)  # undone to None: whatever stderr is then
         with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as exit:
             main()
     return int(exit.value.code or 0), out.getvalue(), err.getvalue()
