@@ -67,11 +67,12 @@ def certify(
 ) -> Outcome:
     junit = cwd / "junit.xml"
     junit.unlink(missing_ok=True)
+    paths = [*filter(None, (env.get("PYTHONPATH"), os.environ.get("PYTHONPATH")))]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "--pyargs", package, "-p", "no:cacheprovider",
          f"--junitxml={junit}", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=False,
