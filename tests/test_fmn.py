@@ -36,7 +36,7 @@ def digits(n: int) -> Tensor:
     return torch.from_numpy(dataset.images(dataset.order(0)[:n]))
 
 
-def algorithm(network: Rowwise, image: Tensor, label: int, steps: int, order: float) -> Tensor:
+def algorithm(network: Rowwise, image: Tensor, label: Tensor, steps: int, order: float) -> Tensor:
     """The paper's algorithm 1 for one image; epsilon grows until something is found."""
     size = 2 if order == 2 else np.inf
 
@@ -51,7 +51,7 @@ def algorithm(network: Rowwise, image: Tensor, label: int, steps: int, order: fl
         alpha, gamma = 0.005 + 0.495 * cosine, 0.001 + 0.049 * cosine
         x = torch.from_numpy(x0 + delta).requires_grad_()
         logits = network.one(x)
-        rival = int(logits.detach().index_fill(0, torch.tensor(label), -torch.inf).argmax())
+        rival = int(logits.detach().index_fill(0, label, -torch.inf).argmax())
         loss = logits[rival] - logits[label]
         (slope,) = torch.autograd.grad(loss, x)
         g = slope.numpy()

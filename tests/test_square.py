@@ -183,7 +183,7 @@ def test_it_finds_what_the_authors_program_finds(sm_bundle: Bundle) -> None:
         torch.from_numpy(dataset.labels[chosen]),
     )
     network = load_reference(sm_bundle)
-    for attack, norm, epsilon in ((LinfSquareAttack, "Linf", 0.2), (L2SquareAttack, "L2", 2.0)):
+    for attack, norm, epsilon in ((LinfSquareAttack, "Linf", 0.3), (L2SquareAttack, "L2", 3.5)):
         ours = attack(queries=100).run(reference_model(network), images, labels, epsilon=epsilon)
         theirs = SquareAttack(network, norm=norm, n_queries=100, eps=epsilon)
         held, held_too = (
