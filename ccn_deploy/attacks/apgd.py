@@ -35,8 +35,8 @@ _WINDOW, _SHORTER, _SHORTEST = 0.22, 0.03, 0.06
 _NEAR = 0.1
 _LONG = 100
 """An image is pursued if its loss came so close to zero, where a margin changes sign; by starts of
-so many steps, the paper's number. On digits, of starts that lead towards a class across a boundary
-so near, none gets there in 50 steps, and a quarter or more do in 100."""
+so many steps, the paper's number. For three digits so near, of 16 starts towards the nearest
+class 0, 0 and 1 got there in 50 steps, and 2, 4 and 10 in 100."""
 
 
 class APGD(FixedEpsilonAttack):
