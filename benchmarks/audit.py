@@ -166,7 +166,7 @@ def _ours(runtime: Runtime, stages: list[AttackSpec], epsilon: float, at: _Batch
         counter = QueryCounter(model, len(rows))
         seeds = np.stack([np.zeros_like(at.index[rows]), at.index[rows]], axis=1)
         made = perform(stage, counter, at.images[rows], at.labels[rows], seeds=seeds)
-        away = np.abs(made - at.images[rows]).reshape(len(rows), -1).max(axis=1, initial=0)
+        away = np.abs(made - at.images[rows]).max(axis=(1, 2, 3))
         near = away <= epsilon + TOLERANCE  # and not NaN
         gone = rows[near][runtime.logits(made[near]).argmax(axis=1) != at.labels[rows[near]]]
         held[gone] = False

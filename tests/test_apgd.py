@@ -141,6 +141,34 @@ def assert_same(
             np.testing.assert_allclose(found[place], expected, atol=rounding)
 
 
+def test_who_almost_fell_is_pursued_and_nobody_else() -> None:
+    network = Small()
+    images, labels = images_of(network, 40)
+    once, pursued = (Recorder(network, len(images)) for _ in range(2))
+    settings = {"steps": 4, "targets": 3, "loss": TARGETED_DLR}
+    plain = LinfAPGD(**settings).run(once, images, labels, epsilon=0.08)
+    found = LinfAPGD(**settings, pursuits=2).run(pursued, images, labels, epsilon=0.08)
+
+    further = set()
+    for place, (before, after) in enumerate(zip(once.ways, pursued.ways, strict=True)):
+        assert all(torch.equal(*pair) for pair in zip(before, after, strict=False))
+        if len(after) > len(before):
+            further.add(place)
+    ranked = network(images).argsort(dim=1, descending=True)
+    for place, way in enumerate(once.ways):
+        if network(way[-1][None]).argmax() != labels[place]:
+            assert place not in further
+            continue
+        label = labels[[place]].expand(len(way) - 1)
+        towards = [ranked[place, 1 + at // 5] for at in range(len(way) - 1)]
+        values = TARGETED_DLR.value(network(torch.stack(way[1:])), label, torch.stack(towards))
+        assert (values.max() > -0.1) == (place in further)
+    assert 0 < len(further) < 40
+    gone = (network(found).argmax(dim=1) != labels) & (network(plain).argmax(dim=1) == labels)
+    assert set(gone.nonzero()[:, 0].tolist()) <= further
+    assert all(len(pursued.ways[at]) <= 1 + 3 * 5 + 2 * 101 for at in further)
+
+
 # Losses
 
 

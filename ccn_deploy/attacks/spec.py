@@ -142,7 +142,7 @@ def _pgd(name: str, title: str, norm: Norm, targets: int = 0) -> AttackKind:
 def _apgd(name: str, title: str, norm: Norm, targets: int = 0) -> AttackKind:
     parameters: dict[str, Setting] = {"steps": 100, "restarts": 1}
     if targets:
-        parameters["targets"] = targets
+        parameters |= {"targets": targets, "pursuits": 0}
     return AttackKind(
         name,
         title,
@@ -240,7 +240,7 @@ ATTACKS: dict[str, AttackKind] = {
             "Audit",
             "linf",
             Stage("apgd", {"steps": 100}),
-            Stage("apgd-t", {"steps": 50, "targets": 4}),
+            Stage("apgd-t", {"steps": 40, "targets": 4, "pursuits": 5}),
             Stage("fmn-linf"),
             Stage("square", part=100),
             Stage("hopskipjump", part=20),
@@ -251,7 +251,7 @@ ATTACKS: dict[str, AttackKind] = {
             "Audit L2",
             "l2",
             Stage("apgd-l2", {"steps": 100}),
-            Stage("apgd-t-l2", {"steps": 50, "targets": 4}),
+            Stage("apgd-t-l2", {"steps": 40, "targets": 4, "pursuits": 5}),
             Stage("fmn"),
             Stage("square-l2", part=100),
             Stage("hopskipjump", part=20),
