@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 from ccn_deploy.bundle import Bundle, NewFile, write_bundle
 from ccn_deploy.data import Dataset, dataset_from_arrays, load_dataset
 from ccn_deploy.exporters import export_bundle
-from ccn_deploy.exporters.bundle_graphs import gradient_file
+from ccn_deploy.exporters.bundle_graphs import GraphFile, gradient_file
 from ccn_deploy.targets import Role
 from tests.faults import GRADIENTS, LOGITS, edited
 from tests.networks import as_run, random_network
@@ -242,5 +242,5 @@ def _derived(bundle: Bundle, output: Path, edit: Edit, *, gradient: bool = True)
     edit(model.graph)
     data = model.SerializeToString(deterministic=True)
     forward = NewFile(record.path, data, Role.FORWARD, "fp32")
-    files = [forward, gradient_file(forward)] if gradient else [forward]
+    files = [forward, gradient_file(GraphFile(forward))] if gradient else [forward]
     return write_bundle(output, card=bundle.card, files=files)

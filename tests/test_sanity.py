@@ -118,9 +118,9 @@ def test_slopes_that_are_rounded_away(sm_bundle: Bundle, tmp_path: Path) -> None
     assert {"zero-gradients", "planted-not-found"} <= undermining(found)
 
 
-def test_random_answers(sm_bundle: Bundle, tmp_path: Path) -> None:
-    _, found = looked_at(fakes.noisy(sm_bundle, tmp_path / "fake"), TEST, "fgsm")
-    assert "random-answers" in undermining(found)
+def test_a_graph_that_draws_numbers_is_not_measured(sm_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="draws random numbers"):
+        looked_at(fakes.noisy(sm_bundle, tmp_path / "fake"), TEST, "fgsm")
 
 
 def test_random_weights_under_a_good_card(tmp_path: Path) -> None:
