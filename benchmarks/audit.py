@@ -35,10 +35,11 @@ PGD_EPSILONS = (0.1, 0.2, 0.3)
 CONSTANT = {"rel_stepsize": 1 / 30, "decay": False}
 SETTINGS: dict[str, dict[str, int | float | bool]] = {
     "1 x 40 of 1/30": {**CONSTANT},
-    "1 x 40 of 1/10": {**CONSTANT, "rel_stepsize": 0.1},
-    "1 x 40 decaying": {},
-    "2 x 20 decaying": {"steps": 20, "restarts": 2},
-    "4 x 10 decaying": {"steps": 10, "restarts": 4},
+    "1 x 40 from 1/4": {"rel_stepsize": 0.25},
+    "1 x 40 from 1/2": {"rel_stepsize": 0.5},
+    "1 x 40 from 1": {},
+    "2 x 20 from 1": {"steps": 20, "restarts": 2},
+    "4 x 10 from 1": {"steps": 10, "restarts": 4},
 }
 
 

@@ -126,7 +126,7 @@ TRANSFER = "transfer"
 def _pgd(name: str, title: str, norm: Norm, targets: int = 0) -> AttackKind:
     parameters: dict[str, Setting] = {
         "steps": 40,
-        "rel_stepsize": 0.25,
+        "rel_stepsize": 1.0,
         "decay": True,
         "random_start": True,
         "restarts": 1,
@@ -206,7 +206,7 @@ ATTACKS: dict[str, AttackKind] = {
             "Audit",
             "linf",
             Stage("apgd", {"steps": 100}),
-            Stage("apgd-t", {"steps": 40, "targets": 3}),
+            Stage("apgd-t", {"steps": 50, "targets": 4}),
             Stage("fmn-linf"),
             Stage("square", part=100),
             Stage("hopskipjump", part=20),
@@ -217,7 +217,7 @@ ATTACKS: dict[str, AttackKind] = {
             "Audit L2",
             "l2",
             Stage("apgd-l2", {"steps": 100}),
-            Stage("apgd-t-l2", {"steps": 40, "targets": 3}),
+            Stage("apgd-t-l2", {"steps": 50, "targets": 4}),
             Stage("fmn"),
             Stage("square-l2", part=100),
             Stage("hopskipjump", part=20),
