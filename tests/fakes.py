@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from ccn_deploy.bundle import Bundle, NewFile, open_bundle, write_bundle
+from ccn_deploy.bundle import Bundle, NewFile, write_bundle
 from ccn_deploy.data import Dataset, dataset_from_arrays, load_dataset
 from ccn_deploy.exporters import export_bundle
 from ccn_deploy.exporters.bundle_graphs import gradient_file
@@ -139,7 +139,7 @@ def scaled(bundle: Bundle, output: Path, factor: float) -> Bundle:
 
 
 def in_steps(bundle: Bundle, output: Path, levels: int = 16) -> Bundle:
-    """Round the image inside the network, in a way that hides its slope almost everywhere."""
+    """Round the image inside the network: its slope is zero, and no gradient graph is made."""
 
     def edit(graph: onnx.GraphProto) -> None:
         for node in graph.node:
@@ -157,7 +157,7 @@ def in_steps(bundle: Bundle, output: Path, levels: int = 16) -> Bundle:
         ):
             graph.node.insert(at, helper.make_node(op, inputs, [result], name=f"{result}.node"))
 
-    return _derived(bundle, output, edit)
+    return _derived(bundle, output, edit, gradient=False)
 
 
 def untrained(output: Path, defense: str = "sm", accuracy: float = 0.98) -> Bundle:
@@ -235,12 +235,12 @@ def _before(graph: onnx.GraphProto, output: str) -> None:
                     names[at] = "fake.true"
 
 
-def _derived(bundle: Bundle, output: Path, edit: Edit) -> Bundle:
+def _derived(bundle: Bundle, output: Path, edit: Edit, *, gradient: bool = True) -> Bundle:
     """Edit the network itself, and derive its gradient graph from that."""
     record = bundle.file(Role.FORWARD, "fp32")
     model = onnx.load_model_from_string(bundle.read(record))
     edit(model.graph)
     data = model.SerializeToString(deterministic=True)
     forward = NewFile(record.path, data, Role.FORWARD, "fp32")
-    write_bundle(output, card=bundle.card, files=[forward, gradient_file(forward)])
-    return open_bundle(output)
+    files = [forward, gradient_file(forward)] if gradient else [forward]
+    return write_bundle(output, card=bundle.card, files=files)

@@ -271,6 +271,28 @@ def test_unclipped_deepfool_on_a_linear_classifier_is_the_projection(
     np.testing.assert_allclose(found.numpy(), x + 1.02 * step.reshape(x.shape), atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+@pytest.mark.parametrize("slack", [np.inf, 2.0])
+def test_deepfool_does_not_see_the_scale_of_the_logits(scale: float, slack: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(8, 1, 4, 4, generator=generator)
+    found = []
+    for factor in (1.0, scale):
+        layers = nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)
+        with torch.no_grad():
+            for at, layer in enumerate((layers[0], layers[2])):
+                own = torch.Generator().manual_seed(at)
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=own))
+                layer.bias.zero_()
+            layers[2].weight.mul_(factor)
+        network = nn.Sequential(nn.Flatten(), *layers).eval().requires_grad_(False)
+        labels = network(images).argmax(dim=1)
+        attack = L2DeepFool(slack=slack)
+        found.append(attack(reference_model(network), images, labels, epsilons=None)[1])
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+
+
 def test_unclipped_deepfool_leaves_the_box_and_clipped_does_not(ccn_bundle: Bundle) -> None:
     images = torch.from_numpy(digits(8)[0])
     reference = load_reference(ccn_bundle)

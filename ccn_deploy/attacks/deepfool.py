@@ -195,9 +195,9 @@ def _norms(gradients: Tensor) -> Tensor:
     """
     flat = gradients.flatten(2)
     largest = flat.abs().amax(dim=-1)
-    return largest * (flat / largest.clamp_min(torch.finfo(flat.dtype).tiny)[..., None]).norm(
-        dim=-1
-    )
+    parts = flat / largest.clamp_min(torch.finfo(flat.dtype).tiny)[..., None]
+    norms: Tensor = largest * parts.norm(dim=-1)
+    return norms
 
 
 def _distances(losses: Tensor, norms: Tensor) -> Tensor:

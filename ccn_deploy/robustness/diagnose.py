@@ -110,10 +110,11 @@ def diagnose(
     native = None
     if target != REFERENCE and runtime.differentiable:
         assert transferred is not None
+        crafted = np.where(np.isfinite(transferred), transferred, start)
         native = Native(
             agreement=compare_gradients(session, target, images, labels),
             crafted=Agreement.between(
-                *(slopes(one, transferred, truth) for one in (runtime, reference))
+                *(slopes(one, crafted, truth) for one in (runtime, reference))
             )
             if len(truth)
             else None,
