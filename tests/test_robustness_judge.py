@@ -117,7 +117,7 @@ def test_a_drop_that_is_shown_fails_the_whole() -> None:
 def test_a_runtime_that_is_more_robust_passes_but_not_one_that_is_much_more_so() -> None:
     result = judge(measured(bounded("f" * 4 + "h" * 396, "h" * 400)), 0.01)
     assert (result.verdict, result.doubts) == (Verdict.PASS, ())
-    result = judge(measured(bounded("f" * 20 + "h" * 380, "h" * 400)), 0.01)
+    result = judge(measured(bounded("f" * 60 + "h" * 340, "h" * 400)), 0.01)
     assert all(gate.verdict is Verdict.PASS for gate in result.gates.values())
     assert result.verdict is Verdict.INCONCLUSIVE
     (doubt,) = result.doubts
@@ -126,7 +126,7 @@ def test_a_runtime_that_is_more_robust_passes_but_not_one_that_is_much_more_so()
 
 
 def test_a_fail_stays_a_fail_whatever_else_is_known() -> None:
-    gaining = bounded("f" * 20 + "h" * 380, "h" * 400)
+    gaining = bounded("f" * 60 + "h" * 340, "h" * 400)
     losing = bounded("h" * 400, "f" * 20 + "h" * 380, epsilon=0.2)
     result = judge(measured(gaining, losing), 0.01)
     assert result.doubts

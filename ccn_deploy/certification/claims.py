@@ -20,6 +20,7 @@ claim                  what it says
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,11 @@ class Claim(pytest.Item):
     def runtest(self) -> None:
         """Judge the claim, collecting its evidence if nobody has."""
         try:
-            finding = self._check()
+            with warnings.catch_warnings():
+                # A bundle is judged: that a library warns is no fault of it, however a project's
+                # own tests take warnings.
+                warnings.simplefilter("default")
+                finding = self._check()
         except EnvironmentUnfitError:
             self.user_properties.append((UNFIT, True))
             raise

@@ -118,7 +118,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options; each has the name and the meaning it has in the commands."""
     group = parser.getgroup("ccn-deploy", "certification of a bundle (ccn-deploy)")
     for name, metavar, what, more in _OPTIONS:
-        group.addoption(f"--ccn-{name}", metavar=metavar, help=what, **more)
+        shown = what.replace("%", "%%")  # a percent sign is argparse's own
+        group.addoption(f"--ccn-{name}", metavar=metavar, help=shown, **more)
 
 
 def pytest_configure(config: pytest.Config) -> None:
