@@ -253,7 +253,7 @@ HONEST = Diagnostics(
     repeats=0.0,
     batches=1e-6,
     background=0.1,
-    held=Held(*([(False,) * 32] * 5)),
+    held=Held(*([(False,) * 32] * 6)),
     planted=Planted(16, 16),
     data=DataFacts(100, 100, 0, 0.97),
 )
@@ -266,6 +266,11 @@ HONEST = Diagnostics(
         ({"attacked": Slopes(32, 0, 0, 2.0, 1e6)}, "exploding-gradients"),
         ({"planted": Planted(16, 9)}, "planted-not-found"),
         ({"planted": Planted(0, 0)}, None),
+        (
+            {"held": replace(HONEST.held, usual=(True,) * 3 + (False,) * 29)},
+            "margin-below-cross-entropy",
+        ),
+        ({"held": replace(HONEST.held, usual=(True,) * 2 + (False,) * 30)}, None),
         ({"saturated": 0.4}, "saturated-logits"),
         ({"batches": 0.2}, "random-answers"),
         ({"data": DataFacts(100, 80, None, None)}, "duplicates-in-data"),

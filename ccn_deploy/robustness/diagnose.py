@@ -97,8 +97,10 @@ def diagnose(
     start, truth = images[chosen], labels[chosen]
     seeds = np.stack([np.full(len(chosen), seed), few[chosen]], axis=1)
 
-    def ends(of: PyTorchModel, strength: float = epsilon, **changed: int | bool) -> Array:
-        spec = AttackSpec("pgd", "linf", strength, True, {**ATTACKS["pgd"].parameters, **changed})
+    def ends(
+        of: PyTorchModel, strength: float = epsilon, name: str = "pgd", **changed: int | bool
+    ) -> Array:
+        spec = AttackSpec(name, "linf", strength, True, {**ATTACKS[name].parameters, **changed})
         return perform(spec, of, start, truth, seeds=seeds)
 
     def held(points: Array) -> tuple[bool, ...]:
@@ -138,6 +140,7 @@ def diagnose(
             usual=held(usual),
             half=held(ends(model, epsilon / 2)),
             everywhere=held(ends(model, 1.0, random_start=False)),
+            margin=held(ends(model, name="pgd-margin")),
             transferred=() if transferred is None else held(transferred),
         ),
         planted=planted(runtime, model, start[:PLANTED], seeds[:PLANTED], epsilon),

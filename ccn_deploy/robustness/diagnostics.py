@@ -72,6 +72,7 @@ class Held(Record, frozen=True):
         usual: With all of them.
         half: With all of them, at half that epsilon.
         everywhere: At epsilon 1, which allows every image.
+        margin: With all of them, up the margin of the logits instead of the cross-entropy.
         transferred: Against the usual attack's images of the reference; empty for the reference.
     """
 
@@ -79,6 +80,7 @@ class Held(Record, frozen=True):
     usual: tuple[bool, ...]
     half: tuple[bool, ...]
     everywhere: tuple[bool, ...]
+    margin: tuple[bool, ...]
     transferred: tuple[bool, ...]
 
 
