@@ -199,7 +199,9 @@ def test_evidence_is_measured_once(ccn_bundle: Bundle) -> None:
     second = collect(ccn_bundle, request(), lambda what, done, total: calls.append(what))
     assert calls == []
     assert files(ccn_bundle) == before
-    assert judge(first).document() == judge(second).document()
+    told = [{**judge(one).document(), "evidence": None} for one in (first, second)]
+    assert told[0] == told[1]
+    assert [p.origin for p in (*first.pairs, *second.pairs)] == ["measured", "read"]
 
 
 def test_progress_rises_to_its_total(ccn_bundle: Bundle) -> None:

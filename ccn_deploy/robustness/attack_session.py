@@ -31,11 +31,16 @@ class AttackSession:
     Args:
         bundle: An open bundle.
         options: Threads and memory of the runtimes.
+        read_programs: Whether to read what a runtime executes before it is opened, which needs
+            torch; false only where nothing is measured.
     """
 
-    def __init__(self, bundle: Bundle, options: RuntimeOptions) -> None:
+    def __init__(
+        self, bundle: Bundle, options: RuntimeOptions, *, read_programs: bool = True
+    ) -> None:
         self.bundle = bundle
         self._options = options
+        self._read_programs = read_programs
         self._open: dict[tuple[Target, bool], Runtime] = {}
         self._models: dict[tuple[Target, bool, Gradient], PyTorchModel] = {}
         self._clean: dict[tuple[Target, str], dict[int, int]] = {}
@@ -51,9 +56,10 @@ class AttackSession:
     def runtime(self, target: Target, clip: bool = True) -> Runtime:
         """Return a runtime; for an attack that leaves the box, one that takes such images."""
         if (target, clip) not in self._open:
-            from ccn_deploy.runtimes.torch_runtime import check_programs
+            if self._read_programs:
+                from ccn_deploy.runtimes.torch_runtime import check_programs
 
-            check_programs(self.bundle, target)
+                check_programs(self.bundle, target)
             options = replace(self._options, check_range=clip)
             runtime = open_runtime(self.bundle, target.runtime, target.precision, options)
             self._open[target, clip] = self._stack.enter_context(runtime)

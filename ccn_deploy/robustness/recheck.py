@@ -115,7 +115,7 @@ def recheck(
     scored = repeated = moved = evidence = 0
     with_torch = _has_torch()
     if n:
-        with AttackSession(bundle, request.options) as session:
+        with AttackSession(bundle, request.options, read_programs=with_torch) as session:
             for job, found, reference in _read(request, measurement):
                 if job.target == REFERENCE and not with_torch:
                     continue
