@@ -17,7 +17,7 @@ BENCH ?=
 NETWORKS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-wide soak lint format bench networks clean
+.PHONY: help install quickstart test test-gpu test-wide fakes soak lint format bench networks clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ $(GPU_INSTALLED): pyproject.toml constraints.txt
 
 test-wide: $(INSTALLED) ## Derive everything from every published and every kind of own network (25 minutes)
 	$(BIN)/python -m pytest -m wide
+
+fakes: $(INSTALLED) ## Judge every planted fake and every unusual honest network (4 minutes)
+	$(BIN)/python -m pytest -m 'fakes or not soak and not wide' tests/test_verdicts.py
 
 networks: $(INSTALLED) ## Take published networks through every command: docs/networks.md (hours on two cores)
 	$(BIN)/python -m tests.campaign $(NETWORKS)

@@ -267,10 +267,10 @@ HONEST = Diagnostics(
         ({"planted": Planted(16, 9)}, "planted-not-found"),
         ({"planted": Planted(0, 0)}, None),
         (
-            {"held": replace(HONEST.held, usual=(True,) * 3 + (False,) * 29)},
+            {"held": replace(HONEST.held, usual=(True,) * 4 + (False,) * 28)},
             "margin-below-cross-entropy",
         ),
-        ({"held": replace(HONEST.held, usual=(True,) * 2 + (False,) * 30)}, None),
+        ({"held": replace(HONEST.held, usual=(True,) * 3 + (False,) * 29)}, None),
         ({"saturated": 0.4}, "saturated-logits"),
         ({"batches": 0.2}, "random-answers"),
         ({"data": DataFacts(100, 80, None, None)}, "duplicates-in-data"),

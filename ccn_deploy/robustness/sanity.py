@@ -92,7 +92,11 @@ SCALE_FREE = ("pgd-margin", "apgd-dlr", "apgd-t", "square")
 """What the names of attacks on margins begin with."""
 
 FEW = 2
-"""Images that a look at few may contradict without a word; one is no sign. Honest: none of 32."""
+"""Images that an attack on few of them may add without a word; one is no sign."""
+
+BLINDED = 0.1
+"""Part of the images that only the margin may lead astray. Honest: none of 32, at half of the
+usual scale 3; squashed, tiny or scaled by the image: 4 to 7."""
 
 CONTRADICTIONS = 0.05
 """Part of the images that a bounded attack may miss though a smaller perturbation is known."""
@@ -561,7 +565,7 @@ def _blind_loss(look: Diagnostics, judged: _Judged) -> Iterator[SanityFinding]:
     # label towards no class at all, or only makes the network unsure. The margin does not mind.
     usual, margin = (~np.array(c, dtype=bool) for c in (look.held.usual, look.held.margin))
     only_margin, only_usual = _against(margin, usual)
-    if only_margin - only_usual > FEW:
+    if only_margin - only_usual > BLINDED * len(usual):
         yield SanityFinding(
             code="margin-below-cross-entropy",
             undermines=not judged.scale_free,
