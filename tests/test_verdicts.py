@@ -142,8 +142,9 @@ def bundle(pristine: Path, tmp_path: Path) -> Bundle:
 @pytest.fixture(scope="module")
 def truth(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
     """What PGD leaves of the honest network."""
-    shutil.copytree(pristine, tmp_path_factory.mktemp("truth") / "bundle", dirs_exist_ok=True)
-    said = robustness_alone(open_bundle(pristine))
+    path = tmp_path_factory.mktemp("truth") / "bundle"
+    shutil.copytree(pristine, path)
+    said = robustness_alone(open_bundle(path))
     assert said.outcome == "pass", said
     return said.left
 
