@@ -253,7 +253,7 @@ HONEST = Diagnostics(
     repeats=0.0,
     batches=1e-6,
     background=0.1,
-    held=Held(*([(False,) * 32] * 6)),
+    held=Held(*([(False,) * 32] * 7)),
     planted=Planted(16, 16),
     data=DataFacts(100, 100, 0, 0.97),
 )

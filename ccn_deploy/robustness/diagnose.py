@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,13 +33,20 @@ from ccn_deploy.storage import sha256
 from ccn_deploy.targets import Target
 
 SAMPLES = 64
-"""Images whose slopes are looked at, at most."""
+"""Images whose slopes are looked at, at most; a quarter of them, and of those below, where an image
+has more than :data:`LARGE` values."""
 
 ATTACKED = 32
 """Images that are attacked, at most."""
 
 PLANTED = 16
 """Images for which something is planted, at most."""
+
+LARGE = 10_000
+"""Values of an image from which a gradient takes a tenth of a second and more."""
+
+QUERIES = 300
+"""Of Square: enough to fool a fifth of the images of a network whose slopes are waves on pixels."""
 
 WITNESSES = 24
 """Points inside the ball, and as many on its surface, that a planted boundary parts."""
@@ -87,13 +95,14 @@ def diagnose(
     """
     runtime, reference = session.runtime(target), session.runtime(REFERENCE)
     model = session.model(target, True, gradient)
-    few = indices[:SAMPLES]
+    part = 4 if math.prod(dataset.input_shape) > LARGE else 1
+    few = indices[: SAMPLES // part]
     images, labels = dataset.images(few), dataset.labels[few]
     logits = runtime.logits(images)
     whole = np.isfinite(logits).all(axis=1)
     seen = _seen(model, images[whole], labels[whole])
 
-    chosen = np.flatnonzero(whole & (logits.argmax(axis=1) == labels))[:ATTACKED]
+    chosen = np.flatnonzero(whole & (logits.argmax(axis=1) == labels))[: ATTACKED // part]
     start, truth = images[chosen], labels[chosen]
     seeds = np.stack([np.full(len(chosen), seed), few[chosen]], axis=1)
 
@@ -102,6 +111,14 @@ def diagnose(
     ) -> Array:
         spec = AttackSpec(name, "linf", strength, True, {**ATTACKS[name].parameters, **changed})
         return perform(spec, of, start, truth, seeds=seeds)
+
+    def by_scores(points: Array) -> Array:
+        left = _holds(runtime, points, truth)
+        parameters = {**ATTACKS["square"].parameters, "queries": QUERIES}
+        spec = AttackSpec("square", "linf", epsilon, True, parameters)
+        found = points.copy()
+        found[left] = perform(spec, model, start[left], truth[left], seeds=seeds[left])
+        return found
 
     def held(points: Array) -> tuple[bool, ...]:
         return tuple(_holds(runtime, points, truth).tolist())
@@ -141,9 +158,12 @@ def diagnose(
             half=held(ends(model, epsilon / 2)),
             everywhere=held(ends(model, 1.0, random_start=False)),
             margin=held(ends(model, name="pgd-margin")),
+            scores=held(by_scores(usual)),
             transferred=() if transferred is None else held(transferred),
         ),
-        planted=planted(runtime, model, start[:PLANTED], seeds[:PLANTED], epsilon),
+        planted=planted(
+            runtime, model, start[: PLANTED // part], seeds[: PLANTED // part], epsilon
+        ),
         data=_data_facts(session.bundle, dataset, indices),
     )
 

@@ -73,6 +73,7 @@ class Held(Record, frozen=True):
         half: With all of them, at half that epsilon.
         everywhere: At epsilon 1, which allows every image.
         margin: With all of them, up the margin of the logits instead of the cross-entropy.
+        scores: With all of them, and under Square, which asks for no gradients, after that.
         transferred: Against the usual attack's images of the reference; empty for the reference.
     """
 
@@ -81,6 +82,7 @@ class Held(Record, frozen=True):
     half: tuple[bool, ...]
     everywhere: tuple[bool, ...]
     margin: tuple[bool, ...]
+    scores: tuple[bool, ...]
     transferred: tuple[bool, ...]
 
 

@@ -581,6 +581,21 @@ def _blind_loss(look: Diagnostics, judged: _Judged) -> Iterator[SanityFinding]:
         )
 
 
+def _scores(look: Diagnostics, _: _Judged) -> Iterator[SanityFinding]:
+    # Slopes may be true and lead nowhere: no step along them gets over waves on the pixels.
+    usual, n = sum(look.held.usual), len(look.held.usual)
+    added = usual - sum(look.held.scores)
+    if added > max(BLINDED * usual, FEW):
+        yield _doubt(
+            "black-box-below-white-box",
+            f"Of {n} images Square, which asks for no gradients, fools {added} that PGD at epsilon "
+            f"{look.epsilon:g} leaves right: gradients mislead.",
+            epsilon=look.epsilon,
+            images=added,
+            n=n,
+        )
+
+
 def _planted(look: Diagnostics, _: _Judged) -> Iterator[SanityFinding]:
     n, found = look.planted.n, look.planted.found
     if found < FOUND * n:
@@ -648,6 +663,7 @@ _OF_TARGET: tuple[Callable[[Diagnostics, _Judged], Iterator[SanityFinding]], ...
     _orders,
     _small_transfer,
     _blind_loss,
+    _scores,
     _planted,
     _background,
     _data,
