@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-quickstart: $(INSTALLED) ## Train, lower, prove and attack, on real digits (about 3 minutes)
+quickstart: $(INSTALLED) ## Train, lower, prove and attack, on real digits (about 4 minutes)
 	$(BIN)/ccn-deploy quickstart $(QUICKSTART)
 
 test: $(INSTALLED) ## Run the tests
