@@ -259,6 +259,12 @@ HONEST = Diagnostics(
 )
 
 
+def left(usual: int, margin: int, scores: int) -> Held:
+    """Of 32 images, how many PGD leaves, PGD on the margin does, and Square after PGD."""
+    usual_, margin_, scores_ = ((True,) * n + (False,) * (32 - n) for n in (usual, margin, scores))
+    return replace(HONEST.held, usual=usual_, margin=margin_, scores=scores_)
+
+
 @pytest.mark.parametrize(
     ("changed", "code"),
     [
@@ -266,11 +272,10 @@ HONEST = Diagnostics(
         ({"attacked": Slopes(32, 0, 0, 2.0, 1e6)}, "exploding-gradients"),
         ({"planted": Planted(16, 9)}, "planted-not-found"),
         ({"planted": Planted(0, 0)}, None),
-        (
-            {"held": replace(HONEST.held, usual=(True,) * 4 + (False,) * 28)},
-            "margin-below-cross-entropy",
-        ),
-        ({"held": replace(HONEST.held, usual=(True,) * 3 + (False,) * 29)}, None),
+        ({"held": left(4, 0, 4)}, "margin-below-cross-entropy"),
+        ({"held": left(3, 0, 3)}, None),
+        ({"held": left(4, 4, 0)}, "black-box-below-white-box"),
+        ({"held": left(2, 2, 0)}, None),
         ({"saturated": 0.4}, "saturated-logits"),
         ({"batches": 0.2}, "random-answers"),
         ({"data": DataFacts(100, 80, None, None)}, "duplicates-in-data"),
