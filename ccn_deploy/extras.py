@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from types import ModuleType
 
 from ccn_deploy.errors import MissingExtraError
@@ -22,11 +21,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     """
     package = module.partition(".")[0]
     try:
-        with warnings.catch_warnings():
-            # What a package warns of as it is imported is for its authors, and where the user makes
-            # errors of warnings it would be no package at all.
-            warnings.simplefilter("ignore")
-            return importlib.import_module(module)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
             raise  # the package is there, one of its own imports is not

@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from foolbox.attacks.base import FixedEpsilonAttack, raise_if_kwargs
 from foolbox.distances import l2, linf
 from foolbox.models.base import Model
 from numpy.typing import NDArray
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from ccn_deploy.attacks.balls import Ball, L2Ball, LinfBall, generators_of, stacked
 from ccn_deploy.attacks.losses import CROSS_ENTROPY, Loss, ranked_targets, sound
-from ccn_deploy.attacks.passes import forward, labels_of, tensor_of
+from ccn_deploy.attacks.passes import forward
+from ccn_deploy.attacks.untargeted import BoundedAttack
 
 _FIRST_STEP = 2.0
 """Length of a step before it is ever halved, relative to epsilon."""
@@ -39,13 +39,14 @@ so many steps, the paper's number. For three digits so near, of 16 starts toward
 class 0, 0 and 1 got there in 50 steps, and 2, 4 and 10 in 100."""
 
 
-class APGD(FixedEpsilonAttack):
+class APGD(BoundedAttack):
     """Climb a loss by steps that are halved, from the best point so far, where they do not help.
 
     The iterates are those of the authors' program from the same start. An image leaves the batch
     as soon as it is misclassified. Random starts lie on the surface of the ball and belong to the
     image. An image at which there is no finite gradient becomes NaN, and so does one whose
-    gradient was zero everywhere whenever it was asked for: nothing was shown of it.
+    gradient was zero everywhere whenever it was asked for: nothing was shown of it. Where the
+    attack failed, the highest point of its last start is returned.
 
     Args:
         steps: At most so many steps from each start.
@@ -58,6 +59,7 @@ class APGD(FixedEpsilonAttack):
         seeds: One sequence of integers per image; the image's place in the batch if None.
     """
 
+    title = "APGD"
     ball: Ball
 
     def __init__(
@@ -76,23 +78,6 @@ class APGD(FixedEpsilonAttack):
         self.pursuits = pursuits
         self.loss = loss
         self.seeds = seeds
-
-    def run(
-        self, model: Model, inputs: Any, criterion: Any, *, epsilon: float, **kwargs: Any
-    ) -> Any:
-        """Return attacked images; where the attack failed, the highest point of its last start.
-
-        Args:
-            model: A Foolbox model over torch.
-            inputs: Images [N, C, H, W] within the model's bounds.
-            criterion: ``Misclassification``, or labels int64 [N].
-            epsilon: Radius of the ball.
-            **kwargs: None are taken.
-        """
-        raise_if_kwargs(kwargs)
-        labels = labels_of(criterion, "APGD")
-        images, restore_type = tensor_of(inputs)
-        return restore_type(self._search(model, images, labels, epsilon))
 
     def _search(self, model: Model, origin: Tensor, labels: Tensor, epsilon: float) -> Tensor:
         result = origin.clone()

@@ -63,7 +63,7 @@ class L2Ball:
     def direction(self, gradients: Tensor) -> Tensor:
         """Return gradients divided by their norms, whatever their scale."""
         # Squares of what is far from 1 would leave float32.
-        largest = _as_images(gradients.flatten(1).abs().amax(dim=1))
+        largest = as_images(gradients.flatten(1).abs().amax(dim=1))
         scaled = gradients / largest.where(largest > 0, 1.0)
         norms = _norms(scaled)
         return scaled / norms.where(norms > 0, 1.0)
@@ -104,8 +104,9 @@ def stacked(noise: list[NDArray[np.float64]], like: Tensor) -> Tensor:
 
 
 def _norms(points: Tensor) -> Tensor:
-    return _as_images(points.flatten(1).norm(dim=1))
+    return as_images(points.flatten(1).norm(dim=1))
 
 
-def _as_images(values: Tensor) -> Tensor:
+def as_images(values: Tensor) -> Tensor:
+    """Return one value an image [n] so that it goes with images [n, C, H, W]."""
     return values.view(-1, 1, 1, 1)

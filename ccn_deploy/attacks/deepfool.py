@@ -7,21 +7,20 @@ used by the paper in section 5.1 (equations 8 and 9).
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from foolbox.attacks.base import MinimizationAttack, raise_if_kwargs
 from foolbox.distances import l2
 from foolbox.models.base import Model
 from torch import Tensor
 
-from ccn_deploy.attacks.passes import Pass, forward, labels_of, tensor_of
+from ccn_deploy.attacks.passes import Pass, forward
+from ccn_deploy.attacks.untargeted import MinimumNormAttack
 
 _STABILITY = 1e-4
 """Added to a step's length, a distance between images, so that one on the boundary moves."""
 
 
-class L2DeepFool(MinimizationAttack):
+class L2DeepFool(MinimumNormAttack):
     r"""Step to the nearest linearised decision boundary until the label changes.
 
     With :math:`f_k` the logits, :math:`k_0` the label at the start and
@@ -36,7 +35,8 @@ class L2DeepFool(MinimizationAttack):
     It takes the steps that Foolbox's ``L2DeepFoolAttack(loss="logits")`` takes, with less work:
     one forward pass a step serves all candidates, no gradients of weights are computed when they
     are frozen, and a sample leaves the batch as soon as it is adversarial. A sample at which there
-    is no finite gradient becomes NaN: nothing was shown of it.
+    is no finite gradient becomes NaN: nothing was shown of it. Where the attack failed, its last
+    iterate is returned.
 
     Args:
         steps: At most so many steps.
@@ -49,6 +49,7 @@ class L2DeepFool(MinimizationAttack):
         clip: Whether to clip every iterate to the model's bounds.
     """
 
+    title = "DeepFool"
     distance = l2
 
     def __init__(
@@ -70,37 +71,13 @@ class L2DeepFool(MinimizationAttack):
         self.slack = slack
         self.clip = clip
 
-    def run(
-        self,
-        model: Model,
-        inputs: Any,
-        criterion: Any,
-        *,
-        early_stop: float | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Return adversarial images; where the attack failed, the last iterate.
-
-        Args:
-            model: A Foolbox model over torch.
-            inputs: Images [N, C, H, W] within the model's bounds.
-            criterion: ``Misclassification``, or labels int64 [N]. To start from the model's own
-                predictions, give those.
-            early_stop: Unused; the search ends at the first adversarial image.
-            **kwargs: None are taken.
-        """
-        raise_if_kwargs(kwargs)
-        labels = labels_of(criterion, "DeepFool")
-        images, restore_type = tensor_of(inputs)
-        return restore_type(self._search(model, images, labels))
-
-    def _search(self, model: Model, start: Tensor, labels: Tensor) -> Tensor:
-        result = start.clone()
-        total = torch.zeros_like(start)
-        active = torch.arange(len(start), device=start.device)
-        here = forward(model, start)
+    def _search(self, model: Model, images: Tensor, labels: Tensor) -> Tensor:
+        result = images.clone()
+        total = torch.zeros_like(images)
+        active = torch.arange(len(images), device=images.device)
+        here = forward(model, images)
         ranked = here.logits.argsort(dim=-1).flip(dims=(-1,))[:, : self.candidates]
-        pruned = _Pruned(self.slack, start.new_full((len(start), ranked.shape[1] - 1), torch.inf))
+        pruned = _Pruned(self.slack, images.new_full((len(images), ranked.shape[1] - 1), torch.inf))
         for step in range(self.steps):
             if not len(active):
                 break
@@ -119,7 +96,7 @@ class L2DeepFool(MinimizationAttack):
                 total[active] += _step(losses, here.gradients(rows, cotangents))
             else:
                 total[active] += pruned.step(losses, cotangents, here, rows, active)
-            moved = start[active] + (1.0 + self.overshoot) * total[active]
+            moved = images[active] + (1.0 + self.overshoot) * total[active]
             result[active] = moved.clamp(*model.bounds) if self.clip else moved
             active = active[moved.flatten(1).isfinite().all(dim=1)]
         return result

@@ -5,18 +5,17 @@ Goodfellow et al., "Explaining and harnessing adversarial examples" (2015); equa
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from foolbox.attacks.base import FixedEpsilonAttack, raise_if_kwargs
 from foolbox.distances import linf
 from foolbox.models.base import Model
+from torch import Tensor
 
 from ccn_deploy.attacks.losses import sound
-from ccn_deploy.attacks.passes import forward, labels_of, tensor_of
+from ccn_deploy.attacks.passes import forward
+from ccn_deploy.attacks.untargeted import BoundedAttack
 
 
-class LinfFGSM(FixedEpsilonAttack):
+class LinfFGSM(BoundedAttack):
     r"""Take one step of size epsilon up the cross-entropy.
 
     .. math:: x' = \mathrm{clip}\left(x + \epsilon\,\mathrm{sign}\,\nabla_x L(f(x), y)\right)
@@ -27,26 +26,13 @@ class LinfFGSM(FixedEpsilonAttack):
     becomes NaN: nothing was shown of it.
     """
 
+    title = "FGSM here"
     distance = linf
 
-    def run(
-        self, model: Model, inputs: Any, criterion: Any, *, epsilon: float, **kwargs: Any
-    ) -> Any:
-        """Return attacked images.
-
-        Args:
-            model: A Foolbox model over torch.
-            inputs: Images [N, C, H, W] within the model's bounds.
-            criterion: ``Misclassification``, or labels int64 [N].
-            epsilon: Size of the step.
-            **kwargs: None are taken.
-        """
-        raise_if_kwargs(kwargs)
-        labels = labels_of(criterion, "FGSM here")
-        images, restore_type = tensor_of(inputs)
-        everything = torch.arange(len(images), device=images.device)
-        gradients = forward(model, images, labels=labels).loss_gradient(everything, labels)
-        moved = (images + epsilon * gradients.sign()).clamp(*model.bounds)
+    def _search(self, model: Model, origin: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+        everything = torch.arange(len(origin), device=origin.device)
+        gradients = forward(model, origin, labels=labels).loss_gradient(everything, labels)
+        moved = (origin + epsilon * gradients.sign()).clamp(*model.bounds)
         _, leads = sound(gradients)
         moved[~leads] = torch.nan
-        return restore_type(moved)
+        return moved

@@ -7,18 +7,19 @@ https://arxiv.org/abs/2102.12827.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from foolbox.attacks.base import MinimizationAttack, raise_if_kwargs
 from foolbox.distances import l2, linf
 from foolbox.models.base import Model
 from torch import Tensor
 
+from ccn_deploy.attacks.balls import as_images
 from ccn_deploy.attacks.closest import Closest
 from ccn_deploy.attacks.cw import without
 from ccn_deploy.attacks.losses import sound
-from ccn_deploy.attacks.passes import forward, labels_of, tensor_of
+from ccn_deploy.attacks.passes import forward
+from ccn_deploy.attacks.untargeted import MinimumNormAttack
 
 _LAST = 0.01
 """The last step, as a part of the first: the paper's."""
@@ -27,7 +28,7 @@ _LAST_GAMMA = 0.001
 """The last change of epsilon, as a part of it: the paper's."""
 
 
-class _FastMinimumNorm(MinimizationAttack):
+class _FastMinimumNorm(MinimumNormAttack):
     r"""Climb inside a ball, and let the ball shrink on success and grow on failure.
 
     With m the margin of the label's logit over the highest other and :math:`g = -\nabla m`, each
@@ -53,6 +54,7 @@ class _FastMinimumNorm(MinimizationAttack):
         gamma: At first.
     """
 
+    title = "FMN"
     order: ClassVar[float]
     dual: ClassVar[float]
 
@@ -62,32 +64,6 @@ class _FastMinimumNorm(MinimizationAttack):
         self.steps = steps
         self.stepsize = stepsize
         self.gamma = gamma
-
-    def run(
-        self,
-        model: Model,
-        inputs: Any,
-        criterion: Any,
-        *,
-        early_stop: float | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Return adversarial images; where the attack failed, the image it was given.
-
-        Args:
-            model: A Foolbox model over torch.
-            inputs: Images [N, C, H, W] within the model's bounds.
-            criterion: ``Misclassification``, or labels int64 [N] to leave.
-            early_stop: Unused; the search is for the smallest perturbation.
-            **kwargs: None are taken.
-
-        Raises:
-            RuntimeUnavailableError: The model gives no gradients.
-        """
-        raise_if_kwargs(kwargs)
-        labels = labels_of(criterion, "FMN")
-        images, restore_type = tensor_of(inputs)
-        return restore_type(self._search(model, images, labels))
 
     def _search(self, model: Model, images: Tensor, labels: Tensor) -> Tensor:
         best = Closest(images, self.order)
@@ -113,7 +89,7 @@ class _FastMinimumNorm(MinimizationAttack):
             # Of no scale: squares may overflow or vanish. A norm is then 1 at least, or 0.
             scale = gradient.flatten(1).abs().amax(dim=1)
             scale = scale.masked_fill(scale == 0, 1.0)
-            gradient, margin = gradient / _each(scale), (margin / scale).to(images)
+            gradient, margin = gradient / as_images(scale), (margin / scale).to(images)
             steepness = _norm(gradient, self.dual).clamp(min=1)
 
             delta = x - images[active]
@@ -123,7 +99,7 @@ class _FastMinimumNorm(MinimizationAttack):
             wider = torch.where(found.isinf(), torch.maximum(reach, grown), grown)
             closer = torch.minimum(epsilon * (1 - gamma), found)
             epsilon = torch.minimum(torch.where(fooled, closer, wider), worst[active])
-            climb = alpha * gradient / _each(_norm(gradient, 2).clamp(min=1))
+            climb = alpha * gradient / as_images(_norm(gradient, 2).clamp(min=1))
             x = (images[active] + self._into(delta + climb, epsilon)).clamp(low, high)
 
             goes_on = x.flatten(1).isfinite().all(dim=1)
@@ -149,7 +125,7 @@ class L2FastMinimumNorm(_FastMinimumNorm):
 
     def _into(self, delta: Tensor, epsilon: Tensor) -> Tensor:
         length = _norm(delta, 2)
-        return delta * _each(torch.where(length > epsilon, epsilon / length, 1.0))
+        return delta * as_images(torch.where(length > epsilon, epsilon / length, 1.0))
 
 
 class LinfFastMinimumNorm(_FastMinimumNorm):
@@ -159,7 +135,7 @@ class LinfFastMinimumNorm(_FastMinimumNorm):
     order, dual = math.inf, 1
 
     def _into(self, delta: Tensor, epsilon: Tensor) -> Tensor:
-        return torch.clamp(delta, -_each(epsilon), _each(epsilon))
+        return torch.clamp(delta, -as_images(epsilon), as_images(epsilon))
 
 
 def _margin(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +150,3 @@ def _margin(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def _norm(images: Tensor, order: float) -> Tensor:
     norms: Tensor = images.flatten(1).norm(order, dim=1)
     return norms
-
-
-def _each(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)

@@ -7,18 +7,17 @@ https://arxiv.org/abs/1904.02144.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
-from foolbox.attacks.base import MinimizationAttack, raise_if_kwargs
 from foolbox.distances import l2
 from foolbox.models.base import Model
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ccn_deploy.attacks.balls import Generator, generators_of
-from ccn_deploy.attacks.passes import labels_of, scores, tensor_of
+from ccn_deploy.attacks.passes import scores
+from ccn_deploy.attacks.untargeted import MinimumNormAttack
 
 _FIRST_RADIUS = 0.1
 """About the first point of the boundary, where directions are tried: the paper's."""
@@ -27,13 +26,14 @@ _TINY = 1e-12
 """Added to norms before dividing by them."""
 
 
-class HopSkipJump(MinimizationAttack):
+class HopSkipJump(MinimumNormAttack):
     r"""Estimate the boundary's normal from labels around it, step along, come back; again.
 
     It takes the steps of Foolbox's ``HopSkipJumpAttack`` from the same start, and differs in this.
     Every image is attacked by itself, with random numbers of its own seed, so that nothing depends
     on the batch. No image gets more than its queries, and the closest image that was ever answered
-    with another label is the result; an image for which there was none is returned as it came.
+    with another label is the result; an image for which there was none is returned as it came. The
+    model need not have gradients.
     All directions of an estimate are asked for at once. And the walk starts from flat images and
     the image's inverse as well as from noise, which a network may always give the same label.
 
@@ -43,6 +43,7 @@ class HopSkipJump(MinimizationAttack):
         seeds: One sequence of integers per image; the image's place in the batch if None.
     """
 
+    title = "HopSkipJump here"
     distance = l2
 
     def __init__(
@@ -58,27 +59,7 @@ class HopSkipJump(MinimizationAttack):
         self.gradient_queries = gradient_queries
         self.seeds = seeds
 
-    def run(
-        self,
-        model: Model,
-        inputs: Any,
-        criterion: Any,
-        *,
-        early_stop: float | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Return adversarial images; where the attack failed, the image it was given.
-
-        Args:
-            model: A Foolbox model over torch; it need not have gradients.
-            inputs: Images [N, C, H, W] within the model's bounds.
-            criterion: ``Misclassification``, or labels int64 [N] to leave.
-            early_stop: Unused; the search is for the smallest perturbation.
-            **kwargs: None are taken.
-        """
-        raise_if_kwargs(kwargs)
-        labels = labels_of(criterion, "HopSkipJump here")
-        images, restore_type = tensor_of(inputs)
+    def _search(self, model: Model, images: Tensor, labels: Tensor) -> Tensor:
         generators = generators_of(self.seeds, len(images))
         result = images.clone()
         for place, generator in enumerate(generators):
@@ -87,7 +68,7 @@ class HopSkipJump(MinimizationAttack):
                 self._walk(oracle, generator)
             except _SpentError:
                 result[place] = oracle.closest
-        return restore_type(result)
+        return result
 
     def _walk(self, oracle: _Oracle, generator: Generator) -> None:
         """Walk until no query is left.

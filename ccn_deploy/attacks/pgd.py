@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from foolbox.attacks.base import FixedEpsilonAttack, raise_if_kwargs
 from foolbox.distances import l2, linf
 from foolbox.models.base import Model
 from numpy.typing import NDArray
@@ -17,13 +16,14 @@ from torch import Tensor
 
 from ccn_deploy.attacks.balls import Ball, L2Ball, LinfBall, generators_of, stacked
 from ccn_deploy.attacks.losses import CROSS_ENTROPY, Loss, ranked_targets, sound
-from ccn_deploy.attacks.passes import forward, labels_of, tensor_of
+from ccn_deploy.attacks.passes import forward
+from ccn_deploy.attacks.untargeted import BoundedAttack
 
 _SHORTEST = 0.01
 """What a decaying step comes down to, relative to epsilon."""
 
 
-class PGD(FixedEpsilonAttack):
+class PGD(BoundedAttack):
     r"""Climb a loss inside a ball of radius epsilon around the image.
 
     .. math:: x_{t+1} = \Pi_\epsilon \left( x_t + s_t\,\epsilon\,
@@ -36,7 +36,8 @@ class PGD(FixedEpsilonAttack):
     a later step. And a random start belongs to the image, not to the batch or to a global state,
     so that two runtimes are attacked from the same starts and an interrupted evaluation goes on as
     if it had not been. An image at which there is no finite gradient becomes NaN, and so does one
-    whose gradient was zero everywhere whenever it was asked for: nothing was shown of it.
+    whose gradient was zero everywhere whenever it was asked for: nothing was shown of it. Where the
+    attack failed, its last iterate is returned.
 
     Args:
         steps: At most so many steps from each start; with targets, from all of them together.
@@ -51,6 +52,7 @@ class PGD(FixedEpsilonAttack):
         seeds: One sequence of integers per image; the image's place in the batch if None.
     """
 
+    title = "PGD here"
     ball: Ball
 
     def __init__(
@@ -73,23 +75,6 @@ class PGD(FixedEpsilonAttack):
         self.targets = targets
         self.loss = loss
         self.seeds = seeds
-
-    def run(
-        self, model: Model, inputs: Any, criterion: Any, *, epsilon: float, **kwargs: Any
-    ) -> Any:
-        """Return attacked images; where the attack failed, its last iterate.
-
-        Args:
-            model: A Foolbox model over torch.
-            inputs: Images [N, C, H, W] within the model's bounds.
-            criterion: ``Misclassification``, or labels int64 [N].
-            epsilon: Radius of the ball.
-            **kwargs: None are taken.
-        """
-        raise_if_kwargs(kwargs)
-        labels = labels_of(criterion, "PGD here")
-        images, restore_type = tensor_of(inputs)
-        return restore_type(self._search(model, images, labels, epsilon))
 
     def _search(self, model: Model, origin: Tensor, labels: Tensor, epsilon: float) -> Tensor:
         generators = generators_of(self.seeds, len(origin))

@@ -171,7 +171,15 @@ def _fmn(name: str, title: str, norm: Norm, stepsize: float) -> AttackKind:
     return AttackKind(name, title, norm, False, parameters, lambda p: float(p["steps"]))
 
 
-def _audit(name: str, title: str, norm: Norm, *stages: Stage) -> AttackKind:
+def _audit(name: str, title: str, norm: Norm, *, minimum: str, ending: str = "") -> AttackKind:
+    stages = (
+        Stage(f"apgd{ending}", {"steps": 100}),
+        Stage(f"apgd-t{ending}", {"steps": 40, "targets": 4, "pursuits": 5}),
+        Stage(minimum),
+        Stage(f"square{ending}", part=100),
+        Stage("hopskipjump", part=20),
+        Stage(TRANSFER),
+    )
     return AttackKind(name, title, norm, True, {}, cost=lambda _: 1.0, stages=stages)
 
 
@@ -235,28 +243,8 @@ ATTACKS: dict[str, AttackKind] = {
             cost=lambda p: _FORWARD * p["queries"],
             knowledge="labels",
         ),
-        _audit(
-            "audit",
-            "Audit",
-            "linf",
-            Stage("apgd", {"steps": 100}),
-            Stage("apgd-t", {"steps": 40, "targets": 4, "pursuits": 5}),
-            Stage("fmn-linf"),
-            Stage("square", part=100),
-            Stage("hopskipjump", part=20),
-            Stage(TRANSFER),
-        ),
-        _audit(
-            "audit-l2",
-            "Audit L2",
-            "l2",
-            Stage("apgd-l2", {"steps": 100}),
-            Stage("apgd-t-l2", {"steps": 40, "targets": 4, "pursuits": 5}),
-            Stage("fmn"),
-            Stage("square-l2", part=100),
-            Stage("hopskipjump", part=20),
-            Stage(TRANSFER),
-        ),
+        _audit("audit", "Audit", "linf", minimum="fmn-linf"),
+        _audit("audit-l2", "Audit L2", "l2", minimum="fmn", ending="-l2"),
     )
 }
 
@@ -412,7 +400,7 @@ def parse_epsilons(text: str, norm: Norm = "linf") -> tuple[float, ...]:
     """
     found: dict[str, float] = {}
     for item in text.split(","):
-        value = _number(item.strip())
+        value = number(item.strip())
         if value is None:
             raise _bad_epsilon(item, "is not a number", norm)
         if norm == "linf" and not 0.0 < value <= 1.0:
@@ -425,7 +413,8 @@ def parse_epsilons(text: str, norm: Norm = "linf") -> tuple[float, ...]:
     return tuple(found.values())
 
 
-def _number(text: str) -> float | None:
+def number(text: str) -> float | None:
+    """Read a number or a fraction, ``"8/255"``; None for anything else, and for NaN."""
     try:
         value = float(Fraction(text)) if "/" in text else float(text)
     except (ValueError, ZeroDivisionError, OverflowError):

@@ -9,11 +9,9 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
-from foolbox.attacks.base import FixedEpsilonAttack, raise_if_kwargs
 from foolbox.distances import l2, linf
 from foolbox.models.base import Model
 from numpy.typing import NDArray
@@ -21,7 +19,8 @@ from torch import Tensor
 
 from ccn_deploy.attacks.balls import Generator, generators_of
 from ccn_deploy.attacks.cw import without
-from ccn_deploy.attacks.passes import labels_of, scores, tensor_of
+from ccn_deploy.attacks.passes import scores
+from ccn_deploy.attacks.untargeted import BoundedAttack
 
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Of 10,000 queries: where the share of pixels in a square is halved (the paper's section 3.3)."""
@@ -30,11 +29,12 @@ _TINY = 1e-12
 """Added to norms before dividing by them."""
 
 
-class _SquareAttack(FixedEpsilonAttack):
+class _SquareAttack(BoundedAttack):
     """Change a random square at a time, and keep what lowers the margin of the logits.
 
     The margin is the label's logit less the highest other. An image leaves as soon as its label
-    changes. All that is random about an image is drawn from its own seed.
+    changes; where the attack failed, the image of the lowest margin is returned. All that is random
+    about an image is drawn from its own seed. The model need not have gradients.
 
     Args:
         queries: At most so many from each start, that of the start included. The paper's 5000 and
@@ -43,6 +43,8 @@ class _SquareAttack(FixedEpsilonAttack):
         restarts: How often to start, for images that still hold.
         seeds: One sequence of integers per image; the image's place in the batch if None.
     """
+
+    title = "Square Attack"
 
     def __init__(
         self,
@@ -59,31 +61,17 @@ class _SquareAttack(FixedEpsilonAttack):
         self.restarts = restarts
         self.seeds = seeds
 
-    def run(
-        self, model: Model, inputs: Any, criterion: Any, *, epsilon: float, **kwargs: Any
-    ) -> Any:
-        """Return attacked images; where the attack failed, that of the lowest margin.
-
-        Args:
-            model: A Foolbox model over torch; it need not have gradients.
-            inputs: Images [N, C, H, W] within the model's bounds.
-            criterion: ``Misclassification``, or labels int64 [N].
-            epsilon: Largest norm of the perturbation.
-            **kwargs: None are taken.
-        """
-        raise_if_kwargs(kwargs)
-        labels = labels_of(criterion, "Square Attack")
-        images, restore_type = tensor_of(inputs)
-        generators = generators_of(self.seeds, len(images))
-        result = images.clone()
-        active = torch.arange(len(images), device=images.device)
+    def _search(self, model: Model, origin: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+        generators = generators_of(self.seeds, len(origin))
+        result = origin.clone()
+        active = torch.arange(len(origin), device=origin.device)
         for _ in range(self.restarts):
             if not len(active):
                 break
-            search = _Search(model, images, labels, active, generators)
+            search = _Search(model, origin, labels, active, generators)
             active = self._descend(search, epsilon)
             result[search.everyone] = search.best
-        return restore_type(result)
+        return result
 
     def _descend(self, search: _Search, epsilon: float) -> Tensor:
         """Search from one start; return the places [n] of the images that hold."""

@@ -18,9 +18,6 @@ from ccn_deploy.robustness.attack_session import REFERENCE, AttackSession
 from ccn_deploy.runtimes.base import Array, Runtime
 from ccn_deploy.targets import Target
 
-SAMPLES = 64
-"""Images that are compared at most."""
-
 PROBE = AttackSpec(
     "pgd", "linf", 0.1, True, {"steps": 10, "rel_stepsize": 0.2, "random_start": False}
 )

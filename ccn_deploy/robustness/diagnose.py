@@ -107,23 +107,22 @@ def diagnose(
     seeds = np.stack([np.full(len(chosen), seed), few[chosen]], axis=1)
 
     def ends(
-        of: PyTorchModel, strength: float = epsilon, name: str = "pgd", **changed: int | bool
+        of: PyTorchModel,
+        strength: float = epsilon,
+        name: str = "pgd",
+        rows: Mask | slice = slice(None),
+        **changed: int | bool,
     ) -> Array:
         spec = AttackSpec(name, "linf", strength, True, {**ATTACKS[name].parameters, **changed})
-        return perform(spec, of, start, truth, seeds=seeds)
-
-    def by_scores(points: Array) -> Array:
-        left = _holds(runtime, points, truth)
-        parameters = {**ATTACKS["square"].parameters, "queries": QUERIES}
-        spec = AttackSpec("square", "linf", epsilon, True, parameters)
-        found = points.copy()
-        found[left] = perform(spec, model, start[left], truth[left], seeds=seeds[left])
-        return found
+        return perform(spec, of, start[rows], truth[rows], seeds=seeds[rows])
 
     def held(points: Array) -> tuple[bool, ...]:
         return tuple(_holds(runtime, points, truth).tolist())
 
     usual = ends(model)
+    left = _holds(runtime, usual, truth)
+    by_scores = usual.copy()
+    by_scores[left] = ends(model, name="square", rows=left, queries=QUERIES)
     steps = int(ATTACKS["pgd"].parameters["steps"])
     transferred = None if target == REFERENCE else ends(session.model(REFERENCE, True, "native"))
     native = None
@@ -154,11 +153,11 @@ def diagnose(
         background=_background(images[whole], seen),
         held=Held(
             few_steps=held(ends(model, steps=max(steps // 4, 1))),
-            usual=held(usual),
+            usual=tuple(left.tolist()),
             half=held(ends(model, epsilon / 2)),
             everywhere=held(ends(model, 1.0, random_start=False)),
             margin=held(ends(model, name="pgd-margin")),
-            scores=held(by_scores(usual)),
+            scores=held(by_scores),
             transferred=() if transferred is None else held(transferred),
         ),
         planted=planted(

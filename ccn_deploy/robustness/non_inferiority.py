@@ -12,10 +12,15 @@ from numpy.typing import NDArray
 from ccn_deploy.statistics import clopper_pearson, drop_upper_bound, samples_needed
 from ccn_deploy.verdict import Verdict
 
-_ROUNDING = 1e-12
+ROUNDING = 1e-12
 """Slack of a comparison of two ratios that may be equal."""
 
 Mask = NDArray[np.bool_]
+
+
+def more_images(needed: int | None) -> str:
+    """Return how many images would decide what these do not, for the end of a sentence."""
+    return f"about {needed} images would, at this rate" if needed else "no number of images will"
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,9 @@ class NonInferiorityTest(PairedDifference):
         """Fail if the drop itself is too large, pass only if its upper bound is small enough."""
         if self.invalid:
             return Verdict.INCONCLUSIVE
-        if self.drop > self.max_drop + _ROUNDING:
+        if self.drop > self.max_drop + ROUNDING:
             return Verdict.FAIL
-        if self.upper95 <= self.max_drop + _ROUNDING:
+        if self.upper95 <= self.max_drop + ROUNDING:
             return Verdict.PASS
         return Verdict.INCONCLUSIVE
 
@@ -134,10 +139,7 @@ class NonInferiorityTest(PairedDifference):
                 f"{self.lost} of {self.n} images lost and {self.gained} gained, a drop of "
                 f"{100 * self.drop:.2f} points; {100 * self.max_drop:g} are allowed"
             )
-        needed = self.needed()
-        more = (
-            f"about {needed} images would, at this rate" if needed else "no number of images will"
-        )
+        more = more_images(self.needed())
         return (
             f"{self.n} images ({self.lost} lost, {self.gained} gained) bound the drop only by "
             f"{100 * self.upper95:.2f} points, not by {100 * self.max_drop:g}; {more}"

@@ -19,21 +19,14 @@ def robust(evidence: Evidence) -> Mask:
     return np.asarray(evidence.status == "held")
 
 
-def robust_at(evidence: Evidence, d: float) -> Mask:
-    """Right, and the attack failed or needed more than d (paper, equation 8)."""
-    far = (evidence.status == "fooled") & (evidence.rho > d)
-    return np.asarray((evidence.status == "held") | far)
-
-
 def robust_within(evidence: Evidence, norm: Norm, d: float) -> Mask:
     """Right, and the smallest perturbation that was found is larger than d, or none was.
 
     In L2, d is relative to the norm of the image (paper, equation 8). In Linf it is in pixel values
     of [0, 1], as epsilon is.
     """
-    if norm == "l2":
-        return robust_at(evidence, d)
-    far = (evidence.status == "fooled") & (evidence.linf > d)
+    size = evidence.rho if norm == "l2" else evidence.linf
+    far = (evidence.status == "fooled") & (size > d)
     return np.asarray((evidence.status == "held") | far)
 
 

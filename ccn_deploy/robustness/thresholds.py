@@ -10,17 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
-from ccn_deploy.attacks.spec import AttackSpec, suite, title_of
+from ccn_deploy.attacks.spec import AttackSpec, number, suite, title_of
 from ccn_deploy.errors import UsageError
-from ccn_deploy.robustness.non_inferiority import Proportion
+from ccn_deploy.robustness.non_inferiority import ROUNDING, Proportion, more_images
 from ccn_deploy.statistics import share_lower_bound, trials_needed
 from ccn_deploy.verdict import Verdict
-
-_ROUNDING = 1e-12
-"""Slack of a comparison of two ratios that may be equal."""
 
 SLIP = 0.5
 """An allowed drop of this much or more is surely one that was meant in percent."""
@@ -83,7 +79,7 @@ class ThresholdTest:
     @property
     def verdict(self) -> Verdict:
         """Fail if the proportion itself is too small, pass only if its lower bound is not."""
-        count, n, least = self.reached.count, self.reached.n, self.threshold.share - _ROUNDING
+        count, n, least = self.reached.count, self.reached.n, self.threshold.share - ROUNDING
         if count + self.invalid < least * n:
             return Verdict.FAIL
         if self.invalid or self.lower95 < least:
@@ -108,14 +104,9 @@ class ThresholdTest:
             return f"{count} of {n} images are right, {100 * self.reached.value:.2f} %; {required}"
         if self.invalid:
             return f"the attack returned {self.invalid} images that are no legal ones"
-        more = (
-            f"about {self.needed} images would, at this rate"
-            if self.needed
-            else "no number of images will"
-        )
         return (
             f"{count} of {n} images are right, which shows only {100 * self.lower95:.2f} %; "
-            f"{required}; {more}"
+            f"{required}; {more_images(self.needed)}"
         )
 
     def document(self) -> dict[str, Any]:
@@ -232,11 +223,8 @@ def _share(text: str) -> float | None:
 
 
 def _number(text: str) -> float | None:
-    try:
-        value = float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        return None
-    return value if math.isfinite(value) else None
+    value = number(text)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _spec(name: str, strength: float) -> AttackSpec:
