@@ -19,7 +19,7 @@ from ccn_deploy.attacks.passes import forward
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.data import dataset_from_arrays, load_dataset
 from ccn_deploy.errors import ExitCode, IntegrityError, UsageError
-from ccn_deploy.robustness import Measurement, RobustnessRequest, collect, judge
+from ccn_deploy.robustness import Measurement, RobustnessRequest, collect, collect_all, judge
 from ccn_deploy.robustness.attack_job import is_legal
 from ccn_deploy.runtimes import RuntimeOptions, open_runtime
 from ccn_deploy.runtimes.torch_runtime import load_reference
@@ -202,6 +202,15 @@ def test_evidence_is_measured_once(ccn_bundle: Bundle) -> None:
     told = [{**judge(one).document(), "evidence": None} for one in (first, second)]
     assert told[0] == told[1]
     assert [p.origin for p in (*first.pairs, *second.pairs)] == ["measured", "read"]
+
+
+def test_what_requests_share_is_collected_once_and_not_called_read(ccn_bundle: Bundle) -> None:
+    requests = [replace(request(), gradient=gradient) for gradient in ("native", "reference")]
+    first, second = collect_all(ccn_bundle, requests)
+    assert first.pairs[0].reference is second.pairs[0].reference
+    assert judge(second).origin == "All evidence was measured by this run."
+    third = collect(ccn_bundle, replace(requests[0], gradient="transfer"))
+    assert judge(third).origin.startswith("linf-0.2-fgsm on the reference were read, not measured")
 
 
 def test_progress_rises_to_its_total(ccn_bundle: Bundle) -> None:

@@ -85,8 +85,17 @@ class Pair:
     @property
     def origin(self) -> Origin:
         """Whether all of both was measured by the call that returned it, or some was read."""
-        sides = {self.reference.origin, self.runtime.origin}
-        return "measured" if sides == {"measured"} else "read"
+        return "measured" if self.sides_read is None else "read"
+
+    @property
+    def sides_read(self) -> str | None:
+        """Which of the two was read, for the end of a name: empty for both, None for neither."""
+        return {
+            ("measured", "measured"): None,
+            ("read", "measured"): " on the reference",
+            ("measured", "read"): " on the runtime",
+            ("read", "read"): "",
+        }[self.reference.origin, self.runtime.origin]
 
 
 @dataclass(frozen=True)
@@ -175,16 +184,22 @@ def collect_all(
         MissingExtraError: Something is to be measured and torch or Foolbox is not installed.
     """
     plans = [_plan(bundle, request) for request in requests]
+    collected: Collected = {}
     return [
-        _measure(bundle, request, plan, progress)
+        _measure(bundle, request, plan, collected, progress)
         for request, plan in zip(requests, plans, strict=True)
     ]
+
+
+Collected = dict[tuple[Path, int], Evidence]
+"""What a call has at hand already, by file and number of images: requests share the reference's."""
 
 
 def _measure(
     bundle: Bundle,
     request: RobustnessRequest,
     plan: tuple[Gradient, list[Planned]],
+    collected: Collected,
     progress: Progress | None,
 ) -> Measurement:
     gradient, jobs = plan
@@ -197,7 +212,7 @@ def _measure(
             # The reference is attacked first: its images are tried on the target.
             reference = None if target == REFERENCE else found[spec, REFERENCE]
             path = evidence_path(bundle, header, spec.label)
-            evidence = _read(path, header, job, request)
+            evidence = collected.get((path, n)) or _read(path, header, job, request)
             if len(evidence) < n:
                 counts = _extend(session, request, job, header, reference)
                 origin: Origin | None = None
@@ -208,7 +223,7 @@ def _measure(
                 evidence = replace(_read(path, header, job, request), origin=origin or "read")
             if reference is not None:
                 check_pair(reference, evidence)
-            found[spec, target] = evidence
+            found[spec, target] = collected[path, n] = evidence
             done += spec.cost * n
         diagnostics = _diagnostics(session, request, gradient)
     dataset = request.dataset

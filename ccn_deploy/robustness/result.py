@@ -110,10 +110,13 @@ class RobustnessResult:
     def origin(self) -> str:
         """Where the evidence came from, and what asking again showed, in a sentence or two."""
         pairs = self.measurement.pairs
-        read = [pair.spec.label for pair in pairs if pair.origin == "read"]
+        sides = [pair.sides_read for pair in pairs]
+        read = [
+            p.spec.label + side for p, side in zip(pairs, sides, strict=True) if side is not None
+        ]
         if not read:
             return "All evidence was measured by this run."
-        which = "All evidence was" if len(read) == len(pairs) else f"{listed(read)} were"
+        which = "All evidence was" if set(sides) == {""} else f"{listed(read)} were"
         said = f"{which} read, not measured by this run"
         if (again := self.recheck) is None:
             return f"{said}, and not checked again."
