@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -246,7 +247,8 @@ def parity(document: dict[str, Any]) -> str:
     """Return the verdict and the largest error, in units of what rounding explains."""
     if not document:
         return "-"
-    units = max(row["rounding_units"] for row in document["inputs"])
+    found = [row["rounding_units"] for row in document["inputs"]]
+    units = math.inf if None in found else max(found)  # null: logits that are no numbers
     flips = sum(row["argmax_flips"] for row in document["inputs"])
     return f"{document['verdict']} {units:.2f}" + (f", {flips} flips" if flips else "")
 
