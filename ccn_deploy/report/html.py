@@ -19,7 +19,6 @@ from ccn_deploy.robustness import PrecisionsResult, RobustnessResult
 from ccn_deploy.storage import write_atomic
 
 REPORT = "report.html"
-_TEMPLATE, _STYLE = "report.html.j2", "report.css"
 
 
 def write_report(
@@ -52,40 +51,52 @@ def write_report(
 
 def render(page: Page) -> str:
     """Return the page as HTML, everything in it escaped but the style and our own figures."""
+    number = itertools.count(1)
+    figures = [
+        [
+            {"title": curve.title, "svg": trusted(draw(curve, f"figure-{next(number)}"))}
+            for curve in target.curves
+        ]
+        for target in page.targets
+    ]
+    attacks = dict.fromkeys(name for example in page.examples for name in example.attacked)
+    return render_template(
+        "report.html.j2",
+        page=page,
+        figures=figures,
+        attacks=list(attacks),
+        class_name=partial(_class_name, page.class_names),
+        data_uri=data_uri,
+    )
+
+
+def render_template(name: str, **values: Any) -> str:
+    """Return one of this package's templates as HTML, with the style that all have in common.
+
+    Args:
+        name: Of the file.
+        values: What it shows; escaped, unless it is :func:`trusted`.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
     jinja2 = require("jinja2", "train", "to write a report")
     environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ccn_deploy.report", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    safe = require("markupsafe", "train", "to write a report").Markup
-    number = itertools.count(1)
-    figures = [
-        [
-            {"title": curve.title, "svg": safe(draw(curve, f"figure-{next(number)}"))}
-            for curve in target.curves
-        ]
-        for target in page.targets
-    ]
-    template = environment.from_string(_resource(_TEMPLATE))
-    attacks = dict.fromkeys(name for example in page.examples for name in example.attacked)
-    return str(
-        template.render(
-            page=page,
-            figures=figures,
-            attacks=list(attacks),
-            class_name=partial(_class_name, page.class_names),
-            data_uri=data_uri,
-            css=safe(_resource(_STYLE)),
-        )
-    )
+    style = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+    return str(environment.get_template(name).render(css=trusted(style), **values))
+
+
+def trusted(html: str) -> Any:
+    """Mark what we made ourselves, so that a template does not escape it."""
+    return require("markupsafe", "train", "to write a report").Markup(html)
 
 
 def _class_name(names: Sequence[str], label: int) -> str:
     return names[label] if 0 <= label < len(names) else "no answer"
-
-
-def _resource(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
