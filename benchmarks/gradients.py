@@ -61,8 +61,7 @@ def _by_rules(subjects: Subjects, rounds: int) -> Iterator[Row]:
     images = subjects.images[:32]
     for defense in DEFENSES:
         bundle = subjects.bundles[defense]
-        card, weights = bundle.card, bundle.read(bundle.file(Role.WEIGHTS))
-        network = network_from(card.architecture, card.defense, card.classes, weights)
+        network = network_from(bundle.card, bundle.read(bundle.file(Role.WEIGHTS)))
         derived = _session(bundle.read(bundle.file(Role.GRADIENT, "fp32")))
         by_hand = _session(to_bytes(lower_gradient(network)))
         for count in (1, 9):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from ccn_deploy.errors import named
+from ccn_deploy.errors import UsageError, named
 
 POOL = "pool"
 """A 2x2 max-pool with stride 2, between the channel counts of :attr:`Architecture.features`."""
@@ -44,6 +45,37 @@ class Architecture:
                 channels = item
                 height, width = height - 2 + 2 * self.padding, width - 2 + 2 * self.padding
         return channels * height * width
+
+    def weighted_layers(self) -> tuple[str, ...]:
+        """Return the names of the layers with weights in order: conv1, ..., fc1, ..."""
+        convolutions = sum(item != POOL for item in self.features)
+        return (
+            *(f"conv{index}" for index in range(1, convolutions + 1)),
+            *(f"fc{index}" for index in range(1, len(self.hidden) + 2)),
+        )
+
+    def choose_layers(self, where: str | Collection[str]) -> tuple[str, ...]:
+        """Return the names of the layers with weights that are meant, in order of execution.
+
+        Args:
+            where: ``"all"``; ``"last"``, the classifier; ``"none"``; or their names.
+
+        Raises:
+            UsageError: Another name; the hint lists all.
+        """
+        names = self.weighted_layers()
+        if isinstance(where, str):
+            choices = {"all": names, "last": names[-1:], "none": ()}
+            if where in choices:
+                return choices[where]
+            where = (where,)
+        for name in where:
+            if name not in names:
+                raise UsageError(
+                    f"{self.name} has no layer {name!r} to be made compact.",
+                    f"There are: all, last, none, or of {', '.join(names)}.",
+                )
+        return tuple(name for name in names if name in where)
 
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -219,7 +219,7 @@ def _names(bundles: Sequence[Bundle]) -> dict[str, Bundle]:
             "Compare bundles of one architecture and data set, or measure one at a time.",
         )
     spellings: tuple[Callable[[Bundle], str], ...] = (
-        lambda bundle: bundle.card.defense or bundle.card.name,
+        lambda bundle: bundle.card.system or bundle.card.name,
         lambda bundle: bundle.path.name,
         lambda bundle: str(bundle.path),
     )

@@ -1,7 +1,8 @@
-"""The defenses of the paper (section 5), by name, as data.
+"""The systems of the paper (section 5), by name, as data.
 
-A defense says which layers are compact, which activation is used and which targets the loss
-sees. It imports no torch, so that the command line can list and check names quickly.
+A defense says which layers are compact, which activation and normalisation are used and which
+targets the loss sees. It imports no torch, so that the command line can list and check names
+quickly.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ class Defense:
         title: The paper's name, for example ``"CCN+LS"``.
         compact: Which layers are compact: none, the last linear layer, or all.
         activation: ReLU, or ReLU bounded to [0, 1].
+        normalization: What table 9 compares with (section 5.3). ``"batch"``: batch normalisation
+            after every convolution and hidden linear layer, before its activation.
+            ``"local-response"``: local response normalisation (equation 10) after the activation
+            of every convolution, as in AlexNet.
         smooth_labels: Whether the loss sees soft targets.
     """
 
@@ -35,6 +40,7 @@ class Defense:
     title: str
     compact: Literal["none", "last", "all"] = "none"
     activation: Literal["relu", "bounded-relu"] = "relu"
+    normalization: Literal["none", "batch", "local-response"] = "none"
     smooth_labels: bool = False
 
     def targets(self, labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
@@ -63,6 +69,8 @@ DEFENSES: dict[str, Defense] = {
         Defense("l2sm", "L2SM", compact="last"),
         Defense("ccn", "CCN", compact="all"),
         Defense("ccn+ls", "CCN+LS", compact="all", smooth_labels=True),
+        Defense("bn", "BN", normalization="batch"),
+        Defense("lrn", "LRN", normalization="local-response"),
     )
 }
 

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from ccn_deploy.architectures import architecture_named
 from ccn_deploy.bundle.card import ModelCard, Source
+from ccn_deploy.defenses import defense_named
 from ccn_deploy.errors import CcnDeployError, IntegrityError, NotARunError
 from ccn_deploy.records import Count, Digest, Record, Text, decode
 from ccn_deploy.storage import sha256
@@ -54,7 +57,8 @@ class RunRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
             none of ours.
         defense: A name in :data:`ccn_deploy.defenses.DEFENSES`; empty if it is none of ours.
         network: The factory of a network of the user's own, as it was named.
-        compact: Names of its layers that were made compact.
+        compact: Names of the layers that are compact; None where nobody chose any: those that
+            the defense says, and none of a network of the user's own.
         input_shape: (channels, height, width) of a network of the user's own.
         class_names: One per logit.
         training: Data set, recipe, seed, epochs, threads.
@@ -65,7 +69,7 @@ class RunRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
     architecture: Text = ""
     defense: Text = ""
     network: Text = ""
-    compact: tuple[Text, ...] = ()
+    compact: tuple[Text, ...] | None = None
     input_shape: tuple[int, int, int] | None = None
     class_names: tuple[Text, ...]
     training: dict[str, Any]
@@ -75,12 +79,13 @@ class RunRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
         """Return what the finished run says of its network.
 
         Raises:
-            UsageError: An unknown architecture, or sizes or classes that no network has.
+            UsageError: An unknown architecture, defense or layer, or sizes or classes that no
+                network has.
         """
         assert self.finished is not None
         network = self.network.rpartition("/")[2]  # a card holds no path of anybody's machine
-        return ModelCard(
-            name=f"{self.architecture}-{self.defense}" if self.architecture else network,
+        card = ModelCard(
+            name=network,
             input_shape=self.input_shape or architecture_named(self.architecture).input_shape,
             class_names=self.class_names,
             architecture=self.architecture,
@@ -92,6 +97,23 @@ class RunRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
             },
             source=Source(kind="run", name=network, sha256=self.finished.weights_sha256),
         )
+        if not self.architecture:
+            return card
+        if self.compact is not None:
+            card = msgspec.structs.replace(card, compact=self.compact_layers())
+        return msgspec.structs.replace(card, name=f"{self.architecture}-{card.system}")
+
+    def compact_layers(self) -> tuple[str, ...]:
+        """Return the names of the layers that are compact.
+
+        Raises:
+            UsageError: An unknown architecture, defense or layer.
+        """
+        if not self.architecture:
+            return self.compact or ()
+        defense = defense_named(self.defense)
+        where = defense.compact if self.compact is None else self.compact
+        return architecture_named(self.architecture).choose_layers(where)
 
 
 @dataclass(frozen=True)
@@ -103,7 +125,7 @@ class TrainedRun:
         card: What is known of the network; its training has the final accuracy.
         weights: The verified bytes of the safetensors file.
         network: The factory of a network of the user's own; empty for those of the package.
-        compact: Names of its layers that were made compact.
+        compact: Names of the layers that are compact.
     """
 
     path: Path
@@ -147,7 +169,7 @@ def open_run(path: str | os.PathLike[str]) -> TrainedRun:
             f"Give the same `ccn-deploy train ... --output {root}` again; it resumes.",
         )
     try:
-        card = record.card()
+        card, compact = record.card(), record.compact_layers()
     except CcnDeployError as error:
         raise IntegrityError(
             f"{root / RUN} is damaged: {error.what}", "Train the run again."
@@ -161,4 +183,4 @@ def open_run(path: str | os.PathLike[str]) -> TrainedRun:
             f"{file} is not the file that training wrote (SHA-256 differs from {RUN}).",
             "Train the run again, or restore the file.",
         )
-    return TrainedRun(root, card, data, record.network, record.compact)
+    return TrainedRun(root, card, data, record.network, compact)

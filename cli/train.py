@@ -42,7 +42,9 @@ def train(
     ],
     defense: Annotated[
         str | None,
-        typer.Option("--defense", help="sm, ls, brelu, l2sm, ccn or ccn+ls.", show_default="ccn"),
+        typer.Option(
+            "--defense", help="sm, ls, brelu, l2sm, ccn, ccn+ls, bn or lrn.", show_default="ccn"
+        ),
     ] = None,
     dataset: Annotated[
         str,
@@ -75,13 +77,14 @@ def train(
         ),
     ] = None,
     compact: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--compact",
             metavar="all|last|none|NAME,...",
-            help="Which layers of your own network are made compact.",
+            help="Which layers are compact, by name: conv1 to fc3, or those of your own network.",
+            show_default="what the defense says",
         ),
-    ] = "none",
+    ] = None,
     label_smoothing: Annotated[
         float,
         typer.Option(
@@ -164,7 +167,7 @@ def train(
         device=device.value,
         devices=devices,
         network=network,
-        compact=compact if compact in ("all", "last", "none") else tuple(compact.split(",")),
+        compact=compact if compact in (None, "all", "last", "none") else tuple(compact.split(",")),
         label_smoothing=label_smoothing,
     )
     display = Display(network.rpartition(":")[2] if network else defense or "ccn")
@@ -229,7 +232,7 @@ def _print(run: TrainedRun, *, already_finished: bool) -> None:
     if run.network:
         compact = ", ".join(run.compact) or "no layer"
         out.print(f"Made compact: {compact}.", markup=False, soft_wrap=True)
-    what = run.network or f"{run.card.defense}, {run.card.architecture}"
+    what = run.network or f"{run.card.system}, {run.card.architecture}"
     out.print(
         f"Clean accuracy {training['test_accuracy']:.2%} on {training['test_images']:,} test "
         f"images of {training['dataset']}; {what}, "

@@ -88,6 +88,32 @@ def _linear(g: GraphBuilder, layer: nn.Linear, name: str, x: str, y: str) -> Non
     g.node("Gemm", [x, weight, bias], name, output=y, transB=1)
 
 
+def _batch_norm(
+    g: GraphBuilder, layer: nn.BatchNorm1d | nn.BatchNorm2d, name: str, x: str, y: str
+) -> None:
+    known = layer.affine and layer.track_running_stats
+    _require(known, name, "a batch normalisation without scale, shift or running statistics")
+    values = {
+        "weight": layer.weight,
+        "bias": layer.bias,
+        "mean": layer.running_mean,
+        "variance": layer.running_var,
+    }
+    constants = [g.constant(f"{name}.{what}", as_array(value)) for what, value in values.items()]
+    g.node("BatchNormalization", [x, *constants], name, output=y, epsilon=layer.eps)
+
+
+def _local_response_norm(
+    g: GraphBuilder, layer: nn.LocalResponseNorm, name: str, x: str, y: str
+) -> None:
+    # An even number of neighbours leans to one side in torch and to the other in ONNX.
+    _require(layer.size % 2 == 1, name, "a normalisation over an even number of channels")
+    g.node(
+        "LRN", [x], name, output=y,
+        size=layer.size, alpha=layer.alpha, beta=layer.beta, bias=float(layer.k),
+    )  # fmt: skip
+
+
 def _relu(g: GraphBuilder, layer: nn.ReLU, name: str, x: str, y: str) -> None:
     g.node("Relu", [x], name, output=y)
 
@@ -120,6 +146,9 @@ LOWERINGS: dict[type[nn.Module], Lowering] = {
     CompactConv2d: _compact_conv,
     nn.Linear: _linear,
     CompactLinear: add_compact_linear,
+    nn.BatchNorm1d: _batch_norm,
+    nn.BatchNorm2d: _batch_norm,
+    nn.LocalResponseNorm: _local_response_norm,
     nn.ReLU: _relu,
     BoundedReLU: _bounded_relu,
     nn.MaxPool2d: _max_pool,

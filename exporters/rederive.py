@@ -209,7 +209,7 @@ class _Passes:
         if not weights:
             raise IntegrityError(f"the card says {card.title}, and there are no weights")
         data = self._bundle.read(weights[0])
-        return lower(network_from(card.architecture, card.defense, card.classes, data))
+        return lower(network_from(card, data))
 
     @cached_property
     def _gradient(self) -> onnx.ModelProto:

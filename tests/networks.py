@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
+from torch import nn
 
 from ccn_deploy.bundle import Source
 from ccn_deploy.exporters.lowering import lower
@@ -20,11 +21,17 @@ from ccn_deploy.runs import RUN, WEIGHTS, Finished, RunRecord, TrainedRun
 from ccn_deploy.storage import sha256
 from tests.cards import a_card
 
-DEFENSES = ("sm", "ls", "brelu", "l2sm", "ccn", "ccn+ls")
+DEFENSES = ("sm", "ls", "brelu", "l2sm", "ccn", "ccn+ls", "bn", "lrn")
 
 
-def random_network(architecture: str, defense: str, *, classes: int = 10) -> Classifier:
-    model = build_model(architecture, defense, classes=classes, seed=3)
+def random_network(
+    architecture: str,
+    defense: str,
+    *,
+    compact: tuple[str, ...] | None = None,
+    classes: int = 10,
+) -> Classifier:
+    model = build_model(architecture, defense, compact=compact, classes=classes, seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -32,6 +39,11 @@ def random_network(architecture: str, defense: str, *, classes: int = 10) -> Cla
                 parameter.copy_(1 + torch.rand((), generator=generator))
             if name.endswith("bias"):
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        for layer in model.children():
+            if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+                layer.weight.uniform_(0.5, 1.5, generator=generator)
+                layer.running_mean.normal_(0, 0.5, generator=generator)
+                layer.running_var.uniform_(0.2, 2.0, generator=generator)
     return model.eval().requires_grad_(False)
 
 
@@ -53,6 +65,10 @@ def as_lowered(model: Classifier) -> Classifier:
                 layer.weight.mul_(layer.alpha)
                 layer.alpha.fill_(1.0)
                 layer.delta = float(np.float32(layer.delta))
+            if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+                layer.eps = float(np.float32(layer.eps))
+            if isinstance(layer, nn.LocalResponseNorm):
+                layer.alpha = float(np.float32(layer.alpha))
     return model.double()
 
 

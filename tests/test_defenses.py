@@ -13,9 +13,9 @@ from ccn_deploy.errors import ExitCode, UsageError
 SMOOTH = {"ls", "ccn+ls"}
 
 
-def test_they_are_the_papers_six() -> None:
+def test_they_are_the_papers_six_and_the_two_of_table_9() -> None:
     assert [defense.title for defense in DEFENSES.values()] == [
-        "SM", "LS", "BReLU", "L2SM", "CCN", "CCN+LS",
+        "SM", "LS", "BReLU", "L2SM", "CCN", "CCN+LS", "BN", "LRN",
     ]  # fmt: skip
 
 

@@ -111,11 +111,14 @@ def test_the_defense_says_which_layers_are_compact_and_which_activation(defense:
         "l2sm": {"fc3"},
         "ccn": set(MNIST_WEIGHTS),
         "ccn+ls": set(MNIST_WEIGHTS),
+        "bn": set(),
+        "lrn": set(),
     }[defense]
     assert compact == expected
     activations = {type(m) for n, m in model.named_layers() if n.startswith("act")}
     assert activations == ({BoundedReLU} if defense == "brelu" else {nn.ReLU})
-    assert sum(p.numel() for p in model.parameters()) == 312_202 + len(expected)
+    normalised = 2 * (32 + 32 + 64 + 64 + 200 + 200) if defense == "bn" else 0
+    assert sum(p.numel() for p in model.parameters()) == 312_202 + len(expected) + normalised
 
 
 @every_defense

@@ -172,7 +172,7 @@ def test_a_foreign_network_begins_the_bundle_and_the_rest_follows(foreign: Bundl
     refuse_differences(found)
 
 
-@pytest.mark.parametrize("defense", ["sm", "ls", "brelu", "l2sm", "ccn+ls"])
+@pytest.mark.parametrize("defense", ["sm", "ls", "brelu", "l2sm", "ccn+ls", "bn", "lrn"])
 def test_every_defense(defense: str, tmp_path: Path) -> None:
     bundle = export_bundle(
         as_run(random_network("mnist-cnn", defense)),

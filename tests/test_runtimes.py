@@ -27,6 +27,7 @@ from ccn_deploy.runtimes.base import check_images
 from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
 from ccn_deploy.runtimes.torch_runtime import load_reference
 from ccn_deploy.targets import RUNTIMES, Role
+from tests.cards import a_card
 from tests.networks import as_lowered, as_run, difficult_images, random_network
 
 HERE = ["onnxruntime-cpu", "torch"]
@@ -368,7 +369,7 @@ def test_a_graph_of_the_right_digest_that_is_no_such_graph_is_refused_quietly(
 def test_weights_of_another_network_are_refused() -> None:
     weights = as_run(random_network("mnist-cnn", "sm")).weights
     with pytest.raises(IntegrityError, match=r"conv1\.alpha"):
-        network_from("mnist-cnn", "ccn", 10, weights)
+        network_from(a_card(), weights)
 
 
 def test_a_forward_graph_that_no_exporter_writes_is_damage(bundle: Bundle, tmp_path: Path) -> None:

@@ -38,9 +38,11 @@ class TrainConfig:
         devices: Number of processes, one to a GPU.
         network: The factory of a network of the user's own, instead of architecture and defense:
             ``"package.module:factory"`` or ``"path/to/file.py:factory"``.
-        compact: Which of its layers are made compact: ``"all"``, ``"last"``, ``"none"`` or names
-            (:func:`ccn_deploy.layers.compactify`).
-        label_smoothing: Share of a target that the other classes get, for such a network.
+        compact: Which layers are compact: ``"all"``, ``"last"``, ``"none"`` or names. If not
+            given, those that the defense says, and none of a network of the user's own, whose
+            layers :func:`ccn_deploy.layers.compactify` names.
+        label_smoothing: Share of a target that the other classes get, for a network of the
+            user's own.
     """
 
     defense: str | None = None
@@ -55,7 +57,7 @@ class TrainConfig:
     device: Device = "cpu"
     devices: int = 1
     network: str | None = None
-    compact: str | tuple[str, ...] = "none"
+    compact: str | tuple[str, ...] | None = None
     label_smoothing: float = 0.0
 
 
@@ -66,10 +68,12 @@ class PaperNetwork:
     Attributes:
         architecture: What is trained.
         defense: How it is built and what targets its loss sees.
+        compact: Names of its compact layers; None if they are those that the defense says.
     """
 
     architecture: Architecture
     defense: Defense
+    compact: tuple[str, ...] | None = None
 
     def targets(self, labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
         """Return the training targets, float32 [N, classes]."""
@@ -178,7 +182,7 @@ def make_plan(
             "Give data of two classes or more.",
         )
     return Plan(
-        network=own or _paper_network(config, train),
+        network=own or _paper_network(config, train, recipe),
         recipe=recipe,
         class_names=train.class_names,
         data={
@@ -228,10 +232,10 @@ def check_network(config: TrainConfig) -> None:
             range.
     """
     if config.network is None:
-        if config.compact != "none" or config.label_smoothing:
+        if config.label_smoothing:
             raise UsageError(
-                "The options --compact and --label-smoothing are for a network of your own.",
-                "Name it with --network, or choose a --defense: it says which layers are compact.",
+                "The option --label-smoothing is for a network of your own.",
+                "Name it with --network, or choose --defense ls or ccn+ls.",
             )
         return
     for option, value in (("architecture", config.architecture), ("defense", config.defense)):
@@ -247,9 +251,27 @@ def check_network(config: TrainConfig) -> None:
         )
 
 
-def _paper_network(config: TrainConfig, train: Dataset) -> PaperNetwork:
+def _paper_network(config: TrainConfig, train: Dataset, recipe: Recipe) -> PaperNetwork:
     defense = defense_named("ccn" if config.defense is None else config.defense)
-    return PaperNetwork(_architecture_for(config.architecture, train), defense)
+    architecture = _architecture_for(config.architecture, train)
+    if defense.normalization == "batch":
+        _check_shares(len(train), recipe.batch_size, config.devices)
+    compact = None if config.compact is None else architecture.choose_layers(config.compact)
+    if compact == architecture.choose_layers(defense.compact):
+        compact = None
+    return PaperNetwork(architecture, defense, compact)
+
+
+def _check_shares(images: int, batch_size: int, devices: int) -> None:
+    """Refuse batches that leave a process one image: batch normalisation needs two."""
+    sizes = (min(images, batch_size), images % batch_size or batch_size)
+    if min(sizes) // devices < 2:
+        among = f" among {devices} processes" if devices > 1 else ""
+        raise UsageError(
+            f"{images} images in batches of {batch_size}{among} leave one image alone, and batch "
+            "normalisation needs two.",
+            "Give another --batch-size.",
+        )
 
 
 def _architecture_for(name: str | None, data: Dataset) -> Architecture:

@@ -26,8 +26,9 @@ def make_network(plan: Plan) -> nn.Module:
     classes = len(plan.class_names)
     if isinstance(plan.network, OwnNetwork):
         return _own(plan.network.factory, plan.network.compact, classes, plan.seed)[0]
-    names = plan.network.architecture.name, plan.network.defense.name
-    return build_model(*names, classes=classes, seed=plan.seed)
+    network = plan.network
+    names = network.architecture.name, network.defense.name
+    return build_model(*names, compact=network.compact, classes=classes, seed=plan.seed)
 
 
 def own_network(

@@ -152,10 +152,11 @@ def _record(plan: Plan, finished: Finished | None = None) -> RunRecord:
     network = plan.network
     named: dict[str, Any]
     if isinstance(network, OwnNetwork):
-        named = {"network": network.factory, "compact": network.compact}
+        named = {"network": network.factory, "compact": network.compact or None}
         named["input_shape"] = network.input_shape
     else:
         named = {"architecture": network.architecture.name, "defense": network.defense.name}
+        named["compact"] = network.compact
     return RunRecord(
         schema="ccn-deploy/run/1",
         **named,

@@ -83,4 +83,5 @@ def _own_network(config: TrainConfig, data: Dataset) -> OwnNetwork | None:
     """Make the user's own network once, if there is one."""
     if config.network is None:
         return None
-    return own_network(config.network, config.compact, config.label_smoothing, data, config.seed)
+    compact = "none" if config.compact is None else config.compact
+    return own_network(config.network, compact, config.label_smoothing, data, config.seed)

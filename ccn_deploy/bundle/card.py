@@ -57,6 +57,8 @@ class ModelCard(Record, frozen=True, kw_only=True):
         architecture: A name in :data:`ccn_deploy.architectures.ARCHITECTURES`; empty if it is
             none of ours.
         defense: A name in :data:`ccn_deploy.defenses.DEFENSES`; empty if it is none of ours.
+        compact: Names of the layers that are compact, where they were chosen instead of those
+            that the defense says; unset otherwise.
         training: How the weights came about: data set, recipe, seed, epochs, accuracy; may be
             empty.
         evaluation: How the owner of the network makes evaluation images: resize, crop,
@@ -73,6 +75,8 @@ class ModelCard(Record, frozen=True, kw_only=True):
     class_names: tuple[Text, ...]
     architecture: Text = ""
     defense: Text = ""
+    # Unset and not None: a card that needs no such word has the bytes that it always had.
+    compact: tuple[Text, ...] | msgspec.UnsetType = msgspec.UNSET
     training: dict[str, Any] = msgspec.field(default_factory=dict)
     evaluation: dict[str, Any] = msgspec.field(default_factory=dict)
     source: Source
@@ -94,8 +98,20 @@ class ModelCard(Record, frozen=True, kw_only=True):
 
     @property
     def title(self) -> str:
-        """What headings call it: for networks of the paper, defense and architecture."""
-        return f"{self.defense} on {self.architecture}" if self.architecture else self.name
+        """What headings call it: for networks of the paper, system and architecture."""
+        return f"{self.system} on {self.architecture}" if self.architecture else self.name
+
+    @property
+    def system(self) -> str:
+        """The defense, and the compact layers where they were chosen: ``sm-compact-conv1``."""
+        if self.chosen_layers is None:
+            return self.defense
+        return f"{self.defense}-compact-{'-'.join(self.chosen_layers) or 'none'}"
+
+    @property
+    def chosen_layers(self) -> tuple[str, ...] | None:
+        """The compact layers where they were chosen; None where the defense says which."""
+        return None if isinstance(self.compact, msgspec.UnsetType) else self.compact
 
     @property
     def classes(self) -> int:

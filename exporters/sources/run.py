@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ccn_deploy.bundle.card import ModelCard
 from ccn_deploy.errors import IntegrityError, one_line
 from ccn_deploy.exporters.lowering import lower
 from ccn_deploy.extras import require
@@ -12,19 +13,20 @@ from ccn_deploy.models import Classifier, build_model
 from ccn_deploy.runs import TrainedRun
 
 
-def network_from(architecture: str, defense: str, classes: int, weights: bytes) -> Classifier:
-    """Build a network around trained weights: float32, in eval mode, parameters frozen.
+def network_from(card: ModelCard, weights: bytes) -> Classifier:
+    """Build a network of the paper around trained weights: float32, in eval mode, frozen.
 
     Args:
-        architecture: A name in :data:`ccn_deploy.architectures.ARCHITECTURES`.
-        defense: A name in :data:`ccn_deploy.defenses.DEFENSES`.
-        classes: Number of logits.
+        card: Names its architecture, defense and classes, and the compact layers if chosen.
         weights: Bytes of a safetensors file.
 
     Raises:
+        UsageError: An unknown architecture, defense or layer.
         IntegrityError: No safetensors, or tensors of other names, shapes or types.
     """
-    model = build_model(architecture, defense, classes=classes)
+    model = build_model(
+        card.architecture, card.defense, compact=card.chosen_layers, classes=card.classes
+    )
     safetensors = require("safetensors.torch", "train", "to read weights")
     try:
         state: dict[str, Tensor] = safetensors.load(weights)
@@ -33,7 +35,7 @@ def network_from(architecture: str, defense: str, classes: int, weights: bytes) 
             f"The weights are no safetensors file: {one_line(error)}.",
             "Train the run again, or restore the file.",
         ) from error
-    _check_fit(model, state, f"{architecture} with {defense}")
+    _check_fit(model, state, f"{card.architecture} with {card.system}")
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
@@ -68,7 +70,7 @@ def run_network(run: TrainedRun) -> tuple[nn.Module, Graph]:
     """
     card = run.card
     if not run.network:
-        model = network_from(card.architecture, card.defense, card.classes, run.weights)
+        model = network_from(card, run.weights)
         return model, Graph(lower(model))
     from ccn_deploy.exporters.sources.module import export_module, trained_module
 
