@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from ccn_deploy.data import DataOptions
     from ccn_deploy.runs import TrainedRun
     from ccn_deploy.trainers import Event
+
+ADVERSARIAL = "Adversarial training"
+"""Heading of its options in --help."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -57,7 +61,9 @@ def train(
     ] = "mnist5k",
     recipe: Annotated[
         str,
-        typer.Option("--recipe", help="quick, paper-mnist, paper-cifar10 or paper-imagenet."),
+        typer.Option(
+            "--recipe", help="quick, pgd-mnist, paper-mnist, paper-cifar10 or paper-imagenet."
+        ),
     ] = "quick",
     architecture: Annotated[
         str | None,
@@ -91,6 +97,45 @@ def train(
             "--label-smoothing", help="Share of the targets for the other classes; own networks."
         ),
     ] = 0.0,
+    adversarial: Annotated[
+        str | None,
+        typer.Option(
+            "--adversarial",
+            metavar="KIND",
+            help="Train against perturbations: fgsm, pgd or trades.",
+            show_default="the recipe's, or none",
+            rich_help_panel=ADVERSARIAL,
+        ),
+    ] = None,
+    epsilon: Annotated[
+        str | None,
+        typer.Option(
+            "--epsilon",
+            metavar="NUMBER",
+            help="Their largest size in Linf: 0.3 or 8/255.",
+            show_default="the recipe's, or 0.3 for MNIST's shape and 8/255 for others",
+            rich_help_panel=ADVERSARIAL,
+        ),
+    ] = None,
+    attack_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--attack-steps",
+            min=1,
+            help="Gradients an image, of pgd and trades.",
+            show_default="the recipe's, or 7 for pgd and 10 for trades",
+            rich_help_panel=ADVERSARIAL,
+        ),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            "--beta",
+            help="Weight of the divergence in trades.",
+            show_default="the recipe's, or 6",
+            rich_help_panel=ADVERSARIAL,
+        ),
+    ] = None,
     epochs: Annotated[
         int | None,
         typer.Option("--epochs", min=1, help="Passes over the data.", show_default="the recipe's"),
@@ -169,6 +214,10 @@ def train(
         network=network,
         compact=compact if compact in (None, "all", "last", "none") else tuple(compact.split(",")),
         label_smoothing=label_smoothing,
+        adversarial=adversarial,
+        epsilon=_epsilon(epsilon),
+        attack_steps=attack_steps,
+        beta=beta,
     )
     display = Display(network.rpartition(":")[2] if network else defense or "ccn")
     try:
@@ -183,6 +232,18 @@ def train(
         print_json(_document(run, already_finished=not display.started))
     else:
         _print(run, already_finished=not display.started)
+
+
+def _epsilon(text: str | None) -> float | None:
+    from ccn_deploy.attacks.spec import number
+    from ccn_deploy.errors import UsageError
+
+    if text is None:
+        return None
+    value = number(text.strip())
+    if value is None:
+        raise UsageError(f"--epsilon: {text!r} is not a number.", "Give one such as 0.3 or 8/255.")
+    return value
 
 
 class Display:
@@ -216,9 +277,11 @@ class Display:
             what = f"{self.title}  epoch {event.epoch}  loss {event.loss:.3f}  "
             self._bar(f"{what}accuracy {event.accuracy:.1%}", event.step, self._steps)
         else:
+            held = event.crafted_accuracy
+            crafted = "" if held is None else f"crafted {held:.2%}  "
             self._bar.say(
                 f"{self.title}  epoch {event.epoch}  loss {event.loss:.3f}  "
-                f"train {event.train_accuracy:.2%}  test {event.test_accuracy:.2%}  "
+                f"train {event.train_accuracy:.2%}  {crafted}test {event.test_accuracy:.2%}  "
                 f"rate {event.learning_rate:.3g}  {event.seconds:.0f} s"
             )
 
@@ -239,6 +302,8 @@ def _print(run: TrainedRun, *, already_finished: bool) -> None:
         f"seed {training['seed']}, {training['device']}.",
         soft_wrap=True,
     )
+    if adversary := training["recipe"]["adversary"]:
+        out.print(_told(adversary), soft_wrap=True)
     out.print(f"Run in {run.path}", markup=False, soft_wrap=True)
     bundle = Path("bundles") / run.path.name
     out.print(
@@ -246,6 +311,14 @@ def _print(run: TrainedRun, *, already_finished: bool) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def _told(adversary: Mapping[str, Any]) -> str:
+    """Say against what the network was trained."""
+    kind, epsilon, steps = (adversary[key] for key in ("kind", "epsilon", "steps"))
+    each = f", {steps} steps of {adversary['rel_step'] * epsilon:.3g}" if kind != "fgsm" else ""
+    beta = f", beta {adversary['beta']:g}" if adversary["beta"] is not None else ""
+    return f"Adversarial training: {kind}, epsilon {epsilon:.4g}{each}{beta}."
 
 
 def _document(run: TrainedRun, *, already_finished: bool) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Batch:
     Attributes:
         images: float32 [n, C, H, W] in [0, 1].
         labels: int64 [n].
+        indices: Their places in the data set, int64 [n].
         size: Images of this step over all processes, at least 1.
         share: How many of those are this process's. 0 when there are fewer images than
             processes; ``images`` then holds one that must not count, so that every process takes
@@ -31,6 +32,7 @@ class Batch:
 
     images: Images
     labels: Labels
+    indices: NDArray[np.int64]
     size: int
     share: int
 
@@ -52,7 +54,7 @@ def fetch_ahead(
     def fetch(indices: NDArray[np.int64]) -> Batch:
         mine = indices[rank::world]
         seen = mine if len(mine) else indices[:1]
-        return Batch(dataset.images(seen), dataset.labels[seen], len(indices), len(mine))
+        return Batch(dataset.images(seen), dataset.labels[seen], seen, len(indices), len(mine))
 
     with ThreadPoolExecutor(AHEAD, thread_name_prefix="fetch") as pool:
         waiting: deque[Future[Batch]] = deque()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from ccn_deploy.architectures import ARCHITECTURES, Architecture, architecture_n
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.defenses import Defense, defense_named, soft_targets
 from ccn_deploy.errors import UsageError
+from ccn_deploy.trainers.adversary import KINDS, Adversary, changed, default_adversary
 from ccn_deploy.trainers.recipes import Recipe, recipe_named
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -43,6 +44,12 @@ class TrainConfig:
             layers :func:`ccn_deploy.layers.compactify` names.
         label_smoothing: Share of a target that the other classes get, for a network of the
             user's own.
+        adversarial: ``"fgsm"``, ``"pgd"`` or ``"trades"``, instead of the recipe's adversary; see
+            :class:`~ccn_deploy.trainers.adversary.Adversary`.
+        epsilon: Instead of the adversary's; if neither is given, 0.3 for images of one channel and
+            28x28 pixels, and 8/255 for others.
+        attack_steps: Instead of the adversary's.
+        beta: Instead of that of ``trades``, 6.
     """
 
     defense: str | None = None
@@ -59,6 +66,10 @@ class TrainConfig:
     network: str | None = None
     compact: str | tuple[str, ...] | None = None
     label_smoothing: float = 0.0
+    adversarial: str | None = None
+    epsilon: float | None = None
+    attack_steps: int | None = None
+    beta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,7 @@ def make_plan(
     recipe = recipe.override(
         epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate
     )
+    recipe = replace(recipe, adversary=_adversary(config, recipe, train.input_shape))
     if config.seed < 0:
         raise UsageError(f"The seed is {config.seed}.", "Give a whole number from 0.")
     for data in (train, test):
@@ -206,6 +218,9 @@ def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if "recipe.epochs" in differing and "recipe.drops" in differing:
         differing.remove("recipe.drops")  # they follow from the epochs
+    if "recipe.adversary.kind" in differing:  # the other numbers follow from it
+        kept = [key for key in differing if not key.startswith("recipe.adversary.")]
+        differing = [*kept, "recipe.adversary.kind"]
     return "; ".join(f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in differing)
 
 
@@ -249,6 +264,26 @@ def check_network(config: TrainConfig) -> None:
             f"The label smoothing is {config.label_smoothing}.",
             "Give a number from 0 to below 1; the paper's is 0.1.",
         )
+
+
+def _adversary(
+    config: TrainConfig, recipe: Recipe, input_shape: tuple[int, int, int]
+) -> Adversary | None:
+    """Return the adversary that is asked for: of a kind, or the recipe's with other numbers."""
+    adversary = recipe.adversary
+    if config.adversarial is not None and (
+        adversary is None or adversary.kind != config.adversarial.lower()
+    ):
+        adversary = default_adversary(config.adversarial, input_shape)
+    numbers = {"epsilon": config.epsilon, "steps": config.attack_steps, "beta": config.beta}
+    if adversary is not None:
+        return changed(adversary, **numbers)
+    if any(number is not None for number in numbers.values()):
+        raise UsageError(
+            "An epsilon, attack steps or a beta belong to adversarial training; none is asked for.",
+            f"Choose it with --adversarial: {', '.join(KINDS)}.",
+        )
+    return None
 
 
 def _paper_network(config: TrainConfig, train: Dataset, recipe: Recipe) -> PaperNetwork:

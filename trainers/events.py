@@ -40,17 +40,19 @@ class Stepped:
     accuracy: float
 
 
-class EpochEnded(Record, frozen=True):
+class EpochEnded(Record, frozen=True, omit_defaults=True):
     """An epoch is done and its checkpoint and line of metrics are on disk.
 
     Attributes:
         epoch: From 1.
         step: Steps done, over all epochs.
         loss: Mean training loss over the epoch, as the weights moved.
-        train_accuracy: On training images over the epoch, as the weights moved, in [0, 1].
+        train_accuracy: On training images over the epoch, as the weights moved, in [0, 1]; on
+            crafted ones where the loss sees no others (``pgd``).
         test_accuracy: On the test split with the weights after the epoch, in [0, 1].
         learning_rate: Of the epoch's last step.
         seconds: Spent training so far, interruptions not counted.
+        crafted_accuracy: On the crafted training images, of adversarial training, in [0, 1].
     """
 
     epoch: Count
@@ -60,6 +62,7 @@ class EpochEnded(Record, frozen=True):
     test_accuracy: float
     learning_rate: float
     seconds: float
+    crafted_accuracy: float | None = None
 
 
 Event = Started | Stepped | EpochEnded

@@ -25,6 +25,7 @@ from ccn_deploy.trainers.checkpoint import (
     save_checkpoint,
 )
 from ccn_deploy.trainers.config import OwnNetwork, Plan
+from ccn_deploy.trainers.crafting import adversarial_loss, craft
 from ccn_deploy.trainers.divergence import diverged
 from ccn_deploy.trainers.events import EpochEnded, Started, Stepped, Watcher
 from ccn_deploy.trainers.network import forward, make_network, scalars
@@ -34,6 +35,9 @@ from ccn_deploy.trainers.rundir import RunDirectory
 
 EVALUATION_BATCH = 500
 """Test images per forward pass."""
+
+_STARTS = 1
+"""Sets the seeds of random starts apart from those of the order and of dropout."""
 
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
 """Steps between looks at the loss; a look makes a GPU wait."""
@@ -120,7 +124,7 @@ class _Fit:
             for index, batch in enumerate(shares):
                 step = epoch * self.steps_per_epoch + index
                 rate = self.recipe.learning_rate_at(step, self.steps_per_epoch)
-                tally.add(*self._step(batch, rate))
+                tally.add(*self._step(batch, step, rate))
         tally.look()
         self._check_weights(epoch)
         return EpochEnded(
@@ -131,20 +135,26 @@ class _Fit:
             test_accuracy=self._accuracy(self.task.test),
             learning_rate=rate,
             seconds=round(before + time.perf_counter() - started, 3),
+            crafted_accuracy=tally.crafted_accuracy if self.recipe.adversary else None,
         )
 
-    def _step(self, batch: Batch, rate: float) -> tuple[Tensor, Tensor]:
-        """Take one step; return this process's part of the loss and its number of right labels."""
+    def _step(self, batch: Batch, step: int, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Take one step, counted from 0.
+
+        Returns:
+            This process's part of the loss, and its numbers of right labels: of the images that
+            cross-entropy sees, and of the crafted ones.
+        """
         targets = torch.from_numpy(
             self.plan.network.targets(batch.labels, len(self.plan.class_names))
         ).to(self.fabric.device)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        logits = forward(self.net, self._images(batch.images))
+        loss, logits, crafted = self._answer(batch, targets, step)
         # Fabric averages gradients over processes. Weighting each by its share of the images
         # makes that the gradient of the mean over the whole batch, unequal shares included.
         share = batch.share * self.fabric.world_size / batch.size
-        loss = soft_cross_entropy(logits, targets) * share
+        loss = loss * share
         self.fabric.backward(loss)
         if self.recipe.clip_norm is not None:
             self.fabric.clip_gradients(
@@ -152,8 +162,28 @@ class _Fit:
             )
         self.wrapped.step()
         self.wrapped.zero_grad()
-        right = (logits.detach().argmax(1) == targets.argmax(1))[: batch.share].sum()
-        return loss.detach() / self.fabric.world_size, right
+        labels = targets.argmax(1)
+        right, held = (
+            (answer.detach().argmax(1) == labels)[: batch.share].sum()
+            for answer in (logits, crafted)
+        )
+        return loss.detach() / self.fabric.world_size, right, held
+
+    def _answer(self, batch: Batch, targets: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mean loss, and the logits of the images it sees and of the crafted ones."""
+        images, adversary = self._images(batch.images), self.recipe.adversary
+        if adversary is None:
+            logits = forward(self.net, images)
+            return soft_cross_entropy(logits, targets), logits, logits
+        epoch = step // self.steps_per_epoch
+        epsilon = adversary.epsilon_at(step, self.recipe.epochs * self.steps_per_epoch)
+        # Of the image, not of the process: so any number of processes trains on the same ones.
+        seeds = np.array([[self.plan.seed, epoch, index, _STARTS] for index in batch.indices])
+        labels = torch.from_numpy(batch.labels).to(self.fabric.device)
+        crafted = craft(
+            self.model, images, labels, adversary=adversary, epsilon=epsilon, seeds=seeds
+        )
+        return adversarial_loss(self.net, images, crafted, targets, adversary)
 
     @torch.no_grad()
     def _accuracy(self, data: Dataset) -> float:
@@ -219,7 +249,7 @@ class _Tally:
         self.every = LOOK_EVERY[fit.fabric.device.type]
         self.waiting: list[Tensor] = []
         self.steps = self.seen = 0
-        self.losses = self.right = 0.0
+        self.losses = self.right = self.held = 0.0
 
     @property
     def loss(self) -> float:
@@ -229,9 +259,13 @@ class _Tally:
     def accuracy(self) -> float:
         return self.right / self.seen
 
-    def add(self, loss: Tensor, right: Tensor) -> None:
+    @property
+    def crafted_accuracy(self) -> float:
+        return self.held / self.seen
+
+    def add(self, loss: Tensor, *right: Tensor) -> None:
         """Count one step in."""
-        self.waiting.append(torch.stack([loss, right.to(loss.dtype)]))
+        self.waiting.append(torch.stack([loss, *(count.to(loss.dtype) for count in right)]))
         if len(self.waiting) == self.every:
             self.look()
 
@@ -244,7 +278,7 @@ class _Tally:
         if not self.waiting:
             return
         fit = self.fit
-        for loss, right in fit.total(torch.stack(self.waiting)).tolist():
+        for loss, right, held in fit.total(torch.stack(self.waiting)).tolist():
             indices = self.batches[self.steps]
             if not math.isfinite(loss):
                 raise diverged(fit.recipe, fit.task.train, self.epoch, self.steps, indices)
@@ -252,6 +286,7 @@ class _Tally:
             self.seen += len(indices)
             self.losses += loss * len(indices)
             self.right += right
+            self.held += held
         self.waiting.clear()
         step = self.epoch * fit.steps_per_epoch + self.steps
         fit.tell(Stepped(step, self.epoch + 1, self.loss, self.accuracy))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ccn_deploy.errors import UsageError, named
+from ccn_deploy.trainers.adversary import Adversary
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Recipe:
         momentum: Of SGD, without dampening, not Nesterov's.
         weight_decay: L2 penalty on weights and biases. The alphas of compact layers are spared:
             they set the scale of the features, and pulling them to 0 flattens the logits.
+        adversary: Against which perturbations; None for training on the images as they are.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Recipe:
     clip_norm: float | None = 1.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    adversary: Adversary | None = None
 
     def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate of a step, counted from 0."""
