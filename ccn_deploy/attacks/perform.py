@@ -59,6 +59,23 @@ def perform(
     return result
 
 
+def craft(
+    spec: AttackSpec,
+    model: PyTorchModel,
+    images: Array,
+    labels: Array,
+    *,
+    seeds: Array,
+    batch: int = 100,
+) -> Array:
+    """Attack any number of images, ``batch`` at a time; the rest is as for :func:`perform`."""
+    made = np.empty_like(images)
+    for at in range(0, len(images), batch):
+        rows = slice(at, at + batch)
+        made[rows] = perform(spec, model, images[rows], labels[rows], seeds=seeds[rows])
+    return made
+
+
 Attack = FixedEpsilonAttack | MinimizationAttack
 
 
