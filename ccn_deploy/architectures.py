@@ -23,6 +23,8 @@ class Architecture:
         hidden: Units of the linear layers before the last one.
         dropout: Probability of dropping a hidden linear activation while training.
         classes: Number of logits, unless the data set says otherwise.
+        bottleneck: Units of one more linear layer in front of the last one, without activation
+            and dropout; 0 for none.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Architecture:
     hidden: tuple[int, ...]
     dropout: float
     classes: int
+    bottleneck: int = 0
 
     def flat_features(self) -> int:
         """Return the number of features that reach the first linear layer."""
@@ -58,6 +61,17 @@ ARCHITECTURES: dict[str, Architecture] = {
             hidden=(200, 200),
             dropout=0.0,
             classes=10,
+        ),
+        Architecture(
+            name="mnist-cnn-2d",
+            title="The same with two features in front of the last layer, for figure 2",
+            input_shape=(1, 28, 28),
+            features=(32, 32, POOL, 64, 64, POOL),
+            padding=0,
+            hidden=(200, 200),
+            dropout=0.0,
+            classes=10,
+            bottleneck=2,
         ),
         Architecture(
             name="vgg11-cifar10",

@@ -95,8 +95,13 @@ def _stack(plan: Architecture, defense: Defense, classes: int) -> OrderedDict[st
         if plan.dropout:
             layers[f"dropout{index}"] = nn.Dropout(plan.dropout)
         features = units
+    count = len(plan.hidden) + 1
+    if plan.bottleneck:
+        narrow = CompactLinear if compact == "all" else nn.Linear
+        layers[f"fc{count}"] = narrow(features, plan.bottleneck)
+        features, count = plan.bottleneck, count + 1
     last = nn.Linear if compact == "none" else CompactLinear
-    layers[f"fc{len(plan.hidden) + 1}"] = last(features, classes)
+    layers[f"fc{count}"] = last(features, classes)
     return layers
 
 
