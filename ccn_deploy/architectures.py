@@ -24,6 +24,8 @@ class Architecture:
         hidden: Units of the linear layers before the last one.
         dropout: Probability of dropping a hidden linear activation while training.
         classes: Number of logits, unless the data set says otherwise.
+        bottleneck: Units of one more linear layer in front of the last one, without activation
+            and dropout; 0 for none.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Architecture:
     hidden: tuple[int, ...]
     dropout: float
     classes: int
+    bottleneck: int = 0
 
     def flat_features(self) -> int:
         """Return the number of features that reach the first linear layer."""
@@ -49,9 +52,10 @@ class Architecture:
     def weighted_layers(self) -> tuple[str, ...]:
         """Return the names of the layers with weights in order: conv1, ..., fc1, ..."""
         convolutions = sum(item != POOL for item in self.features)
+        linear = len(self.hidden) + bool(self.bottleneck) + 1
         return (
             *(f"conv{index}" for index in range(1, convolutions + 1)),
-            *(f"fc{index}" for index in range(1, len(self.hidden) + 2)),
+            *(f"fc{index}" for index in range(1, linear + 1)),
         )
 
     def choose_layers(self, where: str | Collection[str]) -> tuple[str, ...]:
@@ -90,6 +94,17 @@ ARCHITECTURES: dict[str, Architecture] = {
             hidden=(200, 200),
             dropout=0.0,
             classes=10,
+        ),
+        Architecture(
+            name="mnist-cnn-2d",
+            title="The same with two features in front of the last layer, for figure 2",
+            input_shape=(1, 28, 28),
+            features=(32, 32, POOL, 64, 64, POOL),
+            padding=0,
+            hidden=(200, 200),
+            dropout=0.0,
+            classes=10,
+            bottleneck=2,
         ),
         Architecture(
             name="vgg11-cifar10",

@@ -113,8 +113,11 @@ def _stack(
         if plan.dropout:
             layers[f"dropout{index}"] = nn.Dropout(plan.dropout)
         features = units
-    name = f"fc{len(plan.hidden) + 1}"
-    layers[name] = (CompactLinear if name in compact else nn.Linear)(features, classes)
+    last = (plan.bottleneck, classes) if plan.bottleneck else (classes,)
+    for index, units in enumerate(last, start=len(plan.hidden) + 1):
+        linear = CompactLinear if f"fc{index}" in compact else nn.Linear
+        layers[f"fc{index}"] = linear(features, units)
+        features = units
     return layers
 
 

@@ -69,7 +69,7 @@ def train(
         str | None,
         typer.Option(
             "--architecture",
-            help="mnist-cnn, vgg11-cifar10 or vgg11-imagenet.",
+            help="mnist-cnn, mnist-cnn-2d, vgg11-cifar10 or vgg11-imagenet.",
             show_default="the one for the data set's images",
         ),
     ] = None,

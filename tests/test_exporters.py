@@ -46,7 +46,7 @@ def ops(graph: onnx.ModelProto) -> list[str]:
 
 
 @pytest.mark.parametrize("defense", DEFENSES)
-@pytest.mark.parametrize("architecture", ["mnist-cnn", "vgg11-cifar10"])
+@pytest.mark.parametrize("architecture", ["mnist-cnn", "mnist-cnn-2d", "vgg11-cifar10"])
 def test_graph_computes_the_network(architecture: str, defense: str, tmp_path: Path) -> None:
     model = random_network(architecture, defense)
     bundle = export_bundle(as_run(model), tmp_path / "bundle", gradient=False)

@@ -88,6 +88,18 @@ def test_the_networks_are_those_of_table_10(
     assert count == PARAMETERS[architecture] + (len(shapes) if defense == "ccn" else 0)
 
 
+@pytest.mark.parametrize(("defense", "compact"), [("sm", []), ("l2sm", ["fc4"]), ("ccn", ["all"])])
+def test_two_features_stand_in_front_of_the_last_layer_of_figure_2(
+    defense: str, compact: list[str]
+) -> None:
+    model = build_model("mnist-cnn-2d", defense)
+    layers = model.named_layers()
+    assert [name for name, _ in layers] == [*MNIST_LAYERS, "fc4"]  # nothing between fc3 and fc4
+    assert weights(model) == MNIST_WEIGHTS | {"fc3": (2, 200), "fc4": (10, 2)}
+    found = [name for name, m in layers if isinstance(m, CompactConv2d | CompactLinear)]
+    assert found == (list(weights(model)) if compact == ["all"] else compact)
+
+
 def test_the_imagenet_network_is_vgg11() -> None:
     with torch.device("meta"):  # shapes, without half a gigabyte of weights
         model = build_model("vgg11-imagenet", "sm")

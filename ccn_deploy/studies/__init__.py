@@ -1,0 +1,1 @@
+"""The paper's experiments, run again: what it published beside what these networks do."""
