@@ -41,6 +41,9 @@ class TrainConfig:
         compact: Which of its layers are made compact: ``"all"``, ``"last"``, ``"none"`` or names
             (:func:`ccn_deploy.layers.compactify`).
         label_smoothing: Share of a target that the other classes get, for such a network.
+        workers: Processes of each device that read and decode images; 0 for threads.
+        strict: Whether an image that cannot be read stops the training. If not, it is left out of
+            every epoch, named and counted.
     """
 
     defense: str | None = None
@@ -57,6 +60,8 @@ class TrainConfig:
     network: str | None = None
     compact: str | tuple[str, ...] = "none"
     label_smoothing: float = 0.0
+    workers: int = 0
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,10 @@ def make_plan(
     recipe = recipe.override(
         epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate
     )
+    if config.workers < 0:
+        raise UsageError(
+            f"The number of workers is {config.workers}.", "Give a whole number from 0."
+        )
     if config.seed < 0:
         raise UsageError(f"The seed is {config.seed}.", "Give a whole number from 0.")
     for data in (train, test):

@@ -40,7 +40,18 @@ class Stepped:
     accuracy: float
 
 
-class EpochEnded(Record, frozen=True):
+@dataclass(frozen=True)
+class Skipped:
+    """An image file cannot be read and is left out; told in every epoch, as it counts in none.
+
+    Attributes:
+        what: Which file, and why, one sentence.
+    """
+
+    what: str
+
+
+class EpochEnded(Record, frozen=True, omit_defaults=True):
     """An epoch is done and its checkpoint and line of metrics are on disk.
 
     Attributes:
@@ -51,6 +62,8 @@ class EpochEnded(Record, frozen=True):
         test_accuracy: On the test split with the weights after the epoch, in [0, 1].
         learning_rate: Of the epoch's last step.
         seconds: Spent training so far, interruptions not counted.
+        skipped_train: Training images that could not be read and were left out.
+        skipped_test: Those of the test split; ``test_accuracy`` is of the others.
     """
 
     epoch: Count
@@ -60,9 +73,11 @@ class EpochEnded(Record, frozen=True):
     test_accuracy: float
     learning_rate: float
     seconds: float
+    skipped_train: Count = 0
+    skipped_test: Count = 0
 
 
-Event = Started | Stepped | EpochEnded
+Event = Started | Stepped | Skipped | EpochEnded
 Watcher = Callable[[Event], None]
 
 
