@@ -17,6 +17,7 @@ code  meaning
 ``CcnDeployError``
     * ``UsageError`` (2)
         * ``InputError`` -- images or labels outside their contract
+            * ``UnreadableImageError`` -- an image file that is damaged, none, or too large
         * ``DatasetNotFoundError``
         * ``NotABundleError``, ``NotARunError``
         * ``NoGradientError`` -- a network with an op that no gradient graph can be made of
@@ -86,6 +87,10 @@ class UsageError(CcnDeployError):
 
 class InputError(UsageError):
     """Images or labels that break their contract (shape, dtype, range, finiteness)."""
+
+
+class UnreadableImageError(InputError):
+    """An image file that is damaged, no image, or too large to decode: the bytes are to blame."""
 
 
 class DatasetNotFoundError(UsageError):

@@ -31,7 +31,7 @@ WEIGHTS = "weights.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
 
 
-class Finished(Record, frozen=True):
+class Finished(Record, frozen=True, omit_defaults=True):
     """How a training ended.
 
     Attributes:
@@ -40,6 +40,8 @@ class Finished(Record, frozen=True):
         steps: In all of them.
         train_accuracy: Of the last epoch, in [0, 1].
         test_accuracy: After it, in [0, 1].
+        skipped_train: Training images that could not be read and were left out.
+        skipped_test: Those of the test split; ``test_accuracy`` is of the others.
     """
 
     weights_sha256: Digest
@@ -47,6 +49,13 @@ class Finished(Record, frozen=True):
     steps: Count
     train_accuracy: float
     test_accuracy: float
+    skipped_train: Count = 0
+    skipped_test: Count = 0
+
+    def skipped(self) -> dict[str, int]:
+        """Return how many images of each split were left out, of those where any was."""
+        counts = {"skipped_train": self.skipped_train, "skipped_test": self.skipped_test}
+        return {split: count for split, count in counts.items() if count}
 
 
 class RunRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
@@ -94,6 +103,7 @@ class RunRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
                 **self.training,
                 "train_accuracy": self.finished.train_accuracy,
                 "test_accuracy": self.finished.test_accuracy,
+                **self.finished.skipped(),
             },
             source=Source(kind="run", name=network, sha256=self.finished.weights_sha256),
         )

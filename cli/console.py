@@ -80,4 +80,4 @@ class Bar:
 
     def say(self, text: str) -> None:
         """Print a line that stays above the bar."""
-        self._bar.console.print(text)
+        self._bar.console.print(text, soft_wrap=True)

@@ -178,7 +178,7 @@ class Pipeline:
         return Outcome(run, bundle, parity, robustness, report)
 
     def _train(self, tell: Tell) -> TrainedRun:
-        from ccn_deploy.trainers import EpochEnded, Event, Started, TrainConfig, train
+        from ccn_deploy.trainers import EpochEnded, Event, Started, Stepped, TrainConfig, train
 
         def watch(event: Event) -> None:
             if isinstance(event, EpochEnded):
@@ -188,7 +188,7 @@ class Pipeline:
                 )
             elif isinstance(event, Started):
                 steps.append(event.steps)
-            else:
+            elif isinstance(event, Stepped):
                 tell("train", event.step / steps[0])
 
         steps: list[int] = []

@@ -17,6 +17,7 @@ from ccn_deploy.cli.options import (
     takes_data_options,
     tell_notes,
 )
+from ccn_deploy.cli.text import plain
 
 if TYPE_CHECKING:
     from ccn_deploy.data import DataOptions
@@ -168,6 +169,20 @@ def train(
     devices: Annotated[
         int, typer.Option("--devices", min=1, help="GPUs, or processes on the CPU.")
     ] = 1,
+    workers: Annotated[
+        int,
+        typer.Option(
+            "--workers",
+            min=0,
+            help="Processes that read and decode images, for each device; 0: threads.",
+        ),
+    ] = 0,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Stop at an image that cannot be read, instead of leaving it out."
+        ),
+    ] = False,
     data_dir: DataDirOption = None,
     data: DataOptions,
     download: Annotated[
@@ -218,6 +233,8 @@ def train(
         epsilon=_epsilon(epsilon),
         attack_steps=attack_steps,
         beta=beta,
+        workers=workers,
+        strict=strict,
     )
     display = Display(network.rpartition(":")[2] if network else defense or "ccn")
     try:
@@ -254,6 +271,7 @@ class Display:
 
         self.title = title
         self.started = False
+        self.skipped: set[str] = set()
         self._bar = Bar()
         self._steps = 0
 
@@ -265,7 +283,7 @@ class Display:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
-        from ccn_deploy.trainers import Started, Stepped
+        from ccn_deploy.trainers import Skipped, Started, Stepped
 
         if isinstance(event, Started):
             self.started = True
@@ -276,6 +294,10 @@ class Display:
         elif isinstance(event, Stepped):
             what = f"{self.title}  epoch {event.epoch}  loss {event.loss:.3f}  "
             self._bar(f"{what}accuracy {event.accuracy:.1%}", event.step, self._steps)
+        elif isinstance(event, Skipped):
+            if event.what not in self.skipped:  # it comes again in every epoch
+                self.skipped.add(event.what)
+                self._bar.say(plain(f"left out: {event.what}"))
         else:
             held = event.crafted_accuracy
             crafted = "" if held is None else f"crafted {held:.2%}  "
@@ -296,8 +318,16 @@ def _print(run: TrainedRun, *, already_finished: bool) -> None:
         compact = ", ".join(run.compact) or "no layer"
         out.print(f"Made compact: {compact}.", markup=False, soft_wrap=True)
     what = run.network or f"{run.card.system}, {run.card.architecture}"
+    skipped = {split: training.get(f"skipped_{split}", 0) for split in ("train", "test")}
+    if any(skipped.values()):
+        out.print(
+            f"Left out, since their files cannot be read: {skipped['train']:,} training images, "
+            f"{skipped['test']:,} test images.",
+            soft_wrap=True,
+        )
     out.print(
-        f"Clean accuracy {training['test_accuracy']:.2%} on {training['test_images']:,} test "
+        f"Clean accuracy {training['test_accuracy']:.2%} on "
+        f"{training['test_images'] - skipped['test']:,} test "
         f"images of {training['dataset']}; {what}, "
         f"seed {training['seed']}, {training['device']}.",
         soft_wrap=True,
@@ -333,5 +363,7 @@ def _document(run: TrainedRun, *, already_finished: bool) -> dict[str, Any]:
         "compact": list(run.compact),
         "already_finished": already_finished,
         "weights_sha256": sha256(run.weights),
+        "skipped_train": 0,
+        "skipped_test": 0,
         **run.card.training,
     }

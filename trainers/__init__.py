@@ -1,7 +1,7 @@
 """Recipes and the training loop: :func:`train` a :class:`TrainConfig` into a run directory."""
 
 from ccn_deploy.trainers.config import TrainConfig
-from ccn_deploy.trainers.events import EpochEnded, Event, Started, Stepped
+from ccn_deploy.trainers.events import EpochEnded, Event, Skipped, Started, Stepped
 from ccn_deploy.trainers.recipes import RECIPES, Recipe, recipe_named
 from ccn_deploy.trainers.training import train
 
@@ -10,6 +10,7 @@ __all__ = [
     "EpochEnded",
     "Event",
     "Recipe",
+    "Skipped",
     "Started",
     "Stepped",
     "TrainConfig",

@@ -50,6 +50,9 @@ class TrainConfig:
             28x28 pixels, and 8/255 for others.
         attack_steps: Instead of the adversary's.
         beta: Instead of that of ``trades``, 6.
+        workers: Processes of each device that read and decode images; 0 for threads.
+        strict: Whether an image that cannot be read stops the training. If not, it is left out of
+            every epoch, named and counted.
     """
 
     defense: str | None = None
@@ -70,6 +73,8 @@ class TrainConfig:
     epsilon: float | None = None
     attack_steps: int | None = None
     beta: float | None = None
+    workers: int = 0
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,10 @@ def make_plan(
         epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate
     )
     recipe = replace(recipe, adversary=_adversary(config, recipe, train.input_shape))
+    if config.workers < 0:
+        raise UsageError(
+            f"The number of workers is {config.workers}.", "Give a whole number from 0."
+        )
     if config.seed < 0:
         raise UsageError(f"The seed is {config.seed}.", "Give a whole number from 0.")
     for data in (train, test):

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.errors import TrainingDivergedError
+from ccn_deploy.trainers.batches import read_images
 from ccn_deploy.trainers.recipes import Recipe
 
 CUSTOMARY = 0.1
@@ -39,7 +40,8 @@ def diverged(
     where = f"{what} is not a number at step {step + 1} (epoch {epoch + 1})"
     kept = f"the checkpoint of epoch {epoch} is untouched" if epoch else "there is no checkpoint"
     if indices is not None:
-        finite = np.isfinite(data.images(indices)).all(axis=(1, 2, 3))
+        images, indices, _ = read_images(data, indices)
+        finite = np.isfinite(images).all(axis=(1, 2, 3))
         if not finite.all():
             return TrainingDivergedError(
                 f"{where}: image {indices[np.argmin(finite)]} of {data.name} ({data.split}) "

@@ -40,6 +40,17 @@ class Stepped:
     accuracy: float
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """An image file cannot be read and is left out; told in every epoch, as it counts in none.
+
+    Attributes:
+        what: Which file, and why, one sentence.
+    """
+
+    what: str
+
+
 class EpochEnded(Record, frozen=True, omit_defaults=True):
     """An epoch is done and its checkpoint and line of metrics are on disk.
 
@@ -53,6 +64,8 @@ class EpochEnded(Record, frozen=True, omit_defaults=True):
         learning_rate: Of the epoch's last step.
         seconds: Spent training so far, interruptions not counted.
         crafted_accuracy: On the crafted training images, of adversarial training, in [0, 1].
+        skipped_train: Training images that could not be read and were left out.
+        skipped_test: Those of the test split; ``test_accuracy`` is of the others.
     """
 
     epoch: Count
@@ -63,9 +76,11 @@ class EpochEnded(Record, frozen=True, omit_defaults=True):
     learning_rate: float
     seconds: float
     crafted_accuracy: float | None = None
+    skipped_train: Count = 0
+    skipped_test: Count = 0
 
 
-Event = Started | Stepped | EpochEnded
+Event = Started | Stepped | Skipped | EpochEnded
 Watcher = Callable[[Event], None]
 
 

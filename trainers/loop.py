@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.models import soft_cross_entropy
-from ccn_deploy.trainers.batches import Batch, epoch_batches, fetch_ahead
+from ccn_deploy.trainers.batches import Batch, Reading, epoch_batches, fetch_ahead
 from ccn_deploy.trainers.checkpoint import (
     Checkpoint,
     detached,
@@ -27,14 +28,17 @@ from ccn_deploy.trainers.checkpoint import (
 from ccn_deploy.trainers.config import OwnNetwork, Plan
 from ccn_deploy.trainers.crafting import adversarial_loss, craft
 from ccn_deploy.trainers.divergence import diverged
-from ccn_deploy.trainers.events import EpochEnded, Started, Stepped, Watcher
+from ccn_deploy.trainers.events import EpochEnded, Skipped, Started, Stepped, Watcher
 from ccn_deploy.trainers.network import forward, make_network, scalars
 from ccn_deploy.trainers.recipes import Recipe
 from ccn_deploy.trainers.reproducible import reproducible
 from ccn_deploy.trainers.rundir import RunDirectory
 
 EVALUATION_BATCH = 500
-"""Test images per forward pass."""
+"""Test images per forward pass, at most."""
+
+EVALUATION_BYTES = 1 << 26
+"""Bytes that these may have: 111 images of 3x224x224, of which several batches are in memory."""
 
 _STARTS = 1
 """Sets the seeds of random starts apart from those of the order and of dropout."""
@@ -51,6 +55,7 @@ class Task:
     train: Dataset
     test: Dataset
     directory: RunDirectory
+    reading: Reading
 
 
 def fit(fabric: Fabric, task: Task, watcher: Watcher) -> None:
@@ -59,6 +64,8 @@ def fit(fabric: Fabric, task: Task, watcher: Watcher) -> None:
     Raises:
         TrainingDivergedError: The loss or a weight stopped being a number; the last checkpoint
             is as it was.
+        InputError: An image cannot be read; the last checkpoint is as it was.
+        EnvironmentUnfitError: A process that reads images ended; the last checkpoint is as it was.
         StorageError: A file could not be written; the last checkpoint is as it was.
     """
     with reproducible(task.plan.threads, fabric.device):
@@ -116,27 +123,43 @@ class _Fit:
         self._seed(epoch)
         batches = epoch_batches(len(self.task.train), self.recipe.batch_size, self.plan.seed, epoch)
         tally = _Tally(self, epoch, batches)
-        shares = fetch_ahead(
-            self.task.train, batches, self.fabric.global_rank, self.fabric.world_size
-        )
         self.net.train()
-        with contextlib.closing(shares):
+        with self._fetching(self.task.train, batches) as shares:
             for index, batch in enumerate(shares):
                 step = epoch * self.steps_per_epoch + index
                 rate = self.recipe.learning_rate_at(step, self.steps_per_epoch)
-                tally.add(*self._step(batch, step, rate))
+                tally.add(*self._step(batch, step, rate), seen=batch.share)
         tally.look()
         self._check_weights(epoch)
+        test_accuracy, skipped_test = self._accuracy(self.task.test)
         return EpochEnded(
             epoch=epoch + 1,
             step=(epoch + 1) * self.steps_per_epoch,
             loss=tally.loss,
             train_accuracy=tally.accuracy,
-            test_accuracy=self._accuracy(self.task.test),
+            test_accuracy=test_accuracy,
             learning_rate=rate,
             seconds=round(before + time.perf_counter() - started, 3),
+            skipped_train=len(self.task.train) - tally.seen,
+            skipped_test=skipped_test,
             crafted_accuracy=tally.crafted_accuracy if self.recipe.adversary else None,
         )
+
+    @contextlib.contextmanager
+    def _fetching(
+        self, data: Dataset, batches: Sequence[NDArray[np.int64]]
+    ) -> Iterator[Iterator[Batch]]:
+        """Fetch this process's shares, and tell what is left out of them."""
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        with contextlib.closing(
+            fetch_ahead(data, batches, rank, world, self.task.reading)
+        ) as shares:
+            yield map(self._told, shares)
+
+    def _told(self, batch: Batch) -> Batch:
+        for what in batch.skipped:
+            self.watcher(Skipped(what))  # each process its own
+        return batch
 
     def _step(self, batch: Batch, step: int, rate: float) -> tuple[Tensor, Tensor, Tensor]:
         """Take one step, counted from 0.
@@ -186,21 +209,25 @@ class _Fit:
         return adversarial_loss(self.net, images, crafted, targets, adversary)
 
     @torch.no_grad()
-    def _accuracy(self, data: Dataset) -> float:
-        """Return the share of images classified right, by all processes together."""
+    def _accuracy(self, data: Dataset) -> tuple[float, int]:
+        """Measure by all processes together.
+
+        Returns:
+            The share of images classified right among those that could be read, and how many
+            could not.
+        """
         self.net.eval()
         if self.fabric.world_size > 1:
             for buffer in self.model.buffers():  # running statistics: each process has its own
                 torch.distributed.broadcast(buffer, src=0)
-        batches = epoch_batches_in_order(len(data))
-        shares = fetch_ahead(data, batches, self.fabric.global_rank, self.fabric.world_size)
-        right = torch.zeros((), device=self.fabric.device)
-        with contextlib.closing(shares):
+        counts = torch.zeros(2, dtype=torch.float64)  # right, seen
+        with self._fetching(data, epoch_batches_in_order(data)) as shares:
             for batch in shares:
                 predicted = self.model(self._images(batch.images)).argmax(1).cpu()
                 hits = predicted == torch.from_numpy(batch.labels)
-                right += hits[: batch.share].sum().item()
-        return float(self.total(right)) / len(data)
+                counts += torch.tensor([hits[: batch.share].sum().item(), batch.share])
+        right, seen = map(int, self.total(counts.to(self.fabric.device)).tolist())
+        return right / seen, len(data) - seen
 
     def _images(self, images: NDArray[np.float32]) -> Tensor:
         tensor = torch.from_numpy(images)
@@ -263,9 +290,10 @@ class _Tally:
     def crafted_accuracy(self) -> float:
         return self.held / self.seen
 
-    def add(self, loss: Tensor, *right: Tensor) -> None:
-        """Count one step in."""
-        self.waiting.append(torch.stack([loss, *(count.to(loss.dtype) for count in right)]))
+    def add(self, loss: Tensor, *right: Tensor, seen: int) -> None:
+        """Count one step in, of which this process saw ``seen`` images."""
+        counts = (*right, torch.full_like(loss, seen))
+        self.waiting.append(torch.stack([loss, *(count.to(loss.dtype) for count in counts)]))
         if len(self.waiting) == self.every:
             self.look()
 
@@ -278,23 +306,26 @@ class _Tally:
         if not self.waiting:
             return
         fit = self.fit
-        for loss, right, held in fit.total(torch.stack(self.waiting)).tolist():
+        for loss, right, held, seen in fit.total(torch.stack(self.waiting)).tolist():
             indices = self.batches[self.steps]
             if not math.isfinite(loss):
                 raise diverged(fit.recipe, fit.task.train, self.epoch, self.steps, indices)
             self.steps += 1
-            self.seen += len(indices)
+            self.seen += int(seen)
             self.losses += loss * len(indices)
             self.right += right
             self.held += held
         self.waiting.clear()
         step = self.epoch * fit.steps_per_epoch + self.steps
-        fit.tell(Stepped(step, self.epoch + 1, self.loss, self.accuracy))
+        if self.seen:
+            fit.tell(Stepped(step, self.epoch + 1, self.loss, self.accuracy))
 
 
-def epoch_batches_in_order(count: int) -> list[NDArray[np.int64]]:
+def epoch_batches_in_order(data: Dataset) -> list[NDArray[np.int64]]:
     """Return all indices in order, cut into evaluation batches."""
-    return np.array_split(np.arange(count), math.ceil(count / EVALUATION_BATCH))
+    fitting = EVALUATION_BYTES // (4 * math.prod(data.input_shape))
+    most = max(1, min(EVALUATION_BATCH, fitting))
+    return np.array_split(np.arange(len(data)), math.ceil(len(data) / most))
 
 
 def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:

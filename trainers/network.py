@@ -11,6 +11,7 @@ from ccn_deploy.factory import load_factory, logits_of
 from ccn_deploy.layers import CompactConv2d, CompactLinear, compactify
 from ccn_deploy.layers.compactify import Where
 from ccn_deploy.models import build_model
+from ccn_deploy.trainers.batches import first_images
 from ccn_deploy.trainers.config import OwnNetwork, Plan
 
 _CHECKED = 2
@@ -42,7 +43,7 @@ def own_network(
     """
     classes = len(data.class_names)
     network, compact = _own(factory, where, classes, seed)
-    images = torch.from_numpy(data.images(range(min(_CHECKED, len(data)))))
+    images = torch.from_numpy(first_images(data, range(len(data)), _CHECKED))
     network.eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         logits = logits_of(network, images)

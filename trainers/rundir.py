@@ -105,6 +105,8 @@ class RunDirectory:
             steps=last.step,
             train_accuracy=last.train_accuracy,
             test_accuracy=last.test_accuracy,
+            skipped_train=last.skipped_train,
+            skipped_test=last.skipped_test,
         )
         self.write_metrics(epochs)
         write_atomic(self.path / WEIGHTS, weights)

@@ -9,6 +9,7 @@ import torch
 
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.runs import TrainedRun, open_run
+from ccn_deploy.trainers.batches import Reading
 from ccn_deploy.trainers.config import (
     OwnNetwork,
     TrainConfig,
@@ -51,6 +52,9 @@ def train(
             settings.
         RuntimeUnavailableError: The device is not here.
         TrainingDivergedError: The loss stopped being a number.
+        InputError: An image file cannot be opened or used; with ``strict``, or if it is so with
+            all of a split, also one that is damaged.
+        EnvironmentUnfitError: A process that reads images ended before its time.
         StorageError: The directory cannot be written.
     """
     check_network(config)
@@ -74,7 +78,8 @@ def train(
     if overwrite:
         directory.discard()
     if not directory.begin(plan):
-        task = Task(plan, train_data, test_data, directory)
+        reading = Reading(config.workers, config.strict)
+        task = Task(plan, train_data, test_data, directory, reading)
         launch(fit, task, device=device, devices=config.devices, watcher=watcher)
     return open_run(directory.path)
 

@@ -20,7 +20,7 @@ from ccn_deploy.data.arrays import as_float
 from ccn_deploy.data.dataset import Images
 from ccn_deploy.data.files import printable, read_regular
 from ccn_deploy.data.options import DataOptions, parse_resize
-from ccn_deploy.errors import InputError, one_line
+from ccn_deploy.errors import InputError, UnreadableImageError, one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -116,9 +116,10 @@ def read_image(path: str, geometry: Geometry) -> Images:
     opaque.
 
     Raises:
-        InputError: The file is no regular file, too large, no image, one whose white is not known
-            (32-bit integers, or floats outside [0, 1]), has transparent pixels, or has not the size
-            that is needed.
+        UnreadableImageError: The file is damaged, no image, or too large.
+        InputError: It cannot be opened, is no regular file, is one whose white is not known (32-bit
+            integers, or floats outside [0, 1]), has transparent pixels, or has not the size that
+            is needed; or the memory is full.
     """
     image = _open(path, geometry.shape[0])
     pixels = np.asarray(_fit(image, geometry, path))
@@ -153,7 +154,7 @@ def _open(path: str, channels: int) -> Image.Image:
     with _explained(path), Image.open(io.BytesIO(data), formats=_formats()) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:  # known from the header
-            raise InputError(
+            raise UnreadableImageError(
                 f"{printable(path)} has {width}x{height} pixels; {MAX_PIXELS:,} are the most.",
                 "Make the image smaller, or remove it.",
             )
@@ -235,8 +236,13 @@ def _explained(path: str) -> Iterator[None]:
             yield
     except InputError:
         raise
-    except Image.DecompressionBombError as error:
+    except MemoryError as error:  # the machine is to blame, not the file
         raise InputError(
+            f"{printable(path)} cannot be decoded: the memory is full.",
+            "Free memory, or use smaller batches.",
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(
             f"{printable(path)} has far more than {MAX_PIXELS:,} pixels, which are the most.",
             "Make the image smaller, or remove it.",
         ) from error
@@ -244,7 +250,7 @@ def _explained(path: str) -> Iterator[None]:
         why = one_line(error)
         if "cannot identify image file" in why:
             why = "it is damaged, or no image of a kind that is read"
-        raise InputError(
+        raise UnreadableImageError(
             f"{printable(path)} cannot be read as an image: {why}.",
             "Get the file again, or remove it.",
         ) from error

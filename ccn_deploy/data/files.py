@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from ccn_deploy.errors import InputError
+from ccn_deploy.errors import InputError, UnreadableImageError
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -41,7 +41,8 @@ def read_regular(path: str | Path, limit: int) -> bytes:
         limit: Bytes it may have.
 
     Raises:
-        InputError: As for :func:`open_regular`, or it is longer.
+        InputError: As for :func:`open_regular`, or the disk fails.
+        UnreadableImageError: It is longer.
     """
     with open_regular(path) as file:
         try:
@@ -51,7 +52,7 @@ def read_regular(path: str | Path, limit: int) -> bytes:
                 f"{printable(path)} cannot be read: {error.strerror}.", "Get the file again."
             ) from error
     if len(data) > limit:
-        raise InputError(
+        raise UnreadableImageError(
             f"{printable(path)} has more than {limit:,} bytes, too many for one image.",
             "Make the image smaller, or remove it.",
         )
