@@ -86,3 +86,26 @@ def percent(share: float) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """Return a number with so many decimals, or that there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def markdown(table: Table) -> str:
+    """Return the rows of a table as Markdown, numbers to the right."""
+    heads = [*table.columns, *([table.judged] if table.has_verdicts else [])]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for row in table.rows:
+        verdicts = [row.verdict.word if row.verdict else ""] if table.has_verdicts else []
+        lines.append([row.name.strip(), *map(cell_text, row.cells), *verdicts])
+    return "\n".join(f"| {' | '.join(_escaped(text) for text in line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def cell_text(cell: Cell) -> str:
+    """Return what stands in a cell on one line: the number, its interval, its note."""
+    parts = [cell.text]
+    if cell.interval is not None:
+        low, high = cell.interval
+        parts.append(f"[{low:.0f}, {high:.0f}]")
+    return " ".join(filter(None, [*parts, cell.note]))

@@ -13,6 +13,8 @@ from ccn_deploy.cli.doctor import doctor
 from ccn_deploy.cli.export import export
 from ccn_deploy.cli.inspect import inspect
 from ccn_deploy.cli.quickstart import quickstart
+from ccn_deploy.cli.reproduce import reproduce
+from ccn_deploy.cli.study import study
 from ccn_deploy.cli.train import train
 from ccn_deploy.cli.verify_parity import verify_parity
 from ccn_deploy.cli.verify_robustness import verify_robustness
@@ -58,6 +60,8 @@ app.command("bench")(bench)
 app.command("inspect")(inspect)
 app.command("doctor")(doctor)
 app.command("quickstart")(quickstart)
+app.command("reproduce")(reproduce)
+app.command("study")(study)
 
 
 def main() -> NoReturn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ccn_deploy.tables import Cell, Mark, Table
+    from ccn_deploy.tables import Mark, Table
     from ccn_deploy.verdict import Verdict
 
 _COLOURS = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}
@@ -23,10 +23,15 @@ def show(table: Table, words: int = 1) -> None:
     from rich.table import Table as RichTable
 
     from ccn_deploy.cli.console import out
+    from ccn_deploy.tables import cell_text
 
     heads = [*table.columns, *([table.judged] if table.has_verdicts else [])]
     rows = [
-        [row.name, *map(_text, row.cells), *([_word(row.verdict)] if table.has_verdicts else [])]
+        [
+            row.name,
+            *map(cell_text, row.cells),
+            *([_word(row.verdict)] if table.has_verdicts else []),
+        ]
         for row in table.rows
     ]
     columns = list(zip(heads, *rows, strict=True))
@@ -58,14 +63,6 @@ def show_verdict(verdict: Verdict, why: str) -> None:
 
     colour = _COLOURS[verdict.value].split()[-1]
     out.print(f"[bold {colour}]{verdict.value.upper()}[/]: {why}", soft_wrap=True)
-
-
-def _text(cell: Cell) -> str:
-    parts = [cell.text]
-    if cell.interval is not None:
-        low, high = cell.interval
-        parts.append(f"[{low:.0f}, {high:.0f}]")
-    return " ".join(filter(None, [*parts, cell.note]))
 
 
 def _word(mark: Mark | None) -> str:

@@ -51,6 +51,7 @@ class RobustnessRequest:
         seed: Of the selection and of the attacks.
         options: Threads and memory of the runtimes.
         batch: Images attacked at a time; what an interruption loses at most.
+        diagnose: Whether to look for signs of hidden slopes, which takes seconds.
     """
 
     dataset: Dataset
@@ -62,6 +63,7 @@ class RobustnessRequest:
     seed: int = 0
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
     batch: int = 100
+    diagnose: bool = True
 
     @property
     def target(self) -> Target:
@@ -111,7 +113,7 @@ class Measurement:
         seed: Of the selection and of the attacks.
         n: How many images.
         pairs: One per attack, in order of the request.
-        diagnostics: Signs of hidden slopes, on a few images.
+        diagnostics: Signs of hidden slopes, on a few images; None if nobody looked.
     """
 
     runtime: str
@@ -225,7 +227,7 @@ def _measure(
                 check_pair(reference, evidence)
             found[spec, target] = collected[path, n] = evidence
             done += spec.cost * n
-        diagnostics = _diagnostics(session, request, gradient)
+        diagnostics = _diagnostics(session, request, gradient) if request.diagnose else None
     dataset = request.dataset
     return Measurement(
         runtime=request.runtime,

@@ -1,0 +1,330 @@
+"""Fill studies: plan the work, share it out over processes, and put the answers together."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import suppress
+from typing import Any
+
+from ccn_deploy.machine import processor, this_machine
+from ccn_deploy.studies.paper import family_of
+from ccn_deploy.studies.pictures import PaperFigure
+from ccn_deploy.studies.published import RECIPES, Family
+from ccn_deploy.studies.results import (
+    SCHEMA,
+    Measured,
+    StudiesRecord,
+    StudyRecord,
+    cell,
+    claims,
+    column_record,
+    of_attack,
+    of_counts,
+)
+from ccn_deploy.studies.study import (
+    Attacked,
+    Column,
+    FromSubstitute,
+    Study,
+    System,
+    Transferred,
+    systems_of,
+)
+from ccn_deploy.studies.work import (
+    Attack,
+    Setting,
+    Substitute,
+    Train,
+    Transfer,
+    Work,
+    data,
+)
+
+FIGURES = "figures"
+"""The directory of the figures, below that of the setting."""
+
+Watch = Callable[[str, float, float], None]
+"""Told what is being done, how much of all is done, and how much there is, in rough seconds."""
+
+_IMAGE: Mapping[Family, float] = {"mnist": 1e-3, "cifar10": 3e-2, "imagenet": 2.0}
+"""Seconds that an image takes in an epoch of training, on one core of 2024."""
+
+_GRADIENT: Mapping[Family, float] = {"mnist": 8e-4, "cifar10": 2e-2, "imagenet": 1.0}
+"""Seconds that logits and an input gradient of an image take, likewise."""
+
+_EXPORT = 4.0
+_DEARER = {"fgsm": 2.5, "pgd": 8.0, "trades": 10.0}
+"""How many times as long adversarial training takes."""
+
+_SUBSTITUTE = 60.0
+"""Seconds that training a substitute takes."""
+
+
+def plan(setting: Setting, studies: Sequence[Study], seeds: Sequence[int]) -> list[list[Work]]:
+    """Return the work that studies need, in phases: a phase needs the one before it."""
+    systems = systems_of(studies)
+    trains: list[Work] = [
+        Train(system, seed) for seed in seeds for system in systems if system.bundle is None
+    ]
+    rest: list[Work] = []
+    for seed in seeds:
+        for system in systems:
+            rest += _attacks(studies, system, seed)
+        for study in studies:
+            rest += _others(study, seed)
+    unique = dict.fromkeys(rest)
+    return [trains, sorted(unique, key=lambda work: -cost(setting, work))]
+
+
+def _attacks(studies: Sequence[Study], system: System, seed: int) -> Iterator[Attack]:
+    """Yield the attacks on a network, those together that get the same images."""
+    specs = dict.fromkeys(
+        column.measure.spec
+        for study in studies
+        if system in study.rows.values()
+        for column in study.columns
+        if isinstance(column.measure, Attacked)
+    )
+    by_name: dict[str, list[Any]] = {}
+    for spec in specs:
+        by_name.setdefault(spec.name, []).append(spec)
+    for together in by_name.values():
+        yield Attack(system, seed, tuple(together))
+
+
+def _others(study: Study, seed: int) -> Iterator[Substitute | Transfer]:
+    measures = [column.measure for column in study.columns]
+    epsilons = tuple(m.epsilon for m in measures if isinstance(m, FromSubstitute))
+    if epsilons:
+        yield from (Substitute(system, seed, epsilons) for system in study.rows.values())
+    transfers = [m for m in measures if isinstance(m, Transferred)]
+    for spec in dict.fromkeys(m.spec for m in transfers):
+        yield Transfer(systems_of([study]), seed, spec)
+
+
+def cost(setting: Setting, work: Work) -> float:
+    """Return roughly how many seconds of one core a piece of work takes."""
+    images, family = data(setting, "test"), _family(setting)
+    if isinstance(work, Train):
+        return _EXPORT + _training_cost(setting, work.system, family)
+    if isinstance(work, Attack):
+        n = min(setting.samples(work.specs[0].name), len(images))
+        return 2 * n * _GRADIENT[family] * sum(spec.cost for spec in work.specs)
+    if isinstance(work, Substitute):
+        return _SUBSTITUTE
+    n = min(setting.samples(work.spec.name), len(images))
+    return n * _GRADIENT[family] * len(work.systems) ** 2 * 0.5
+
+
+def _training_cost(setting: Setting, system: System, family: Family) -> float:
+    from ccn_deploy.trainers.recipes import recipe_named
+
+    recipe = recipe_named(system.recipe or setting.budget.recipes[family])
+    epochs = setting.budget.epochs or recipe.epochs
+    images = len(data(setting, "train"))
+    return epochs * images * _IMAGE[family] * _DEARER.get(system.adversarial or "", 1.0)
+
+
+def _family(setting: Setting) -> Family:
+    return family_of(data(setting, "test").input_shape)
+
+
+def fill(
+    setting: Setting,
+    studies: Sequence[Study],
+    seeds: Sequence[int],
+    *,
+    jobs: int = 1,
+    watch: Watch = lambda what, done, total: None,
+    title: str = "",
+    command: str = "",
+    described: Sequence[StudyRecord] = (),
+    figures: Sequence[PaperFigure] = (),
+) -> StudiesRecord:
+    """Do what is not done yet of studies, and return every number.
+
+    Interrupted and called again, it goes on where it was. The numbers do not depend on ``jobs``.
+
+    Args:
+        setting: What all have in common.
+        studies: What to fill.
+        seeds: Of the trainings, one network each.
+        jobs: Processes that share the work.
+        watch: Told how far it is.
+        title: What the page is called.
+        command: What the user typed.
+        described: Tables that need no work.
+        figures: What to draw, into the setting's directory.
+
+    Raises:
+        CcnDeployError: As the trainers, the exporters and the attacks say.
+    """
+    drawn = [figure.study for figure in figures]
+    phases = plan(setting, [*studies, *drawn], seeds)
+    tracker = _Tracker(watch, {work: cost(setting, work) for phase in phases for work in phase})
+    for phase in phases:
+        _run(setting, phase, jobs, tracker)
+    for figure in figures:
+        figure.write(setting, setting.root / FIGURES)
+    answers = _Answers(setting)
+    return StudiesRecord(
+        schema=SCHEMA,
+        title=title,
+        dataset=dict(data(setting, "test").identity),
+        training=_training(answers, [*studies, *drawn], seeds),
+        paper=RECIPES[_family(setting)] if any(study.published for study in studies) else "",
+        budget=setting.budget.name,
+        seeds=tuple(seeds),
+        runtime=setting.runtime,
+        precision=setting.precision,
+        machine=_machine(),
+        command=command,
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        figures={figure.name: figure.study.title for figure in figures},
+        studies=(*(_study(answers, study, seeds) for study in studies), *described),
+    )
+
+
+def _machine() -> dict[str, Any]:
+    machine = this_machine()
+    return {
+        "processor": processor(),
+        "system": machine.system,
+        "python": machine.python,
+        "packages": dict(machine.packages),
+        "gpus": [gpu.name for gpu in machine.gpus],
+    }
+
+
+def _training(answers: _Answers, studies: Sequence[Study], seeds: Sequence[int]) -> dict[str, Any]:
+    """Return how the plain networks were trained; nothing if all were given."""
+    trained = [system for system in systems_of(studies) if system.bundle is None]
+    if not trained:
+        return {}
+    training = answers[Train(trained[0], seeds[0])].card.training
+    recipe = training["recipe"]
+    return {
+        "recipe": recipe["name"],
+        "epochs": recipe["epochs"],
+        "images": training["train_images"],
+    }
+
+
+class _Answers(dict[Work, Any]):
+    """What pieces of work return that were done before, each read once."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self._setting = setting
+
+    def __missing__(self, work: Work) -> Any:
+        self[work] = work(self._setting)
+        return self[work]
+
+
+def _study(answers: _Answers, study: Study, seeds: Sequence[int]) -> StudyRecord:
+    cells = [
+        cell(study, row, column, [_answer(answers, study, row, seed, column) for seed in seeds])
+        for row in study.rows
+        for column in study.columns
+    ]
+    return StudyRecord(
+        name=study.name,
+        title=study.title,
+        first=study.first,
+        rows=tuple(study.rows),
+        columns=tuple(map(column_record, study.columns)),
+        cells=tuple(cells),
+        claims=claims(study, cells),
+        findings=tuple(_findings(answers, study, seeds)),
+        ranked=study.ranked,
+    )
+
+
+def _answer(answers: _Answers, study: Study, row: str, seed: int, column: Column) -> Measured:
+    """Read one number from what was kept."""
+    measure, system = column.measure, study.rows[row]
+    if isinstance(measure, Attacked):
+        attack = next(w for w in _attacks([study], system, seed) if measure.spec in w.specs)
+        return of_attack(measure, answers[attack])
+    work: Work
+    others = _others(study, seed)
+    if isinstance(measure, FromSubstitute):
+        work = next(w for w in others if isinstance(w, Substitute) and w.system == system)
+        question = f"{measure.epsilon:g}"
+    else:
+        work = next(w for w in others if isinstance(w, Transfer) and w.spec == measure.spec)
+        question = f"{system.name} {measure.crafted_on.name}"
+    return of_counts(answers[work].right[question], answers[work].n)
+
+
+def _findings(answers: _Answers, study: Study, seeds: Sequence[int]) -> Iterator[str]:
+    """Yield what undermines the evidence behind a table, a sentence each, and each once."""
+    said: set[str] = set()
+    for row, system in study.rows.items():
+        for seed in seeds:
+            for attack in _attacks([study], system, seed):
+                for doubt in answers[attack].doubts:
+                    if (sentence := f"{row}: {doubt.sentence}") not in said:
+                        said.add(sentence)
+                        yield sentence
+
+
+class _Tracker:
+    """Adds up how far the pieces of work are."""
+
+    def __init__(self, watch: Watch, costs: Mapping[Work, float]) -> None:
+        self._watch, self._costs = watch, costs
+        self._done = dict.fromkeys(costs, 0.0)
+        self._total = sum(costs.values())
+
+    def __call__(self, work: Work, share: float) -> None:
+        self._done[work] = share
+        done = sum(self._costs[w] * part for w, part in self._done.items())
+        self._watch(work.label, done, self._total)
+
+
+def _run(setting: Setting, phase: Sequence[Work], jobs: int, tracker: _Tracker) -> None:
+    """Do a phase, in this process or in several."""
+    if jobs == 1 or len(phase) < 2:
+        for work in phase:
+            tracker(work, 0.0)
+            work(setting, functools.partial(tracker, work))
+            tracker(work, 1.0)
+        return
+    context = multiprocessing.get_context("spawn")
+    news: Any = context.SimpleQueue()
+    pool = ProcessPoolExecutor(min(jobs, len(phase)), context, _listen, (news,))
+    try:
+        waiting: dict[Future[None], Work] = {
+            pool.submit(_do, setting, number, work): work for number, work in enumerate(phase)
+        }
+        while waiting:
+            finished, _ = wait(waiting, timeout=0.2)
+            while not news.empty():
+                number, share = news.get()
+                tracker(phase[number], share)
+            for future in finished:
+                work = waiting.pop(future)
+                future.result()
+                tracker(work, 1.0)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_news: Any = None
+"""In a worker: the queue by which it tells how far it is."""
+
+
+def _listen(news: Any) -> None:
+    global _news  # noqa: PLW0603
+    _news = news
+
+
+def _do(setting: Setting, number: int, work: Work) -> None:
+    with suppress(BrokenPipeError):  # the process that listened is gone
+        work(setting, lambda share: _news.put((number, share)))

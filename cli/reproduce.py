@@ -1,0 +1,206 @@
+"""`ccn-deploy reproduce`: the paper's tables and figures, by name."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ccn_deploy.cli.options import DataDirOption, JsonOption, PrecisionOption, RuntimeOption
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ccn_deploy.studies.pictures import PaperFigure
+    from ccn_deploy.studies.results import StudiesRecord, StudyRecord
+    from ccn_deploy.studies.study import Study
+    from ccn_deploy.studies.work import Setting
+    from ccn_deploy.tables import Table
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+JobsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs",
+        min=1,
+        help="Processes that share the work, one thread each; the numbers do not depend on it.",
+        show_default="the number of cores",
+    ),
+]
+
+
+def reproduce(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="WHAT...",
+            help="table1 to table13, figure1, figure2, figure3, figure5, figure6, or all.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            "--dataset",
+            metavar="NAME",
+            help="mnist5k, mnist, fashion-mnist, cifar10 or imagenet.",
+        ),
+    ] = "mnist5k",
+    data_dir: DataDirOption = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Download the data set if it is not there.")
+    ] = False,
+    budget: Annotated[
+        str,
+        typer.Option("--budget", help="smoke, quick or paper: how much is trained and attacked."),
+    ] = "quick",
+    runtime: RuntimeOption = "onnxruntime-cpu",
+    precision: PrecisionOption = "fp32",
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Networks a row: mean and range are shown.")
+    ] = 1,
+    jobs: JobsOption = None,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Directory of all that is made; it goes on there."),
+    ] = Path("reproduction"),
+    list_only: Annotated[
+        bool, typer.Option("--list", help="Say what each needs and about how long it takes.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Rerun the paper's tables and figures on the deployed runtime, its numbers beside ours."""
+    from ccn_deploy.cli.tables import show
+    from ccn_deploy.data import load_dataset
+    from ccn_deploy.errors import UsageError, named
+    from ccn_deploy.studies import paper, pictures, store
+    from ccn_deploy.studies.work import Setting
+
+    chosen = named("budget", budget.lower(), paper.BUDGETS)
+    data = load_dataset(dataset, "test", data_dir, download=download)
+    family = paper.family_of(data.input_shape)
+    root = output / f"{data.name}-{chosen.name}"
+    setting = Setting(root, dataset, data_dir, chosen, runtime, precision)
+    known = paper.tables(family, chosen)
+    if list_only:
+        show(_overview(setting, known, range(seeds)))
+        return
+    if not what:
+        raise UsageError("Nothing to reproduce was named.", "Give table1, ..., or all; see --list.")
+    names = paper.asked(what, family)
+    studies = [known[name] for name in names if name in known]
+    described = [paper.architecture(family)] if "table10" in names else []
+    drawn = [figure for name, figure in pictures.figures().items() if name in names]
+    record = fill(
+        setting,
+        studies,
+        range(seeds),
+        jobs=jobs,
+        title="Compact convolutional networks, reproduced",
+        described=[one for one in described if one is not None],
+        figures=drawn,
+    )
+    store.write(root, store.merged(root, record))
+    page, text = store.write_pages(output, paper.INTRO)
+    finish(record, [page, text, root / store.RESULTS], as_json=as_json)
+
+
+def fill(
+    setting: Setting,
+    studies: Sequence[Study],
+    seeds: Sequence[int],
+    *,
+    jobs: int | None,
+    title: str,
+    described: Sequence[StudyRecord] = (),
+    figures: Sequence[PaperFigure] = (),
+) -> StudiesRecord:
+    """Fill studies with a bar on stderr; Ctrl-C ends it with what is there kept."""
+    from ccn_deploy.cli import console
+    from ccn_deploy.extras import require
+    from ccn_deploy.studies import run
+
+    for module in ("torch", "lightning_fabric", "safetensors", "onnx", "foolbox", "jinja2"):
+        require(module, "train", "to fill a study")
+    processes = jobs or (1 if setting.target.on_gpu else os.cpu_count() or 1)
+    try:
+        with console.Bar() as bar:
+            return run.fill(
+                setting,
+                studies,
+                seeds,
+                jobs=processes,
+                watch=bar,
+                title=title,
+                command=shlex.join(["ccn-deploy", *sys.argv[1:]]),
+                described=described,
+                figures=figures,
+            )
+    except KeyboardInterrupt:
+        console.err.print("Interrupted. The same command goes on where it was.")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def finish(record: StudiesRecord, paths: Sequence[Path], *, as_json: bool) -> None:
+    """Print what was found and where it is written."""
+    from ccn_deploy.cli import console
+    from ccn_deploy.cli.tables import show
+    from ccn_deploy.cli.text import plain
+    from ccn_deploy.records import document
+    from ccn_deploy.studies.results import about, tables
+
+    if as_json:
+        console.print_json(document(record))
+        return
+    for study in record.studies:
+        for table in tables(study, about(record, study)):
+            show(table)
+            if table.about:
+                console.out.print(plain(table.about), soft_wrap=True)
+        for claim in study.claims:
+            word = {True: "holds", False: "does not hold", None: "not measured"}[claim.holds]
+            console.out.print(plain(f"{word}: {claim.text} ({claim.column})"), soft_wrap=True)
+        for finding in study.findings:
+            console.out.print(plain(f"undermined: {finding}"), soft_wrap=True)
+        console.out.print()
+    console.out.print(plain(f"Written: {', '.join(map(str, paths))}"), soft_wrap=True)
+
+
+def _overview(setting: Setting, known: dict[str, Study], seeds: Sequence[int]) -> Table:
+    from ccn_deploy.studies.study import systems_of
+    from ccn_deploy.tables import Row, Table, texts
+
+    rows = [
+        Row(name, texts(study.title, len(systems_of([study])), _minutes(setting, [study], seeds)))
+        for name, study in known.items()
+    ]
+    rows.append(
+        Row(
+            "all",
+            texts(
+                "",
+                len(systems_of(list(known.values()))),
+                _minutes(setting, list(known.values()), seeds),
+            ),
+        )
+    )
+    return Table(
+        f"On {setting.dataset}, budget {setting.budget.name}: {setting.budget.about}",
+        ("", "What it shows", "Networks", "Core minutes"),
+        rows,
+    )
+
+
+def _minutes(setting: Setting, studies: Sequence[Study], seeds: Sequence[int]) -> str:
+    from ccn_deploy.studies import run
+
+    phases = run.plan(setting, studies, seeds)
+    seconds = sum(run.cost(setting, work) for phase in phases for work in phase)
+    return f"{seconds / 60:,.0f}"
