@@ -183,14 +183,17 @@ def network(setting: Setting, system: System, seed: int, tell: Tell = no_one) ->
         return open_bundle(system.bundle)
     from ccn_deploy.exporters import export_bundle
     from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
-    from ccn_deploy.trainers import Event, Started, TrainConfig, train
+    from ccn_deploy.trainers import Event, Skipped, Started, TrainConfig, train
+
+    steps = 1
 
     def watch(event: Event) -> None:
+        nonlocal steps
         if isinstance(event, Started):
-            steps.append(event.steps)
-        tell(event.step / steps[0])
+            steps = event.steps
+        if not isinstance(event, Skipped):
+            tell(event.step / steps)
 
-    steps: list[int] = []
     budget = setting.budget
     train_data, test_data = (data(setting, split) for split in ("train", "test"))
     config = TrainConfig(
