@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ccn_deploy.studies.pictures import PaperFigure
+    from ccn_deploy.studies.published import Family
     from ccn_deploy.studies.results import StudiesRecord, StudyRecord
     from ccn_deploy.studies.study import Study
     from ccn_deploy.studies.work import Setting
-    from ccn_deploy.tables import Table
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -77,7 +77,8 @@ def reproduce(
     as_json: JsonOption = False,
 ) -> None:
     """Rerun the paper's tables and figures on the deployed runtime, its numbers beside ours."""
-    from ccn_deploy.cli.tables import show
+    from ccn_deploy.cli import console
+    from ccn_deploy.cli.text import plain
     from ccn_deploy.data import load_dataset
     from ccn_deploy.errors import UsageError, named
     from ccn_deploy.studies import paper, pictures, store
@@ -90,7 +91,8 @@ def reproduce(
     setting = Setting(root, dataset, data_dir, chosen, runtime, precision)
     known = paper.tables(family, chosen)
     if list_only:
-        show(_overview(setting, known, range(seeds)))
+        for line in _overview(setting, family, range(seeds)):
+            console.out.print(plain(line), soft_wrap=True)
         return
     if not what:
         raise UsageError("Nothing to reproduce was named.", "Give table1, ..., or all; see --list.")
@@ -173,34 +175,31 @@ def finish(record: StudiesRecord, paths: Sequence[Path], *, as_json: bool) -> No
     console.out.print(plain(f"Written: {', '.join(map(str, paths))}"), soft_wrap=True)
 
 
-def _overview(setting: Setting, known: dict[str, Study], seeds: Sequence[int]) -> Table:
+def _overview(setting: Setting, family: Family, seeds: Sequence[int]) -> list[str]:
+    """Return a line for everything that can be asked for on these images."""
+    from ccn_deploy.studies import paper, pictures
+
+    tables = paper.tables(family, setting.budget)
+    drawn = {name: figure.study for name, figure in pictures.figures().items()}
+    known = {**tables, **drawn}
+    lines = [f"On {setting.dataset}, budget {setting.budget.name}: {setting.budget.about}."]
+    for name in paper.asked([paper.ALL], family):
+        studies = [known[name]] if name in known else []
+        title = studies[0].title if studies else "The network, layer by layer"
+        lines.append(_line(name, studies, _minutes(setting, studies, seeds), title))
+    everything = list(known.values())
+    return [*lines, _line("all", everything, _minutes(setting, everything, seeds), "")]
+
+
+def _line(name: str, studies: Sequence[Study], minutes: float, title: str) -> str:
     from ccn_deploy.studies.study import systems_of
-    from ccn_deploy.tables import Row, Table, texts
 
-    rows = [
-        Row(name, texts(study.title, len(systems_of([study])), _minutes(setting, [study], seeds)))
-        for name, study in known.items()
-    ]
-    rows.append(
-        Row(
-            "all",
-            texts(
-                "",
-                len(systems_of(list(known.values()))),
-                _minutes(setting, list(known.values()), seeds),
-            ),
-        )
-    )
-    return Table(
-        f"On {setting.dataset}, budget {setting.budget.name}: {setting.budget.about}",
-        ("", "What it shows", "Networks", "Core minutes"),
-        rows,
-    )
+    networks = len(systems_of(studies))
+    return f"{name:8} {networks:3} networks {minutes:5,.0f} core minutes  {title}".rstrip()
 
 
-def _minutes(setting: Setting, studies: Sequence[Study], seeds: Sequence[int]) -> str:
+def _minutes(setting: Setting, studies: Sequence[Study], seeds: Sequence[int]) -> float:
     from ccn_deploy.studies import run
 
     phases = run.plan(setting, studies, seeds)
-    seconds = sum(run.cost(setting, work) for phase in phases for work in phase)
-    return f"{seconds / 60:,.0f}"
+    return sum(run.cost(setting, work) for phase in phases for work in phase) / 60

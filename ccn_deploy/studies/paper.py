@@ -63,6 +63,7 @@ class Budget:
         epochs: Instead of the recipe's.
         samples: Images by attack at most; the test split if it has fewer.
         cw: Settings of C&W that differ from the paper's.
+        rounds: Of augmentation of the substitute's images (table 6); each doubles them.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Budget:
     epochs: int | None = None
     samples: Mapping[str, int] = field(default_factory=dict, hash=False)
     cw: Mapping[str, Setting] = field(default_factory=dict, hash=False)
+    rounds: int = 6
 
     def recipe_of(self, shape: tuple[int, int, int]) -> str:
         """Return the recipe for images of a shape (channels, height, width)."""
@@ -89,6 +91,7 @@ BUDGETS: Mapping[str, Budget] = {
             epochs=1,
             samples={"fgsm": 100, "deepfool": 10, "cw": 5, "audit": 5, "substitute": 100},
             cw={"steps": 50, "binary_search_steps": 2},
+            rounds=2,
         ),
         Budget(
             "quick",

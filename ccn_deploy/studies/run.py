@@ -61,7 +61,7 @@ _DEARER = {"fgsm": 2.5, "pgd": 8.0, "trades": 10.0}
 """How many times as long adversarial training takes."""
 
 _SUBSTITUTE = 60.0
-"""Seconds that training a substitute takes."""
+"""Seconds that training a substitute takes, with six rounds of augmentation."""
 
 
 def plan(setting: Setting, studies: Sequence[Study], seeds: Sequence[int]) -> list[list[Work]]:
@@ -115,7 +115,7 @@ def cost(setting: Setting, work: Work) -> float:
         n = min(setting.samples(work.specs[0].name), len(images))
         return 2 * n * _GRADIENT[family] * sum(spec.cost for spec in work.specs)
     if isinstance(work, Substitute):
-        return _SUBSTITUTE
+        return float(_SUBSTITUTE * 2.0 ** (setting.budget.rounds - 6))
     n = min(setting.samples(work.spec.name), len(images))
     return n * _GRADIENT[family] * len(work.systems) ** 2 * 0.5
 

@@ -259,7 +259,8 @@ def substituted(
     order = images.order()
     seeds, rest = order[:SUBSTITUTE_SEEDS], order[SUBSTITUTE_SEEDS:]
     rest = rest[: setting.samples("substitute")]
-    asked = {"question": "substitute", "epsilons": list(epsilons), "n": len(rest)}
+    asked = {"question": "substitute", "epsilons": list(epsilons), "n": len(rest),
+             "rounds": setting.budget.rounds}  # fmt: skip
 
     def measure() -> tuple[dict[str, int], int]:
         from ccn_deploy.attacks.substitute import substitute_fgsm, train_substitute
@@ -269,6 +270,7 @@ def substituted(
                 lambda batch: labels_of(runtime, batch),
                 images.images(seeds),
                 classes=bundle.card.classes,
+                rounds=setting.budget.rounds,
                 threads=1,
                 progress=lambda _, done, total: tell(done / total),
             )
