@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.hardened import hardened, noise, pgd
+from benchmarks.noise import trained_on_noise
 from benchmarks.subjects import DATASET, DEFENSES, ONE_THREAD, Subjects, trained
 from benchmarks.tables import table
 from ccn_deploy.attacks import AttackSpec, suite
@@ -250,10 +250,11 @@ def _networks(subjects: Subjects) -> dict[str, Bundle]:
     if subjects.made is not None:
         found = sorted(path.parent for path in subjects.made.glob("*/manifest.json"))
         return {path.name: open_bundle(path) for path in found}
-    data = load_dataset(DATASET, "train")
+    test_data = load_dataset(DATASET, "test")
+    hardened: dict[str, Any] = {"recipe": "pgd-mnist", "epsilon": EPSILON}
     return {
         **{name: subjects.bundles[name] for name in DEFENSES},
-        "ccn+ls": trained("ccn+ls", load_dataset(DATASET, "test"), subjects.scratch),
-        "noise": hardened(noise, data, subjects.scratch / "noise"),
-        "pgd": hardened(pgd, data, subjects.scratch / "pgd"),
+        "ccn+ls": trained("ccn+ls", test_data, subjects.scratch),
+        "noise": trained_on_noise(load_dataset(DATASET, "train"), subjects.scratch / "noise"),
+        "pgd": trained("sm", test_data, subjects.scratch / "hardened", **hardened),
     }

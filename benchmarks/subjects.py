@@ -74,9 +74,16 @@ def make_subjects(
     return Subjects(bundles, images, labels, order, scratch, made, samples, keep)
 
 
-def trained(defense: str, test_data: Dataset, scratch: Path) -> Bundle:
-    """Train the paper's MNIST network with the quick recipe, and export it."""
-    config = TrainConfig(defense=defense, dataset=DATASET)
+def trained(defense: str, test_data: Dataset, scratch: Path, **settings: Any) -> Bundle:
+    """Train the paper's MNIST network, with the quick recipe if not told otherwise, and export it.
+
+    Args:
+        defense: A name in :data:`ccn_deploy.defenses.DEFENSES`.
+        test_data: The test split of :data:`DATASET`.
+        scratch: A directory.
+        **settings: Of :class:`~ccn_deploy.trainers.TrainConfig`.
+    """
+    config = TrainConfig(defense=defense, dataset=DATASET, **settings)
     run = train(config, load_dataset(DATASET, "train"), test_data, scratch / "runs" / defense)
     return export_bundle(run, scratch / "bundles" / defense)
 

@@ -120,9 +120,12 @@ def _training(value: Mapping[str, Any]) -> str:
     if not isinstance(recipe, Mapping):
         return _pairs(value)
     told = {key: value[key] for key in ("seed", "test_accuracy") if key in value}
+    adversary, against = recipe.get("adversary"), ""
+    if isinstance(adversary, Mapping):
+        against = f"against {adversary.get('kind')} within {adversary.get('epsilon')}, "
     return (
         f"{value.get('dataset')}, recipe {recipe.get('name')}, {recipe.get('epochs')} epochs, "
-        + _pairs(told)
+        f"{against}{_pairs(told)}"
     )
 
 

@@ -76,7 +76,7 @@ def files(engine: bytes = b"vtrt and nothing that could be deserialized") -> lis
 def write(path: Path, contents: list[NewFile], **changes: Any) -> Bundle:
     training = {
         "dataset": "mnist5k",
-        "recipe": {"name": "quick", "epochs": 3},
+        "recipe": {"name": "quick", "epochs": 3, "adversary": {"kind": "pgd", "epsilon": 0.3}},
         "seed": 7,
         "test_accuracy": 0.954,
     }
@@ -115,7 +115,7 @@ def test_garbage_with_the_right_digests_is_told_as_it_is(bundle: Bundle) -> None
         "ccn on mnist-cnn",
         "float32 [N, 1, 28, 28] in [0, 1]",
         "10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
-        "mnist5k, recipe quick, 3 epochs, seed 7, test accuracy 0.954",
+        "mnist5k, recipe quick, 3 epochs, against pgd within 0.3, seed 7, test accuracy 0.954",
         bundle.manifest.digest,
         "made by      ccn-deploy 0.1.0, tensorrt-rtx 1.7.1.116",
         "capabilities 8.6, 8.9",

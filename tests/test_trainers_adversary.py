@@ -155,18 +155,32 @@ def test_what_is_learned_of_each_kind_is_its_formula() -> None:
         torch.testing.assert_close(found, hand)
 
 
-def test_epsilon_rises_over_the_warm_up() -> None:
-    rising = Adversary("pgd", 0.3, warmup=0.5)
-    assert [rising.epsilon_at(step, 10) for step in (0, 1, 4, 5, 9)] == pytest.approx(
-        [0.06, 0.12, 0.3, 0.3, 0.3]
-    )
-    assert Adversary("pgd", 0.3).epsilon_at(0, 10) == 0.3
+def test_epsilon_rises_from_zero_after_the_clean_share() -> None:
+    for clean, full, expected in (
+        (0.0, 0.0, [0.3] * 10),
+        (0.0, 0.5, [0.06, 0.12, 0.18, 0.24, *[0.3] * 6]),
+        (0.2, 0.5, [0, 0, 0.1, 0.2, *[0.3] * 6]),
+        (0.4, 0.4, [0, 0, 0, 0, *[0.3] * 6]),
+    ):
+        adversary = Adversary("pgd", 0.3, clean=clean, full=full)
+        found = [adversary.epsilon_at(step, 10) for step in range(10)]
+        assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_epsilon_zero_nothing_is_crafted(kind: str) -> None:
+    net, (x, y) = network(), images()
+    adversary = default_adversary(kind, DIGITS)
+    assert torch.equal(craft(net, x, y, adversary=adversary, epsilon=0.0, seeds=seeds(6)), x)
 
 
 def test_default_strengths() -> None:
     assert default_adversary("fgsm", DIGITS) == Adversary("fgsm", 0.3)
-    assert default_adversary("PGD", (3, 32, 32)) == Adversary("pgd", 8 / 255, 7, 2.5 / 7)
-    assert default_adversary("trades", (1, 32, 32)) == Adversary("trades", 8 / 255, 10, 0.25, 6.0)
+    rise = {"clean": 0.2, "full": 0.5}
+    assert default_adversary("PGD", (3, 32, 32)) == Adversary("pgd", 8 / 255, 7, 2.5 / 7, **rise)
+    assert default_adversary("trades", (1, 32, 32)) == Adversary(
+        "trades", 8 / 255, 10, 0.25, 6.0, **rise
+    )
 
 
 # Noise with a bright band whose place is the label.
@@ -213,7 +227,8 @@ def test_a_resumed_run_ends_with_the_same_bits(
     kind: str, events: int, settings: TrainConfig, tmp_path: Path
 ) -> None:
     steps = None if kind == "fgsm" else 3
-    recipe = replace(RECIPE, adversary=replace(default_adversary(kind, DIGITS), warmup=0.6))
+    adversary = replace(default_adversary(kind, DIGITS), clean=0.2, full=0.6)
+    recipe = replace(RECIPE, adversary=adversary)
     config = replace(settings, recipe=recipe, epsilon=0.2, attack_steps=steps, label_smoothing=0.1)
     whole = train(config, *DATA, tmp_path / "whole")
     torch.rand(7)  # must not matter
@@ -313,8 +328,9 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
         {"kind": "none"},
         {"rel_step": 0.0},
         {"rel_step": float("inf")},
-        {"warmup": -0.1},
-        {"warmup": 1.1},
+        {"clean": -0.1},
+        {"full": 1.1},
+        {"clean": 0.5, "full": 0.4},
     ],
 )
 def test_an_adversary_that_cannot_be(wrong: dict[str, Any]) -> None:
@@ -357,7 +373,9 @@ def test_a_recipes_adversary_takes_other_numbers() -> None:
     assert adversary() == own
     assert adversary(adversarial="PGD", epsilon=0.2) == replace(own, epsilon=0.2)
     assert adversary(attack_steps=10) == replace(own, steps=10, rel_step=0.25)
-    assert adversary(adversarial="trades", beta=3.0) == Adversary("trades", 0.3, 10, 0.25, 3.0)
+    assert adversary(adversarial="trades", beta=3.0) == replace(
+        default_adversary("trades", DIGITS), beta=3.0
+    )
 
 
 def test_a_few_epochs_against_fgsm_hold_against_it(tmp_path: Path) -> None:

@@ -105,6 +105,44 @@ def test_a_diverged_training_is_one_error_and_exit_code_1(
     assert "--learning-rate 0.1 --overwrite" in message[1]
 
 
+def test_adversarial_training_says_against_what(
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["train", *OPTIONS, "--epochs", "1", "--data-dir", digits]
+    for arguments, told in (
+        (["fgsm"], "Adversarial training: fgsm, epsilon 0.3."),
+        (["pgd", "--attack-steps", "2", "--epsilon", "8/255"],
+         "Adversarial training: pgd, epsilon 0.03137, 2 steps of 0.0314."),
+        (["trades", "--attack-steps", "5", "--beta", "3"],
+         "Adversarial training: trades, epsilon 0.3, 5 steps of 0.15, beta 3."),
+    ):  # fmt: skip
+        output = tmp_path / arguments[0]
+        call = [*command, "--output", output, "--adversarial", *arguments]
+        assert run_main(monkeypatch, *call) == 0
+        shown = capsys.readouterr()
+        assert told in shown.out
+        assert "crafted" in shown.err
+        assert run_main(monkeypatch, *call, "--json") == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["recipe"]["adversary"]["kind"] == arguments[0]
+    for wrong, word in (
+        (["--adversarial", "pgd", "--epsilon", "a lot"], "'a lot'"),
+        (["--adversarial", "pgd", "--epsilon", "0"], "epsilon"),
+        (["--adversarial", "pgd", "--epsilon", "80/255/3"], "'80/255/3'"),
+        (["--adversarial", "fgsm", "--beta", "6"], "fgsm has no beta"),
+        (["--adversarial", "fgsm", "--attack-steps", "6"], "one step"),
+        (["--adversarial", "fgms"], "'fgsm'"),
+        (["--epsilon", "0.3"], "--adversarial"),
+    ):
+        assert run_main(monkeypatch, *command, "--output", tmp_path / "wrong", *wrong) == 2
+        message = capsys.readouterr().err.strip().splitlines()
+        assert word in message[0] + message[1] and len(message) == 2
+        assert not (tmp_path / "wrong").exists()
+
+
 def test_a_missing_data_set_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

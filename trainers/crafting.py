@@ -46,9 +46,11 @@ def craft(
         images: float [N, C, H, W] in [0, 1].
         labels: int64 [N].
         adversary: How it is done.
-        epsilon: Half the width of the box now; at most that of ``adversary``.
+        epsilon: Half the width of the box now; at most that of ``adversary``. Nothing is done if 0.
         seeds: A sequence of integers an image, int64 [N, any]: its random start is its own.
     """
+    if not epsilon:
+        return images
     network.eval()
     found = _start(images, adversary, epsilon, seeds)
     if adversary.kind == "trades":

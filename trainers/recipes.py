@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ccn_deploy.errors import UsageError, named
-from ccn_deploy.trainers.adversary import Adversary
+from ccn_deploy.trainers.adversary import RISE, Adversary
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,17 @@ QUICK = Recipe(
 )
 """Ours: the schedule of the paper's MNIST recipe (drops after 60 and 80 %), in 6 epochs."""
 
+PGD_MNIST = Recipe(
+    name="pgd-mnist",
+    epochs=15,
+    batch_size=128,
+    learning_rate=0.1,
+    drops=(11, 13.5),
+    drop_factor=0.1,
+    adversary=Adversary("pgd", 0.3, steps=3, rel_step=0.5, clean=RISE[0], full=RISE[1]),
+)
+"""Ours: robust on 4,000 digits within minutes of one thread."""
+
 PAPER_MNIST = Recipe(
     name="paper-mnist",
     epochs=50,
@@ -128,7 +139,7 @@ here are the customary ones for a VGG without batch normalisation; nobody has ru
 project, and its ImageNet numbers should not be expected from them."""
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (QUICK, PAPER_MNIST, PAPER_CIFAR10, PAPER_IMAGENET)
+    recipe.name: recipe for recipe in (QUICK, PGD_MNIST, PAPER_MNIST, PAPER_CIFAR10, PAPER_IMAGENET)
 }
 
 
