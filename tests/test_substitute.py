@@ -119,19 +119,25 @@ def test_images_move_along_the_sign_of_their_labels_row_of_the_jacobian(step: fl
 def test_a_sure_substitute_still_leads() -> None:
     network = lenet((1, 28, 28), 10, torch.Generator().manual_seed(1)).requires_grad_(False)
     exact = lenet((1, 28, 28), 10, torch.Generator().manual_seed(1)).double()
+    images = 0.2 + 0.6 * torch.from_numpy(noise(40, (1, 28, 28)))
+    best = network(images).topk(2, dim=1)
+    gaps, labels = best.values[:, 0] - best.values[:, 1], best.indices[:, 0]
     with torch.no_grad():
-        network[-1].weight.mul_(1e4)  # type: ignore[index]
-        exact[-1].weight.mul_(1e4)  # type: ignore[index]
-    images = 0.2 + 0.6 * torch.from_numpy(noise(8, (1, 28, 28)))
-    labels = network(images).argmax(dim=1)
-    assert (network(images).softmax(dim=1).max(dim=1).values == 1.0).all()
+        for each in (network, exact):
+            each[-1].weight.mul_(60.0 / gaps.max())  # type: ignore[index]
+    sure = gaps > 0.35 * gaps.max()  # one less e^-21 is one in float32
+    images, labels = images[sure], labels[sure]
+    assert len(images) > 10 and (network(images).softmax(dim=1).amax(dim=1) == 1.0).all()
     x = images.double().requires_grad_(True)
-    log_row = exact(x).log_softmax(dim=1)[torch.arange(8), labels]
-    (row,) = torch.autograd.grad(log_row.sum(), x)
-    sure = row.abs() > 1e-6 * row.abs().amax(dim=(1, 2, 3), keepdim=True)
+    z, rows = exact(x), torch.arange(len(x))
+    others = z.index_put((rows, labels), torch.tensor(-torch.inf).double())
+    # The odds rise where the probability does, and are not the difference of two ones.
+    log_odds = z[rows, labels] - others.logsumexp(dim=1)
+    (row,) = torch.autograd.grad(log_odds.sum(), x)
+    clear = row.abs() > 1e-3 * row.abs().amax(dim=(1, 2, 3), keepdim=True)
     moved = augmented(network, images, labels, STEP) - images
-    assert sure.any(dim=(1, 2, 3)).sum() >= 4
-    assert (moved.sign()[sure] == row.sign()[sure]).double().mean() > 0.999
+    assert clear.double().mean() > 0.5
+    assert (moved.sign() == row.sign())[clear].double().mean() > 0.999
 
 
 def test_images_stay_images() -> None:
@@ -304,11 +310,11 @@ def test_a_linear_oracle_is_fooled_by_far_more_than_noise() -> None:
 
     substitute = train_substitute(nearest_mean, images[:60], classes=10, rounds=3, threads=1)
     x, clean = images[500:], nearest_mean(images[500:])
-    (made,) = substitute_fgsm(substitute, x, clean, [0.2]).values()
-    signs = np.random.default_rng(0).choice(np.float32([-0.2, 0.2]), x.shape)
+    (made,) = substitute_fgsm(substitute, x, clean, [0.3]).values()
+    signs = np.random.default_rng(0).choice(np.float32([-0.3, 0.3]), x.shape)
     by_noise = (nearest_mean(np.clip(x + signs, 0, 1)) != clean).mean()
     by_attack = (nearest_mean(made) != clean).mean()
-    assert by_attack > by_noise + 0.3
+    assert by_attack > by_noise + 0.15
 
 
 def test_a_deployed_network_is_fooled_by_its_labels_alone(sm_bundle: Bundle) -> None:

@@ -197,12 +197,12 @@ def test_the_diagonal_is_the_white_box_evaluation_and_the_rest_is_autograd(
     deployed: dict[str, Runtime], sm_bundle: Bundle, ccn_bundle: Bundle
 ) -> None:
     dataset = load_dataset("mnist5k", "test")
-    chosen = dataset.order(0)[:200]
+    chosen = dataset.order(0)[:100]
     images, labels = dataset.images(chosen), dataset.labels[chosen]
     matrix = transfer_matrix(deployed, images, labels, FGSM)
     bundles = (sm_bundle, ccn_bundle)
     for place, bundle in enumerate(bundles):
-        request = RobustnessRequest(dataset, attacks=(FGSM,), samples=200, options=ONE_THREAD)
+        request = RobustnessRequest(dataset, attacks=(FGSM,), samples=100, options=ONE_THREAD)
         measured = collect(bundle, request)
         assert measured.gradient == "native"
         evidence = measured.pairs[0].runtime

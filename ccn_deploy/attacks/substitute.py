@@ -175,8 +175,8 @@ def substitute_fgsm(
 def augmented(network: nn.Module, images: Tensor, labels: Tensor, step: float) -> Tensor:
     """Return images moved by ``step`` along the sign of the Jacobian's row of their label.
 
-    The row is that of the softmax. It has the sign of its logarithm's gradient everywhere, which
-    does not vanish where the network is sure.
+    The row is that of the softmax. It has the sign of the gradient of its logarithm, which float32
+    can still tell where the probability itself has come to one.
 
     Args:
         network: In eval mode, with no parameter that asks for gradients.

@@ -152,11 +152,11 @@ def _check(runtimes: Mapping[str, Runtime], images: Array, labels: Array, spec: 
             f"{len(images)} images have labels of shape {list(labels.shape)}.",
             "Give at least one image, and one label for each.",
         )
-    shapes = {(*r.spec.input_shape, r.spec.classes): name for name, r in runtimes.items()}
-    if len(shapes) > 1:
-        (a, one), (b, other), *_ = shapes.items()
-        raise UsageError(
-            f"{one} takes images {list(a[:3])} for {a[3]} classes, {other} {list(b[:3])} for "
-            f"{b[3]}.",
-            "Compare networks of the same images and classes.",
-        )
+    one, *others = ((name, r.spec.input_shape, r.spec.classes) for name, r in runtimes.items())
+    for other in others:
+        if one[1:] != other[1:]:
+            raise UsageError(
+                f"{one[0]} takes images {list(one[1])} for {one[2]} classes, {other[0]} "
+                f"{list(other[1])} for {other[2]}.",
+                "Compare networks of the same images and classes.",
+            )
