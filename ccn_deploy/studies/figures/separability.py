@@ -71,7 +71,8 @@ def separability(
     """Embed features of images of two classes, and measure how separable the features are.
 
     The figure's images are those of FGSM at epsilon 0.3 against each network itself, of two
-    classes of MNIST. The embedding begins at the two first principal components.
+    classes of MNIST. Where evidence lacks one's image, its row is left out of all. The embedding
+    begins at the two first principal components; a machine gives equal features equal embeddings.
 
     Args:
         features: By network and layer: [N, D], row by row of the same N images.
