@@ -172,6 +172,8 @@ def finish(record: StudiesRecord, paths: Sequence[Path], *, as_json: bool) -> No
         for finding in study.findings:
             console.out.print(plain(f"undermined: {finding}"), soft_wrap=True)
         console.out.print()
+    for note in record.notes:
+        console.out.print(plain(note), soft_wrap=True)
     console.out.print(plain(f"Written: {', '.join(map(str, paths))}"), soft_wrap=True)
 
 

@@ -58,6 +58,7 @@ class Part:
     figures: Sequence[Picture]
     command: str
     facts: Sequence[Fact]
+    notes: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _part(record: StudiesRecord, directory: Path) -> Part:
         for study in record.studies
         for table in tables(study, about(record, study))
     ]
-    return Part(_title(record), shown, figures, record.command, _facts(record))
+    return Part(_title(record), shown, figures, record.command, _facts(record), record.notes)
 
 
 def _title(record: StudiesRecord) -> str:
@@ -145,6 +146,7 @@ def to_markdown(records: Sequence[tuple[StudiesRecord, Path]], intro: str) -> st
                 lines += [markdown(table), ""]
             lines += [*_notes(study)]
         facts = "; ".join(f"{fact.name.lower()} {fact.value}" for fact in _facts(record))
+        lines += [*(f"* {note}" for note in record.notes), *([""] if record.notes else [])]
         lines += [f"Made by `{record.command}`: {facts}.", ""]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -128,24 +128,20 @@ def _toy(setting: Setting, study: Study) -> Figure:
 
 def _separability(setting: Setting, study: Study) -> Figure:
     from ccn_deploy.studies.figures import draw_separability, layer_features, separability
+    from ccn_deploy.studies.figures.separability import LAYERS
 
     evidence = _evidence(setting, study)
     first = next(iter(evidence.values()))
     test = data(setting, "test")
     both = np.random.default_rng(0).choice(len(test.class_names), 2, replace=False)
-    rows = np.flatnonzero(np.isin(first.label, both))
-    finite = [
-        np.isfinite(e.l2[rows]) | (e.status[rows] == "already-wrong") for e in evidence.values()
-    ]
-    rows = rows[np.all(finite, axis=0)][:TSNE_IMAGES]
+    # An image that a network got wrong was not attacked on it, and has no row here.
+    attacked_on_all = np.all([np.isfinite(found.l2) for found in evidence.values()], axis=0)
+    rows = np.flatnonzero(np.isin(first.label, both) & attacked_on_all)[:TSNE_IMAGES]
     features = {}
     for title, bundle in _bundles(setting, study).items():
-        images = evidence[title].adversarial(rows)
-        clean = test.images(first.index[rows])
-        # An image that was wrong before was not attacked: it is shown as it is.
-        images = np.where(np.isfinite(images), images, clean).astype(np.float32)
         outputs = open_layer_outputs(bundle, setting.runtime, setting.precision, OPTIONS)
-        features[title] = layer_features(outputs, images, ["conv1", "fc1", "fc2"])
+        found = layer_features(outputs, evidence[title].adversarial(rows), list(LAYERS))
+        features[title] = {LAYERS[layer]: values for layer, values in found.items()}
     return draw_separability(separability(features, first.label[rows], test.class_names))
 
 

@@ -130,6 +130,7 @@ class StudiesRecord(Record, frozen=True, kw_only=True):
         date: When it was put together, ISO 8601.
         studies: Table by table.
         figures: Names of the figures that lie beside it, and what each shows.
+        notes: What a reader should know besides, a sentence each.
     """
 
     schema: Literal["ccn-deploy/study/1"]
@@ -146,6 +147,7 @@ class StudiesRecord(Record, frozen=True, kw_only=True):
     date: Text
     studies: tuple[StudyRecord, ...]
     figures: dict[Text, Text] = msgspec.field(default_factory=dict)
+    notes: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True)

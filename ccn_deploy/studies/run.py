@@ -10,6 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import suppress
 from typing import Any
 
+from ccn_deploy.errors import UsageError
 from ccn_deploy.machine import processor, this_machine
 from ccn_deploy.studies.paper import family_of
 from ccn_deploy.studies.pictures import PaperFigure
@@ -168,8 +169,12 @@ def fill(
     tracker = _Tracker(watch, {work: cost(setting, work) for phase in phases for work in phase})
     for phase in phases:
         _run(setting, phase, jobs, tracker)
+    missing = {}
     for figure in figures:
-        figure.write(setting, setting.root / FIGURES)
+        try:
+            figure.write(setting, setting.root / FIGURES)
+        except UsageError as error:  # too few images for it; the tables do not depend on it
+            missing[figure.name] = error.what
     answers = _Answers(setting)
     return StudiesRecord(
         schema=SCHEMA,
@@ -184,7 +189,8 @@ def fill(
         machine=_machine(),
         command=command,
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        figures={figure.name: figure.study.title for figure in figures},
+        figures={f.name: f.study.title for f in figures if f.name not in missing},
+        notes=tuple(f"{name} was not drawn: {why}" for name, why in missing.items()),
         studies=(*(_study(answers, study, seeds) for study in studies), *described),
     )
 
