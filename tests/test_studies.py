@@ -410,3 +410,11 @@ def test_figures_are_drawn_from_what_is_deployed(
     assert (directory / f"{name}.svg").read_bytes().startswith(b"<?xml")
     assert (directory / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert record.figures == {name: figure.study.title} and replace(figure) == figure
+
+
+def test_the_first_images_are_those_of_the_order() -> None:
+    data = load_dataset("mnist5k", "test")
+    few = data.first(7)
+    assert few.labels.tolist() == data.labels[data.order()[:7]].tolist()
+    np.testing.assert_array_equal(few.images([2, 5]), data.images(data.order()[[2, 5]]))
+    assert few.digest != data.digest and data.first(len(data)) is data

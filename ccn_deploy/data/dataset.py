@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ccn_deploy.errors import InputError
+from ccn_deploy.storage import sha256
 
 Split = Literal["train", "test"]
 Images = NDArray[np.float32]
@@ -69,6 +71,18 @@ class Dataset:
         """Return the images at ``indices``: float32 [n, C, H, W] in [0, 1]."""
         return self.fetch(np.asarray(indices, dtype=np.int64))
 
+    def first(self, count: int) -> Dataset:
+        """Return the first images in the order of :meth:`order`; the whole if there are no more."""
+        if count >= len(self):
+            return self
+        chosen = self.order()[:count]
+        return replace(
+            self,
+            labels=self.labels[chosen],
+            fetch=partial(_fetch_chosen, self.fetch, chosen),
+            digest=sha256(f"{self.digest} first {count}".encode()),
+        )
+
     def order(self, seed: int = 0) -> NDArray[np.int64]:
         """Return a fixed permutation of all indices.
 
@@ -78,6 +92,14 @@ class Dataset:
         """
         words = np.random.PCG64(seed).random_raw(len(self))
         return np.argsort(words, kind="stable")
+
+
+def _fetch_chosen(
+    fetch: Callable[[NDArray[np.int64]], Images],
+    chosen: NDArray[np.int64],
+    indices: NDArray[np.int64],
+) -> Images:
+    return fetch(chosen[indices])
 
 
 def check_labels(labels: NDArray[Any], classes: int, name: str = "labels") -> Labels:

@@ -52,6 +52,10 @@ STRENGTHS: Mapping[Family, Strengths] = {
 }
 
 
+ALL_IMAGES = 1 << 30
+"""Where a budget does not say how many: no split has more."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much is spent on a reproduction.
@@ -64,6 +68,9 @@ class Budget:
         samples: Images by attack at most; the test split if it has fewer.
         cw: Settings of C&W that differ from the paper's.
         rounds: Of augmentation of the substitute's images (table 6); each doubles them.
+        images: Training images at most.
+        batch_size: Instead of the recipe's.
+        audits: Strengths at which networks are audited, the paper's own last.
     """
 
     name: str
@@ -73,6 +80,9 @@ class Budget:
     samples: Mapping[str, int] = field(default_factory=dict, hash=False)
     cw: Mapping[str, Setting] = field(default_factory=dict, hash=False)
     rounds: int = 6
+    images: int = ALL_IMAGES
+    batch_size: int | None = None
+    audits: int = 2
 
     def recipe_of(self, shape: tuple[int, int, int]) -> str:
         """Return the recipe for images of a shape (channels, height, width)."""
@@ -86,10 +96,13 @@ BUDGETS: Mapping[str, Budget] = {
     for budget in (
         Budget(
             "smoke",
-            "one epoch and few images: shows that everything runs, and no number means anything",
+            "one epoch on few images: shows that everything runs, and no number means anything",
             _QUICK,
             epochs=1,
-            samples={"fgsm": 100, "deepfool": 10, "cw": 5, "audit": 5, "substitute": 100},
+            images=1000,
+            batch_size=32,
+            samples={"fgsm": 100, "deepfool": 10, "cw": 5, "audit": 2, "substitute": 100},
+            audits=1,
             cw={"steps": 50, "binary_search_steps": 2},
             rounds=2,
         ),
@@ -107,9 +120,6 @@ BUDGETS: Mapping[str, Budget] = {
         ),
     )
 }
-
-ALL_IMAGES = 1 << 30
-"""Samples where a budget does not say how many: no test split has more."""
 
 _DEFENSES = ("sm", "ls", "brelu", "l2sm", "ccn", "ccn+ls")
 _LAYERS = ("conv1", "conv2", "conv3", "conv4", "fc1", "fc2")
@@ -284,7 +294,7 @@ class _Tables:
         """Return what every table ends with: the worst case that we know of."""
         return tuple(
             Column(self._head("audit", text), Attacked(attack_spec("audit", text)), extra=True)
-            for text in self.strengths.audit
+            for text in self.strengths.audit[-self.budget.audits :]
         )
 
     def _head(self, attack: str, epsilon: str) -> str:

@@ -126,7 +126,7 @@ def _training_cost(setting: Setting, system: System, family: Family) -> float:
 
     recipe = recipe_named(system.recipe or setting.budget.recipes[family])
     epochs = setting.budget.epochs or recipe.epochs
-    images = len(data(setting, "train"))
+    images = min(len(data(setting, "train")), setting.budget.images)
     return epochs * images * _IMAGE[family] * _DEARER.get(system.adversarial or "", 1.0)
 
 

@@ -195,7 +195,8 @@ def network(setting: Setting, system: System, seed: int, tell: Tell = no_one) ->
             tell(event.step / steps)
 
     budget = setting.budget
-    train_data, test_data = (data(setting, split) for split in ("train", "test"))
+    test_data = data(setting, "test")
+    train_data = data(setting, "train").first(budget.images)
     config = TrainConfig(
         system.defense,
         train_data.name,
@@ -204,6 +205,7 @@ def network(setting: Setting, system: System, seed: int, tell: Tell = no_one) ->
         compact=system.compact,
         adversarial=system.adversarial,
         epochs=budget.epochs,
+        batch_size=budget.batch_size,
         seed=seed,
         threads=1,
         device="auto",
