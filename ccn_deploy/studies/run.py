@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import functools
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import suppress
@@ -329,6 +331,15 @@ _news: Any = None
 def _listen(news: Any) -> None:
     global _news  # noqa: PLW0603
     _news = news
+    # A parent that is killed outright can end nobody: its workers would wait for it for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _do(setting: Setting, number: int, work: Work) -> None:

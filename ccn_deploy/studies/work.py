@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ccn_deploy.attacks.spec import AttackSpec, suite
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.data import Dataset, Split, load_dataset
+from ccn_deploy.errors import UsageError
 from ccn_deploy.evaluation import evaluation_data
 from ccn_deploy.records import Count, Record, Text, decode, encode
 from ccn_deploy.robustness import RobustnessRequest, RobustnessResult, collect, judge
@@ -210,9 +211,13 @@ def network(setting: Setting, system: System, seed: int, tell: Tell = no_one) ->
         threads=1,
         device="auto",
     )
-    run = train(
-        config, train_data, test_data, setting.directory("runs", system, seed), watcher=watch
-    )
+    place = setting.directory("runs", system, seed)
+    try:
+        run = train(config, train_data, test_data, place, watcher=watch)
+    except UsageError as error:
+        if not place.exists():
+            raise
+        raise UsageError(error.what, f"Delete {place}, or give another --output.") from error
     path = setting.directory("bundles", system, seed)
     if path.exists():
         bundle = open_bundle(path)
