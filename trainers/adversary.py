@@ -23,14 +23,14 @@ STEPS: dict[Kind, int] = {"fgsm": 1, "pgd": 7, "trades": 10}
 
 REACH = 2.5
 """All steps together, relative to epsilon: enough to come to the boundary from anywhere inside
-and to move along it (Madry et al., section 5)."""
+and to move along it (Madry et al. 2018)."""
 
 RISE = 0.2, 0.5
 """Shares of the training between which epsilon rises, for ``pgd`` and ``trades``. Ours: against
 epsilon 0.3 from the first step, the paper's MNIST network stays at chance."""
 
 BETA = 6.0
-"""Zhang et al.'s 1/lambda (section 5.3), for robustness rather than clean accuracy."""
+"""What Zhang et al. take for CIFAR-10, 1/lambda in their text."""
 
 
 @dataclass(frozen=True)

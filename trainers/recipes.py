@@ -92,10 +92,10 @@ QUICK = Recipe(
 
 PGD_MNIST = Recipe(
     name="pgd-mnist",
-    epochs=15,
+    epochs=11,
     batch_size=128,
     learning_rate=0.1,
-    drops=(11, 13.5),
+    drops=(8, 10),
     drop_factor=0.1,
     adversary=Adversary("pgd", 0.3, steps=3, rel_step=0.5, clean=RISE[0], full=RISE[1]),
 )
