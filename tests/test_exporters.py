@@ -31,6 +31,7 @@ from ccn_deploy.layers import CompactConv2d, CompactLinear
 from ccn_deploy.models import Classifier
 from ccn_deploy.runtimes import open_runtime
 from ccn_deploy.targets import Role
+from tests.equation_10 import LRN
 from tests.networks import DEFENSES, as_run, difficult_images, random_network, write_run
 from tests.patterns import assert_pattern
 
@@ -54,7 +55,7 @@ def test_graph_computes_the_network(architecture: str, defense: str, tmp_path: P
     truth = model.double()(torch.from_numpy(images).double()).numpy()
 
     graph = onnx.load(bundle.path / bundle.file(Role.FORWARD, "fp32").path)
-    (by_definition,) = ReferenceEvaluator(graph).run(None, {"images": images})
+    (by_definition,) = ReferenceEvaluator(graph, new_ops=[LRN]).run(None, {"images": images})
     with open_runtime(bundle) as runtime:
         deployed = runtime.logits(images)
 

@@ -38,6 +38,7 @@ from ccn_deploy.layers import CompactConv2d, CompactLinear, SubtractMean
 from ccn_deploy.models import Classifier
 from ccn_deploy.runtimes.base import RuntimeOptions
 from ccn_deploy.runtimes.onnx_runtime import make_session
+from tests.equation_10 import LRN
 from tests.networks import DEFENSES, difficult_images, random_network
 from tests.patterns import assert_shapes
 from tests.precise import digits, forward_graph
@@ -55,7 +56,7 @@ def lower(model: Classifier) -> Graph:
 
 
 def by_definition(graph: onnx.ModelProto, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    (found,) = ReferenceEvaluator(graph).run(None, {INPUT: images})
+    (found,) = ReferenceEvaluator(graph, new_ops=[LRN]).run(None, {INPUT: images})
     return np.asarray(found)
 
 
