@@ -284,11 +284,10 @@ def _adversary(
         adversary is None or adversary.kind != config.adversarial.lower()
     ):
         adversary = default_adversary(config.adversarial, input_shape)
+    epsilon, steps, beta = config.epsilon, config.attack_steps, config.beta
     if adversary is not None:
-        return changed(
-            adversary, epsilon=config.epsilon, steps=config.attack_steps, beta=config.beta
-        )
-    if any(number is not None for number in (config.epsilon, config.attack_steps, config.beta)):
+        return changed(adversary, epsilon=epsilon, steps=steps, beta=beta)
+    if (epsilon, steps, beta) != (None, None, None):
         raise UsageError(
             "An epsilon, attack steps or a beta belong to adversarial training; none is asked for.",
             f"Choose it with --adversarial: {', '.join(KINDS)}.",
