@@ -215,39 +215,63 @@ def _by_processes(shares: _Shares, workers: int) -> Generator[Batch, None, None]
             collate_fn=_as_sent,
             generator=torch.Generator(),  # else a number is drawn from that of dropout
         )
-        received = _started(loader)
-    while True:
-        try:
-            sent = next(received, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise EnvironmentUnfitError(
-                f"A process that reads images ended before its time: {one_line(error)}.",
-                "If it ran out of memory, or /dev/shm is small, use fewer --workers, or 0 for "
-                "threads. The same command goes on from the last whole epoch.",
-            ) from error
-        if sent is None:
-            return
-        if isinstance(sent, CcnDeployError):
-            raise sent
-        images, batch = sent
-        yield replace(batch, images=images.numpy())
+        with _signals_kept():
+            received = iter(loader)  # starts the workers
+    try:
+        while (sent := _next(received)) is not None:
+            if isinstance(sent, CcnDeployError):
+                raise sent
+            images, batch = sent
+            yield replace(batch, images=images.numpy())
+    finally:
+        del received  # which ends the workers; the traceback of an error would keep it
 
 
-def _started(loader: DataLoader[Any]) -> Iterator[_Sent]:
-    """Start the workers, and leave the signals to us.
+def _next(received: Iterator[_Sent]) -> _Sent | None:
+    """Return what comes next, None at the end.
+
+    Raises:
+        EnvironmentUnfitError: A worker is gone.
+    """
+    try:
+        return next(received, None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        why = one_line(error)
+    # Not in the handler above: the first error's traceback would keep the other workers alive.
+    raise EnvironmentUnfitError(
+        f"A process that reads images ended before its time: {why}.",
+        "If it ran out of memory, or /dev/shm is small, use fewer --workers, or 0 for threads. "
+        "The same command goes on from the last whole epoch.",
+    )
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Let workers be started without losing Ctrl-C, and leave no handler of torch's here.
+
+    Every process of a terminal gets Ctrl-C. In the middle of a fork Python may lose it, so it is
+    put off; the workers inherit that they put it off, and are ended by this process.
 
     torch's handler of SIGCHLD would raise wherever this process happens to be, in the middle of a
     step; without it, a worker that is gone is noticed where its batch is waited for.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread():  # others have no handlers
+        yield
+        return
+    child = getattr(signal, "SIGCHLD", None)  # not on Windows
+    of_child = None if child is None else signal.getsignal(child)
+    interrupts: list[int] = []
+    of_interrupt = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
-        return iter(loader)
+        yield
     finally:
-        signal.signal(signal.SIGCHLD, before)
+        signal.signal(signal.SIGINT, of_interrupt)
+        if child is not None and of_child is not None:
+            signal.signal(child, of_child)
+    if interrupts:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _as_sent(sent: Any) -> Any:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,7 @@ def load_folders(
     *,
     name: str | None = None,
     folders: Mapping[Split, str] | None = None,
+    sorted_by: Callable[[], Mapping[str, str] | None] | None = None,
 ) -> Dataset:
     """Load a directory of class folders.
 
@@ -93,12 +94,15 @@ def load_folders(
         name: What results call it; that of ``root`` with a slash if None, which no data set has
             that is loaded by name.
         folders: Of the two splits, for data whose layout is known.
+        sorted_by: Called if the split has no class folders: returns the class of each image by its
+            name without ending, or None.
 
     Raises:
         DatasetNotFoundError: No such directory or split, or no image in it.
         InputError: A link that leads nowhere, a file or folder that cannot be read, a name that is
-            no UTF-8, a training class without images, splits of different classes; later, a file
-            that is no image or has not the size needed.
+            no UTF-8, a training class without images, splits of different classes, an image
+            that ``sorted_by`` does not name; later, a file that is no image or has not the size
+            needed.
         UsageError: An option that means nothing for folders.
         MissingExtraError: Pillow is not installed.
     """
@@ -117,6 +121,9 @@ def load_folders(
         place, other, notes = _place(root, split)
     classes = _classes(place, skipped)
     found = [_images(place / each, skipped) for each in classes]
+    if not classes and sorted_by is not None and (classed := sorted_by()) is not None:
+        skipped = Skipped()
+        classes, found = _sorted(place, classed, skipped)
     files = [path for paths in found for path in paths]
     if not files:
         raise DatasetNotFoundError(*_nothing(place, skipped))
@@ -139,7 +146,7 @@ def load_folders(
         input_shape=geometry.shape,
         labels=labels.astype(np.int64),
         fetch=partial(stack, files, geometry),  # not a lambda: it is sent to other processes
-        digest=_digest(place, files, classes, described),
+        digest=_digest(found, classes, described),
         described=described,
         notes=tuple(f"{name}: {note}" for note in notes),
         whole=whole,
@@ -208,6 +215,22 @@ def _images(place: Path, skipped: Skipped) -> list[str]:
         else:
             skipped.endings[_ending(entry)] += 1
     return paths
+
+
+def _sorted(
+    place: Path, classed: Mapping[str, str], skipped: Skipped
+) -> tuple[list[str], list[list[str]]]:
+    """Return the classes in order, and the images of each, of a folder that has all of them."""
+    found: dict[str, list[str]] = {name: [] for name in sorted(set(classed.values()))}
+    for path in _images(place, skipped):
+        name = classed.get(Path(path).stem)
+        if name is None:
+            raise InputError(
+                f"{printable(path)} is in no class: the list of the images does not have it.",
+                "Remove it, or sort the images into a folder per class.",
+            )
+        found[name].append(path)
+    return list(found), list(found.values())
 
 
 def _entries(place: Path, skipped: Skipped) -> Iterator[os.DirEntry[str]]:
@@ -302,13 +325,14 @@ def _nothing(place: Path, skipped: Skipped) -> tuple[str, str]:
     )
 
 
-def _digest(place: Path, files: list[str], classes: list[str], described: dict[str, str]) -> str:
-    """Return the SHA-256 of how images are made, and of name, size and content of each file."""
+def _digest(found: list[list[str]], classes: list[str], described: dict[str, str]) -> str:
+    """Return the SHA-256 of how images are made, and of class, name, size and content of each."""
     digest = hashlib.sha256(json.dumps([described, classes], sort_keys=True).encode())
-    for path in files:  # not in threads: for small files they take longer
-        size, content = _hashed(path)
-        name = path[len(str(place)) :].replace(os.sep, "/")
-        digest.update(f"\n{json.dumps([name, size, content])}".encode())
+    for each, paths in zip(classes, found, strict=True):
+        for path in paths:  # not in threads: for small files they take longer
+            size, content = _hashed(path)
+            name = f"/{each}/{path.rpartition(os.sep)[2]}"
+            digest.update(f"\n{json.dumps([name, size, content])}".encode())
     return digest.hexdigest()
 
 
