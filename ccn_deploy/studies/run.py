@@ -129,7 +129,8 @@ def _training_cost(setting: Setting, system: System, family: Family) -> float:
     recipe = recipe_named(system.recipe or setting.budget.recipes[family])
     epochs = setting.budget.epochs or recipe.epochs
     images = min(len(data(setting, "train")), setting.budget.images)
-    return epochs * images * _IMAGE[family] * _DEARER.get(system.adversarial or "", 1.0)
+    kind = system.adversarial or (recipe.adversary.kind if recipe.adversary else "")
+    return epochs * images * _IMAGE[family] * _DEARER.get(kind, 1.0)
 
 
 def _family(setting: Setting) -> Family:
