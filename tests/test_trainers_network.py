@@ -102,9 +102,9 @@ def stop_after_the_first_epoch(event: Event) -> None:
         raise StopError
 
 
-@pytest.mark.parametrize("compact", ["none", "all"])
+@pytest.mark.parametrize("compact", [None, "all"])
 def test_a_resumed_run_with_batch_normalisation_and_dropout_ends_with_the_same_bits(
-    compact: str, factory: Callable[[str], str], tmp_path: Path
+    compact: str | None, factory: Callable[[str], str], tmp_path: Path
 ) -> None:
     torch.manual_seed(99)  # must not matter
     settings = config(factory("Block"), compact=compact)
@@ -113,6 +113,8 @@ def test_a_resumed_run_with_batch_normalisation_and_dropout_ends_with_the_same_b
     with pytest.raises(StopError):
         train(settings, *DATA, tmp_path / "cut", watcher=stop_after_the_first_epoch)
     assert train(settings, *DATA, tmp_path / "cut").weights == whole.weights
+    record = json.loads((tmp_path / "cut" / "run.json").read_text())
+    assert record.get("compact") == (["conv", "fc"] if compact else None)
     weights = load(whole.weights)
     assert weights["bn.num_batches_tracked"] == 8 and weights["bn.running_mean"].any()
     other = train(replace(settings, seed=1), *DATA, tmp_path / "other")
@@ -231,10 +233,10 @@ def test_what_cannot_be_trained(
     assert not (tmp_path / "run").exists() or name == "pooled"
 
 
-@pytest.mark.parametrize("changes", [{"compact": "all"}, {"label_smoothing": 0.1}])
-def test_options_of_own_networks_need_one(changes: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="for a network of your own"):
-        train(replace(TrainConfig(dataset="bands"), **changes), *DATA, tmp_path / "run")
+def test_label_smoothing_by_a_number_needs_a_network_of_ones_own(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="for a network of your own") as caught:
+        train(TrainConfig(dataset="bands", label_smoothing=0.1), *DATA, tmp_path / "run")
+    assert "--defense ls" in caught.value.hint
 
 
 def test_a_run_goes_on_only_with_the_same_layers(

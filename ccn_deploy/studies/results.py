@@ -331,16 +331,20 @@ def _difference(one: CellRecord) -> str:
 
 def about(record: StudiesRecord, study: StudyRecord) -> str:
     """Return what the numbers of a table rest on, and how that differs from the paper's."""
-    counts = sorted({cell.n for cell in study.cells if cell.n})
-    if not counts:
+    heads: dict[int, list[str]] = {}
+    for one in study.cells:
+        if one.n and one.column not in heads.setdefault(one.n, []):
+            heads[one.n].append(one.column)
+    if not heads:
         return ""
-    images = " or ".join(f"{n:,}" for n in counts)
+    (most, _), *others = sorted(heads.items(), key=lambda item: -len(item[1]))
     data, seeds = record.dataset, ", ".join(map(str, record.seeds))
-    said = [f"{images} images of {data['name']} ({data['split']} split) a number."]
+    fewer = "".join(f", {n:,} under {' and '.join(names)}" for n, names in others)
+    said = [f"{most:,} images of {data['name']} ({data['split']} split) a number{fewer}."]
     if record.training:
         said.append(
             f"Networks trained on {record.training['images']:,} images for "
-            f"{record.training['epochs']} epochs (recipe {record.training['recipe']}), "
+            f"{record.training['epochs']} epoch{'s' * (record.training['epochs'] != 1)} (recipe {record.training['recipe']}), "
             f"seed{'s' if len(record.seeds) > 1 else ''} {seeds}"
             + ("; mean and range." if len(record.seeds) > 1 else ".")
         )

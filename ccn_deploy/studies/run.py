@@ -272,15 +272,15 @@ def _answer(answers: _Answers, study: Study, row: str, seed: int, column: Column
 
 
 def _findings(answers: _Answers, study: Study, seeds: Sequence[int]) -> Iterator[str]:
-    """Yield what undermines the evidence behind a table, a sentence each, and each once."""
-    said: set[str] = set()
+    """Yield what undermines the evidence behind a table: a sentence for each kind and row."""
+    said: set[tuple[str, str]] = set()
     for row, system in study.rows.items():
         for seed in seeds:
             for attack in _attacks([study], system, seed):
                 for doubt in answers[attack].doubts:
-                    if (sentence := f"{row}: {doubt.sentence}") not in said:
-                        said.add(sentence)
-                        yield sentence
+                    if (row, doubt.code) not in said:
+                        said.add((row, doubt.code))
+                        yield f"{row}: {doubt.sentence}"
 
 
 class _Tracker:

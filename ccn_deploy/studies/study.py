@@ -116,23 +116,28 @@ class Claim:
     Attributes:
         text: In words.
         column: Head of the column.
-        order: Rows, the largest number first.
-        factor: By how much the first must exceed the last at least; 1 for just larger.
+        order: Groups of rows: every number of one is above every number of the next.
+        factor: By how much the first group must exceed the last at least; 1 for just larger.
     """
 
     text: str
     column: str
-    order: tuple[str, ...]
+    order: tuple[tuple[str, ...], ...]
     factor: float = 1.0
 
     def holds(self, values: Mapping[str, float | None]) -> bool | None:
         """Return whether numbers by row agree; None where one is missing."""
-        found = [values.get(row) for row in self.order]
-        numbers = [value for value in found if value is not None]
-        if len(numbers) < len(found):
+        groups = [[values.get(row) for row in rows] for rows in self.order]
+        numbers = [[value for value in group if value is not None] for group in groups]
+        if numbers != groups:
             return None
-        falling = all(a > b for a, b in itertools.pairwise(numbers))
-        return falling and numbers[0] >= self.factor * numbers[-1]
+        falling = all(min(a) > max(b) for a, b in itertools.pairwise(numbers))
+        return falling and min(numbers[0]) >= self.factor * max(numbers[-1])
+
+
+def ranking(*rows: str) -> tuple[tuple[str, ...], ...]:
+    """Return the order of a claim in which every group is one row."""
+    return tuple((row,) for row in rows)
 
 
 @dataclass(frozen=True)
