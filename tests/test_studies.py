@@ -233,7 +233,8 @@ def test_results_are_written_and_read_back(
     assert (cell["n"], cell["epochs"], cell["seeds"]) == ("60", "2", "0 1")
     said = text.read_text()
     assert said.startswith("# Intro") and "| paper | 99.0 | 80.0 |" in said
-    assert "500 images for 2 epochs" in said and "CCN above SM" in said
+    assert "500 images, epochs 2, recipe quick, seeds 0, 1; mean and range." in said
+    assert "CCN above SM" in said
     reader = _Page()
     reader.feed(page.read_text())
     assert "script" not in reader.tags and not reader.loads

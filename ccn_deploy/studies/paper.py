@@ -183,7 +183,9 @@ class _Tables:
         claims = {
             "table1": (
                 Claim(
-                    "CCN+LS above CCN above L2SM above SM", main, ("CCN+LS", "CCN", "L2SM", "SM")
+                    "CCN+LS above CCN above L2SM above SM",
+                    main,
+                    ranking("CCN+LS", "CCN", "L2SM", "SM"),
                 ),
                 Claim("CCN at least twice SM", main, ranking("CCN", "SM"), factor=2.0),
             ),

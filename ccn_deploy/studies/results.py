@@ -342,11 +342,10 @@ def about(record: StudiesRecord, study: StudyRecord) -> str:
     fewer = "".join(f", {n:,} under {' and '.join(names)}" for n, names in others)
     said = [f"{most:,} images of {data['name']} ({data['split']} split) a number{fewer}."]
     if record.training:
+        training, many = record.training, len(record.seeds) > 1
         said.append(
-            f"Networks trained on {record.training['images']:,} images for "
-            f"{record.training['epochs']} epoch{'s' * (record.training['epochs'] != 1)} (recipe {record.training['recipe']}), "
-            f"seed{'s' if len(record.seeds) > 1 else ''} {seeds}"
-            + ("; mean and range." if len(record.seeds) > 1 else ".")
+            f"Networks trained on {training['images']:,} images, epochs {training['epochs']}, "
+            f"recipe {training['recipe']}, seed{'s' * many} {seeds}{'; mean and range' * many}."
         )
     if record.paper:
         said.append(f"The paper's: {record.paper}.")
