@@ -14,10 +14,11 @@ QUICKSTART ?=
 # Two processes, each with whole files of tests: networks are trained once in each.
 TEST ?= --numprocesses 2 --dist loadfile
 BENCH ?=
+REPRODUCE ?= all
 NETWORKS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-wide fakes soak lint format bench networks clean
+.PHONY: help install quickstart reproduce test test-gpu test-wide fakes soak lint format bench networks clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,6 +33,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 quickstart: $(INSTALLED) ## Train, lower, prove and attack, on real digits (about 4 minutes)
 	$(BIN)/ccn-deploy quickstart $(QUICKSTART)
+
+reproduce: $(INSTALLED) ## Rerun the paper's tables and figures: docs/reproduction.md (100 minutes on two cores)
+	$(BIN)/ccn-deploy reproduce $(REPRODUCE)
 
 test: $(INSTALLED) ## Run the tests
 	$(BIN)/python -m pytest $(TEST)
