@@ -231,17 +231,17 @@ def _next(received: Iterator[_Sent]) -> _Sent | None:
     """Return what comes next, None at the end.
 
     Raises:
-        EnvironmentUnfitError: A worker is gone.
+        EnvironmentUnfitError: A worker is gone, or batches cannot be received.
     """
     try:
         return next(received, None)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:  # the latter two if it was just sending
+        if str(error).startswith("Caught "):  # by torch, in a worker that goes on: no fault of it
             raise
         why = one_line(error)
     # Not in the handler above: the first error's traceback would keep the other workers alive.
     raise EnvironmentUnfitError(
-        f"A process that reads images ended before its time: {why}.",
+        f"A process that reads images has stopped sending them: {why.rstrip('.')}.",
         "If it ran out of memory, or /dev/shm is small, use fewer --workers, or 0 for threads. "
         "The same command goes on from the last whole epoch.",
     )
