@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED) ## Train, lower, prove and attack, on real digits (about 4 minutes)
 	$(BIN)/ccn-deploy quickstart $(QUICKSTART)
 
-reproduce: $(INSTALLED) ## Rerun the paper's tables and figures: docs/reproduction.md (100 minutes on two cores)
+reproduce: $(INSTALLED) ## Rerun the paper's tables and figures: docs/studies.md (100 minutes on two cores)
 	$(BIN)/ccn-deploy reproduce $(REPRODUCE)
 
 test: $(INSTALLED) ## Run the tests

@@ -205,7 +205,7 @@ LAYERS: Mapping[Family, tuple[str, ...]] = {
 }
 """The networks of table 10, layer by layer."""
 
-RECIPES: Mapping[Family, str] = {
+TRAINING: Mapping[Family, str] = {
     "mnist": "50 epochs on 60,000 images",
     "cifar10": "200 epochs on 50,000 images",
     "imagenet": "1,200,000 images",

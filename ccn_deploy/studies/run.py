@@ -16,7 +16,7 @@ from ccn_deploy.errors import UsageError
 from ccn_deploy.machine import processor, this_machine
 from ccn_deploy.studies.paper import family_of
 from ccn_deploy.studies.pictures import PaperFigure
-from ccn_deploy.studies.published import RECIPES, Family
+from ccn_deploy.studies.published import TRAINING, Family
 from ccn_deploy.studies.results import (
     SCHEMA,
     Measured,
@@ -184,7 +184,7 @@ def fill(
         title=title,
         dataset=dict(data(setting, "test").identity),
         training=_training(answers, [*studies, *drawn], seeds),
-        paper=RECIPES[_family(setting)] if any(study.published for study in studies) else "",
+        paper=TRAINING[_family(setting)] if any(study.published for study in studies) else "",
         budget=setting.budget.name,
         seeds=tuple(seeds),
         runtime=setting.runtime,
