@@ -420,6 +420,16 @@ def test_figures_are_drawn_from_what_is_deployed(
     assert record.figures == {name: figure.study.title} and replace(figure) == figure
 
 
+def test_work_on_images_of_any_size_has_a_cost(tmp_path: Path) -> None:
+    images = np.zeros((4, 3, 64, 48), np.float32)
+    np.savez(tmp_path / "own.npz", images=images, labels=np.array([0, 1, 0, 1]))
+    chosen = setting(tmp_path, tmp_path / "own.npz")
+    system = System(bundle=tmp_path / "bundle")
+    study = replace(STUDY, rows={"own": system}, columns=(STUDY.columns[1],))
+    ((), (attack,)) = run.plan(chosen, [study], [0])
+    assert run.cost(chosen, attack) > 0
+
+
 def test_the_first_images_are_those_of_the_order() -> None:
     data = load_dataset("mnist5k", "test")
     few = data.first(7)

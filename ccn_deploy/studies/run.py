@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import math
 import multiprocessing
 import os
 import threading
@@ -111,21 +112,31 @@ def _others(study: Study, seed: int) -> Iterator[Substitute | Transfer]:
 
 def cost(setting: Setting, work: Work) -> float:
     """Return roughly how many seconds of one core a piece of work takes."""
-    images, family = data(setting, "test"), _family(setting)
+    images = data(setting, "test")
     if isinstance(work, Train):
-        return _EXPORT + _training_cost(setting, work.system, family)
+        return _EXPORT + _training_cost(setting, work.system)
     if isinstance(work, Attack):
         n = min(setting.samples(work.specs[0].name), len(images))
-        return 2 * n * _GRADIENT[family] * sum(spec.cost for spec in work.specs)
+        gradient = _gradient_cost(images.input_shape)
+        return 2 * n * gradient * sum(spec.cost for spec in work.specs)
     if isinstance(work, Substitute):
         return float(_SUBSTITUTE * 2.0 ** (setting.budget.rounds - 6))
     n = min(setting.samples(work.spec.name), len(images))
-    return n * _GRADIENT[family] * len(work.systems) ** 2 * 0.5
+    return n * _gradient_cost(images.input_shape) * len(work.systems) ** 2 * 0.5
 
 
-def _training_cost(setting: Setting, system: System, family: Family) -> float:
+def _gradient_cost(shape: tuple[int, int, int]) -> float:
+    """Return the seconds for an image; by its size, for networks that are not the paper's."""
+    try:
+        return _GRADIENT[family_of(shape)]
+    except UsageError:
+        return 5e-6 * math.prod(shape)
+
+
+def _training_cost(setting: Setting, system: System) -> float:
     from ccn_deploy.trainers.recipes import recipe_named
 
+    family = _family(setting)
     recipe = recipe_named(system.recipe or setting.budget.recipes[family])
     epochs = setting.budget.epochs or recipe.epochs
     images = min(len(data(setting, "train")), setting.budget.images)
