@@ -150,3 +150,24 @@ def test_a_missing_data_set_is_named(
     assert run_main(monkeypatch, *command) == 2
     assert str(tmp_path) in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_compact_layers_of_the_papers_network_by_name(
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["train", *OPTIONS, "--data-dir", digits, "--epochs", "1", "--output"]
+    assert run_main(monkeypatch, *command, tmp_path / "odd", "--compact", "conv1,conv5") == 2
+    message = capsys.readouterr().err.strip().splitlines()
+    assert len(message) == 2
+    assert "has no layer 'conv5'" in message[0] and "conv4, fc1, fc2, fc3" in message[1]
+    assert not (tmp_path / "odd").exists()
+
+    for given, compact in (("fc1,conv1", ["conv1", "fc1"]), ("none", [])):
+        run = tmp_path / given
+        assert run_main(monkeypatch, *command, run, "--compact", given, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["compact"] == compact
+    assert open_run(tmp_path / "fc1,conv1").card.name == "mnist-cnn-sm-compact-conv1-fc1"
+    assert open_run(tmp_path / "none").card.name == "mnist-cnn-sm"
