@@ -332,7 +332,7 @@ def _print(run: TrainedRun, *, already_finished: bool) -> None:
         f"seed {training['seed']}, {training['device']}.",
         soft_wrap=True,
     )
-    if adversary := training["recipe"].get("adversary"):  # runs of before have none
+    if adversary := training["recipe"].get("adversary"):  # older runs lack it
         out.print(_told(adversary), soft_wrap=True)
     out.print(f"Run in {run.path}", markup=False, soft_wrap=True)
     bundle = Path("bundles") / run.path.name
