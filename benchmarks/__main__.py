@@ -21,6 +21,7 @@ from benchmarks.gradients import gradients, rules
 from benchmarks.memory import memory
 from benchmarks.others import others
 from benchmarks.peers.libraries import PACKAGES
+from benchmarks.reading import reading
 from benchmarks.serving import serving
 from benchmarks.subjects import Subjects, make_subjects
 from benchmarks.training import training
@@ -37,6 +38,7 @@ SECTIONS: dict[str, Section] = {
     "others": others,
     "attacks": attacks,
     "memory": memory,
+    "reading": reading,
     "pgd": pgds,
     "audit": audit,
     "bounded": peers.bounded,
