@@ -69,7 +69,7 @@ class Budget:
         samples: Images by attack at most; the test split if it has fewer.
         cw: Settings of C&W that differ from the paper's.
         rounds: Of augmentation of the substitute's images (table 6); each doubles them.
-        images: Training images at most.
+        images: Training images at most, and test images after every epoch.
         batch_size: Instead of the recipe's.
         audits: Strengths at which networks are audited, the paper's own last.
     """
@@ -100,8 +100,8 @@ BUDGETS: Mapping[str, Budget] = {
             "few images and epochs: shows that everything runs, and no number means anything",
             _QUICK,
             epochs=3,
-            images=1000,
-            batch_size=32,
+            images=500,
+            batch_size=16,
             samples={"fgsm": 100, "deepfool": 10, "cw": 5, "audit": 2, "substitute": 100},
             audits=1,
             cw={"steps": 50, "binary_search_steps": 2},

@@ -196,8 +196,9 @@ def network(setting: Setting, system: System, seed: int, tell: Tell = no_one) ->
             tell(event.step / steps)
 
     budget = setting.budget
-    test_data = data(setting, "test")
-    train_data = data(setting, "train").first(budget.images)
+    train_data, test_data = (
+        data(setting, split).first(budget.images) for split in ("train", "test")
+    )
     config = TrainConfig(
         system.defense,
         train_data.name,
