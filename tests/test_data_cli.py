@@ -104,6 +104,20 @@ def test_parity_is_shown_on_folders(bundle: Bundle, folders: Path) -> None:
     assert '"stretch"' in evidence
 
 
+@pytest.mark.parametrize("command", ["verify-parity", "verify-robustness"])
+def test_what_is_measured_is_never_fewer_images_than_were_asked_for(
+    bundle: Bundle, folders: Path, tmp_path: Path, command: str
+) -> None:
+    """Training leaves an unreadable image out; a measurement that did would be of other images."""
+    root = Path(shutil.copytree(folders, tmp_path / "halves"))
+    bad = root / "test" / "low" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:300])
+    options = ("--dataset", root, "--resize", "stretch", "--samples", "20", "--threads", "1")
+    code, out, err = run(command, bundle.path, *options)
+    assert (code, out) == (2, "")
+    assert str(bad) in err
+
+
 def test_robustness_is_shown_on_an_npz_file_with_classes_in_another_order(
     bundle: Bundle, tmp_path: Path
 ) -> None:
