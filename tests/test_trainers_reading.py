@@ -157,11 +157,17 @@ def test_workers_change_no_bit_of_a_training_and_a_resumed_one(root: Path) -> No
 
 def test_errors_of_a_worker_are_the_errors_of_the_file(root: Path) -> None:
     (bad,) = spoil(root, 3)
+    before = psutil.Process().children()
     with pytest.raises(UnreadableImageError) as caught:
         train(config(root, workers=2, strict=True), *data(root), root / "run")
     assert str(bad) in caught.value.what
     assert len(str(caught.value).splitlines()) == 2
-    assert not psutil.wait_procs(psutil.Process().children(), timeout=20)[1]
+    assert not psutil.wait_procs(started_since(before), timeout=20)[1]
+
+
+def started_since(before: list[psutil.Process]) -> list[psutil.Process]:
+    """Return this process's children that are new: other tests may have left some."""
+    return [child for child in psutil.Process().children() if child not in before]
 
 
 @pytest.mark.parametrize("workers", [-1])
@@ -174,13 +180,13 @@ def test_fewer_than_no_worker_are_refused(root: Path, workers: int) -> None:
 @LINUX
 def test_a_killed_worker_is_an_error_and_loses_nothing(root: Path) -> None:
     whole = train(config(root), *data(root), root / "whole")
-    mine = psutil.Process()
+    before = psutil.Process().children()
     seen: list[Event] = []
 
     def kill(event: Event) -> None:
         seen.append(event)
         if isinstance(event, Stepped) and event.epoch == 2 and event.step == 8:
-            children = mine.children()
+            children = started_since(before)
             assert len(children) == 2
             for child in children:
                 child.send_signal(signal.SIGKILL)
@@ -189,7 +195,7 @@ def test_a_killed_worker_is_an_error_and_loses_nothing(root: Path) -> None:
         train(config(root, workers=2), *data(root), root / "run", watcher=kill)
     assert "has stopped sending them" in caught.value.what
     assert "--workers" in caught.value.hint
-    assert not psutil.wait_procs(mine.children(), timeout=20)[1]
+    assert not psutil.wait_procs(started_since(before), timeout=20)[1]
     assert [row["epoch"] for row in rows(root / "run")] == ["1"]
     resumed = train(config(root), *data(root), root / "run")
     assert resumed.weights == whole.weights
