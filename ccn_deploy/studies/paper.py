@@ -311,13 +311,12 @@ def _plain() -> dict[str, System]:
 
 def _adversarial(family: Family) -> dict[str, System]:
     """Return the same, trained on FGSM's images as well, and two that are not the paper's."""
+    recipe = "pgd-mnist" if family == "mnist" else None
     paper = {title: replace(s, adversarial="fgsm") for title, s in _plain().items()}
     return {
         **paper,
-        "SM, PGD": System("sm", recipe="pgd-mnist")
-        if family == "mnist"
-        else System("sm", adversarial="pgd"),
-        "SM, TRADES": System("sm", adversarial="trades"),
+        "SM, PGD": System("sm", adversarial="pgd", recipe=recipe),
+        "SM, TRADES": System("sm", adversarial="trades", recipe=recipe),
     }
 
 
