@@ -232,6 +232,7 @@ def test_results_are_written_and_read_back(
     assert float(cell["difference"]) == pytest.approx(float(cell["value"]) - 80.0)
     assert (cell["n"], cell["epochs"], cell["seeds"]) == ("60", "2", "0 1")
     said = text.read_text()
+    assert "## Table 7: two networks" in said
     assert said.startswith("# Intro") and "| paper | 99.0 | 80.0 |" in said
     assert "500 images, epochs 2, recipe quick, seeds 0, 1; mean and range." in said
     assert "CCN above SM" in said

@@ -142,7 +142,7 @@ def to_markdown(records: Sequence[tuple[StudiesRecord, Path]], intro: str) -> st
         level = "###" if len(records) > 1 else "##"
         for study in record.studies:
             for table in tables(study, about(record, study)):
-                lines += [f"{level} {study.name}: {table.title}", "", table.about, ""]
+                lines += [f"{level} {table.title}", "", table.about, ""]
                 lines += [markdown(table), ""]
             lines += [*_notes(study)]
         facts = "; ".join(f"{fact.name.lower()} {fact.value}" for fact in _facts(record))

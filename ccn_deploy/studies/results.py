@@ -265,7 +265,9 @@ def tables(study: StudyRecord, about: str = "") -> list[Table]:
             rows.append(Row("  paper", texts(*(_number(one.paper, one) for one in found))))
             rows.append(Row("  difference", texts(*(_difference(one) for one in found))))
     heads = [column.head for column in study.columns]
-    table = Table(study.title, (study.first, *heads), rows, about)
+    number = study.name.removeprefix("table")
+    title = f"Table {number}: {study.title}" if number.isdigit() else study.title
+    table = Table(title, (study.first, *heads), rows, about)
     return [leaderboard(study), table] if study.ranked else [table]
 
 

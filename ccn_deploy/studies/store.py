@@ -28,13 +28,14 @@ _SAME = ("dataset", "training", "budget", "seeds", "runtime", "precision", "mach
 
 
 def merged(root: Path, record: StudiesRecord) -> StudiesRecord:
-    """Return a record with what an earlier call in the same setting found besides."""
+    """Return a record in order, with what an earlier call in the same setting found besides."""
+    studies = {study.name: study for study in record.studies}
+    figures = record.figures
     before = read(root)
-    if before is None or any(getattr(before, name) != getattr(record, name) for name in _SAME):
-        return record
-    studies = {study.name: study for study in (*before.studies, *record.studies)}
+    if before is not None and all(getattr(before, n) == getattr(record, n) for n in _SAME):
+        studies = {**{study.name: study for study in before.studies}, **studies}
+        figures = {**before.figures, **figures}
     ordered = sorted(studies.values(), key=lambda study: _place(study.name))
-    figures = {**before.figures, **record.figures}
     return msgspec.structs.replace(
         record,
         studies=tuple(ordered),
