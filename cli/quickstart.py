@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +14,7 @@ import typer
 from ccn_deploy.cli.options import MAX_DROP, JsonOption, MaxDropOption, SeedOption
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from concurrent.futures import Future
+    from collections.abc import Callable
 
     from rich.progress import Progress
 
@@ -249,38 +249,21 @@ def _go_together(pipelines: list[Pipeline]) -> None:
     to be worth sharing, and threads that wait for one another burn the time they save. Each
     attack is a piece of work of its own, the longest first, so that no process is left waiting.
     """
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
     from ccn_deploy.cli.console import progress
+    from ccn_deploy.workers import Workers
 
     specs = sorted(_attacks(), key=lambda spec: spec.name, reverse=True)
-    context = multiprocessing.get_context("spawn")
-    news: Any = context.SimpleQueue()
-    workers = min(len(pipelines), os.cpu_count() or 1)
-    pool = ProcessPoolExecutor(workers, context, _listen, (news,))
-    with progress() as bar:
+    pairs = [(pipeline, spec) for spec in specs for pipeline in reversed(pipelines)]
+    with progress() as bar, Workers(min(len(pipelines), os.cpu_count() or 1)) as workers:
         shown = {p.defense: _Shown(bar, p.defense, len(specs) + 2) for p in pipelines}
-        try:
-            _all([pool.submit(_prepare, pipeline) for pipeline in pipelines], news, shown)
-            pairs = [(pipeline, spec) for spec in specs for pipeline in reversed(pipelines)]
-            _all([pool.submit(_attack, *pair) for pair in pairs], news, shown)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _all(work: Iterable[Future[None]], news: Any, shown: dict[str, _Shown]) -> None:
-    """Show what workers tell until all work is done; raises what a worker raised."""
-    from concurrent.futures import wait
-
-    waiting = set(work)
-    while waiting:
-        finished, waiting = wait(waiting, timeout=0.1)
-        while not news.empty():
-            defense, what, done = news.get()
-            shown[defense](what, done)
-        for future in finished:
-            future.result()
+        workers.run(
+            [partial(_prepare, pipeline) for pipeline in pipelines],
+            lambda place, *said: shown[pipelines[place].defense](*said),
+        )
+        workers.run(
+            [partial(_attack, *pair) for pair in pairs],
+            lambda place, *said: shown[pairs[place][0].defense](*said),
+        )
 
 
 class _Shown:
@@ -301,25 +284,12 @@ class _Shown:
         self._bar.update(self._task, description=text, completed=share)
 
 
-_news: Any = None
-"""In a worker: the queue that its events go to."""
+def _prepare(pipeline: Pipeline, tell: Tell) -> None:
+    pipeline.prepare(tell)
 
 
-def _listen(news: Any) -> None:
-    global _news  # noqa: PLW0603
-    _news = news
-
-
-def _teller(pipeline: Pipeline) -> Tell:
-    return lambda what, done: _news.put((pipeline.defense, what, done))
-
-
-def _prepare(pipeline: Pipeline) -> None:
-    pipeline.prepare(_teller(pipeline))
-
-
-def _attack(pipeline: Pipeline, spec: AttackSpec) -> None:
-    pipeline.attack((spec,), _teller(pipeline))
+def _attack(pipeline: Pipeline, spec: AttackSpec, tell: Tell) -> None:
+    pipeline.attack((spec,), tell)
 
 
 def _print(outcomes: list[Outcome]) -> None:

@@ -5,12 +5,8 @@ from __future__ import annotations
 import datetime
 import functools
 import math
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from contextlib import suppress
+from contextlib import nullcontext
 from typing import Any
 
 from ccn_deploy.errors import UsageError
@@ -42,11 +38,13 @@ from ccn_deploy.studies.work import (
     Attack,
     Setting,
     Substitute,
+    Tell,
     Train,
     Transfer,
     Work,
     data,
 )
+from ccn_deploy.workers import Workers
 
 FIGURES = "figures"
 """The directory of the figures, below that of the setting."""
@@ -181,8 +179,10 @@ def fill(
     drawn = [figure.study for figure in figures]
     phases = plan(setting, [*studies, *drawn], seeds)
     tracker = _Tracker(watch, {work: cost(setting, work) for phase in phases for work in phase})
-    for phase in phases:
-        _run(setting, phase, jobs, tracker)
+    most = min(jobs, max(map(len, phases)))
+    with Workers(most) if most > 1 else nullcontext() as workers:
+        for phase in phases:
+            _run(setting, phase, workers, tracker)
     missing = {}
     for figure in figures:
         try:
@@ -308,52 +308,19 @@ class _Tracker:
         self._watch(work.label, done, self._total)
 
 
-def _run(setting: Setting, phase: Sequence[Work], jobs: int, tracker: _Tracker) -> None:
-    """Do a phase, in this process or in several."""
-    if jobs == 1 or len(phase) < 2:
-        for work in phase:
-            tracker(work, 0.0)
-            work(setting, functools.partial(tracker, work))
-            tracker(work, 1.0)
+def _run(
+    setting: Setting, phase: Sequence[Work], workers: Workers | None, tracker: _Tracker
+) -> None:
+    """Do a phase, by workers or in this process."""
+    pieces = [functools.partial(_do, setting, work) for work in phase]
+    if workers is not None:
+        workers.run(pieces, lambda place, share: tracker(phase[place], share))
         return
-    context = multiprocessing.get_context("spawn")
-    news: Any = context.SimpleQueue()
-    pool = ProcessPoolExecutor(min(jobs, len(phase)), context, _listen, (news,))
-    try:
-        waiting: dict[Future[None], Work] = {
-            pool.submit(_do, setting, number, work): work for number, work in enumerate(phase)
-        }
-        while waiting:
-            finished, _ = wait(waiting, timeout=0.2)
-            while not news.empty():
-                number, share = news.get()
-                tracker(phase[number], share)
-            for future in finished:
-                work = waiting.pop(future)
-                future.result()
-                tracker(work, 1.0)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for work, piece in zip(phase, pieces, strict=True):
+        tracker(work, 0.0)
+        piece(functools.partial(tracker, work))
 
 
-_news: Any = None
-"""In a worker: the queue by which it tells how far it is."""
-
-
-def _listen(news: Any) -> None:
-    global _news  # noqa: PLW0603
-    _news = news
-    # A parent that is killed outright can end nobody: its workers would wait for it for ever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _do(setting: Setting, number: int, work: Work) -> None:
-    with suppress(BrokenPipeError):  # the process that listened is gone
-        work(setting, lambda share: _news.put((number, share)))
+def _do(setting: Setting, work: Work, tell: Tell) -> None:
+    work(setting, tell)
+    tell(1.0)
