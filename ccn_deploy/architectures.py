@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ccn_deploy.errors import UsageError, named
 
@@ -82,28 +82,25 @@ class Architecture:
         return tuple(name for name in names if name in where)
 
 
+_MNIST = Architecture(
+    name="mnist-cnn",
+    title="MNIST network of table 10, valid padding",
+    input_shape=(1, 28, 28),
+    features=(32, 32, POOL, 64, 64, POOL),
+    padding=0,
+    hidden=(200, 200),
+    dropout=0.0,
+    classes=10,
+)
+
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
     for architecture in (
-        Architecture(
-            name="mnist-cnn",
-            title="MNIST network of table 10, valid padding",
-            input_shape=(1, 28, 28),
-            features=(32, 32, POOL, 64, 64, POOL),
-            padding=0,
-            hidden=(200, 200),
-            dropout=0.0,
-            classes=10,
-        ),
-        Architecture(
+        _MNIST,
+        replace(
+            _MNIST,
             name="mnist-cnn-2d",
             title="The same with two features in front of the last layer, for figure 2",
-            input_shape=(1, 28, 28),
-            features=(32, 32, POOL, 64, 64, POOL),
-            padding=0,
-            hidden=(200, 200),
-            dropout=0.0,
-            classes=10,
             bottleneck=2,
         ),
         Architecture(

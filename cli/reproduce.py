@@ -81,6 +81,7 @@ def reproduce(
     from ccn_deploy.cli.text import plain
     from ccn_deploy.data import load_dataset
     from ccn_deploy.errors import UsageError, named
+    from ccn_deploy.records import document
     from ccn_deploy.studies import paper, pictures, store
     from ccn_deploy.studies.work import Setting
 
@@ -111,7 +112,11 @@ def reproduce(
     )
     store.write(root, store.merged(root, record))
     page, text = store.write_pages(output, paper.INTRO)
-    finish(record, [page, text, root / store.RESULTS], as_json=as_json)
+    if as_json:
+        console.print_json(document(record))
+    else:
+        show_record(record)
+        console.out.print(plain(f"Written: {page}, {text}, {root / store.RESULTS}"), soft_wrap=True)
 
 
 def fill(
@@ -150,31 +155,25 @@ def fill(
         raise typer.Exit(INTERRUPTED) from None
 
 
-def finish(record: StudiesRecord, paths: Sequence[Path], *, as_json: bool) -> None:
-    """Print what was found and where it is written."""
+def show_record(record: StudiesRecord) -> None:
+    """Print what was found."""
     from ccn_deploy.cli import console
     from ccn_deploy.cli.tables import show
     from ccn_deploy.cli.text import plain
-    from ccn_deploy.records import document
     from ccn_deploy.studies.results import about, tables
 
-    if as_json:
-        console.print_json(document(record))
-        return
     for study in record.studies:
         for table in tables(study, about(record, study)):
             show(table)
             if table.about:
                 console.out.print(plain(table.about), soft_wrap=True)
         for claim in study.claims:
-            word = {True: "holds", False: "does not hold", None: "not measured"}[claim.holds]
-            console.out.print(plain(f"{word}: {claim.text} ({claim.column})"), soft_wrap=True)
+            console.out.print(plain(f"{claim.word}: {claim.sentence}"), soft_wrap=True)
         for finding in study.findings:
-            console.out.print(plain(f"undermined: {finding}"), soft_wrap=True)
+            console.out.print(plain(f"Undermined: {finding}"), soft_wrap=True)
         console.out.print()
     for note in record.notes:
         console.out.print(plain(note), soft_wrap=True)
-    console.out.print(plain(f"Written: {', '.join(map(str, paths))}"), soft_wrap=True)
 
 
 def _overview(setting: Setting, family: Family, seeds: Sequence[int]) -> list[str]:

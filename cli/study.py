@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from ccn_deploy.cli.options import JsonOption
-from ccn_deploy.cli.reproduce import JobsOption, fill, finish
+from ccn_deploy.cli.reproduce import JobsOption, fill, show_record
+
+SCHEMA = "ccn-deploy/studies/1"
 
 
 def study(
@@ -27,6 +29,10 @@ def study(
     """Attack a grid of bundles on data sets, and rank them on one page."""
     import dataclasses
 
+    from ccn_deploy.attacks.spec import kinds_of
+    from ccn_deploy.cli import console
+    from ccn_deploy.cli.text import plain
+    from ccn_deploy.records import document
     from ccn_deploy.studies import store
     from ccn_deploy.studies.grid import read_grid
     from ccn_deploy.studies.paper import Budget
@@ -34,12 +40,22 @@ def study(
 
     own = read_grid(file)
     grid = own.grid
-    budget = Budget("", "", {}, samples=dict.fromkeys(grid.attacks, grid.samples))
-    for dataset in own.datasets:
-        root = output / (Path(dataset).stem or dataset)
+    samples = {kind.name: grid.samples for kind in kinds_of(grid.attacks)}
+    budget = Budget("", "", {}, samples=samples)
+    records = []
+    for name, dataset in own.datasets.items():
+        root = output / name
         setting = Setting(root, dataset, None, budget, grid.runtime, grid.precision)
-        titled = dataclasses.replace(own.study, title=f"{grid.title}, {Path(dataset).stem}")
+        titled = dataclasses.replace(own.study, title=f"{grid.title}, {name}")
         record = fill(setting, [titled], [0], jobs=jobs, title=grid.title)
         store.write(root, record)
-        paths = [*store.write_pages(output, f"# {grid.title}"), root / store.RESULTS]
-        finish(record, paths, as_json=as_json)
+        records.append(record)
+    page, text = store.write_pages(output, f"# {grid.title}")
+    if as_json:
+        found = [document(record) for record in records]
+        console.print_json({"schema": SCHEMA, "datasets": found})
+        return
+    for record in records:
+        show_record(record)
+    written = f"Written: {page}, {text}, and {store.RESULTS} by data set"
+    console.out.print(plain(written), soft_wrap=True)

@@ -313,7 +313,7 @@ def test_the_leaderboard_ranks_by_the_worst_attack_of_each_strength() -> None:
 GRID = """
 title = "Ours"
 datasets = ["{data}"]
-attacks = ["fgsm", "deepfool"]
+attacks = ["FGSM", "deepfool"]
 epsilons = ["8/255", 0.3]
 samples = 12
 
@@ -337,7 +337,8 @@ def test_a_grid_of_ones_own_ends_in_a_leaderboard(
     result = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
     assert result.exit_code == 0
     document = json.loads(result.stdout)
-    study = document["studies"][0]
+    (record,) = document["datasets"]
+    study = record["studies"][0]
     heads = [column["head"] for column in study["columns"]]
     assert heads[:3] == ["clean", "FGSM 0.0314", "FGSM 0.3"] and "DeepFool L2" in heads
     assert {cell["n"] for cell in study["cells"]} == {12}
@@ -357,6 +358,7 @@ def test_a_grid_of_ones_own_ends_in_a_leaderboard(
         (('"deepfool"', '"deepfol"'), "deepfol"),
         (("samples = 12", "samples = 0"), "samples"),
         (('["{data}"]', "[]"), "names no datasets"),
+        (('["{data}"]', '["a/own.npz", "b/own"]'), "two data sets that are called 'own'"),
         (("samples = 12", 'runtime = "onnx"'), "onnx"),
         (("samples = 12", 'precision = "fp7"'), "fp7"),
     ],

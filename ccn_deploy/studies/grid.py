@@ -71,13 +71,13 @@ class OwnStudy:
     Attributes:
         grid: What it says.
         networks: Bundles by what tables call them.
-        datasets: Names, or paths that are there.
+        datasets: Names or paths, by what tables and directories call them.
         study: The table on each of them.
     """
 
     grid: Grid
     networks: dict[str, System]
-    datasets: tuple[str, ...]
+    datasets: dict[str, str]
     study: Study
 
 
@@ -109,9 +109,16 @@ def read_grid(path: Path) -> OwnStudy:
                 f"{path}: the network {title!r} is not there: {system.bundle}.",
                 "Give the path of a bundle, relative to the file.",
             )
-    datasets = tuple(
-        name if name.lower() in DATASETS else str(_beside(path, name)) for name in grid.datasets
-    )
+    datasets: dict[str, str] = {}
+    for given in grid.datasets:
+        place = given if given.lower() in DATASETS else str(_beside(path, given))
+        name = Path(place).stem
+        if name in datasets:
+            raise UsageError(
+                f"{path} has two data sets that are called {name!r}.",
+                "Their results would go into one directory: rename one.",
+            )
+        datasets[name] = place
     columns = _columns(grid)
     study = Study("study", grid.title, networks, columns, ranked=True)
     return OwnStudy(grid, networks, datasets, study)

@@ -21,23 +21,14 @@ _AUDIT = (
     " The last columns of a table, the audit's worst case, are ours and not the paper's: read them "
     "before any other."
 )
-_WORDS = {True: "Holds", False: "Does not hold", None: "Not measured"}
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A claim with what became of it."""
+class Section:
+    """The tables of a study, what the paper says of them, and what a reader should know."""
 
-    word: str
-    text: str
-
-
-@dataclass(frozen=True)
-class TableWithNotes:
-    """A table, what the paper says of it, and what a reader should know."""
-
-    table: Table
-    claims: Sequence[Claim]
+    tables: Sequence[Table]
+    claims: Sequence[ClaimRecord]
     findings: Sequence[str]
 
 
@@ -54,7 +45,7 @@ class Part:
     """The studies on one data set."""
 
     title: str
-    tables: Sequence[TableWithNotes]
+    sections: Sequence[Section]
     figures: Sequence[Picture]
     command: str
     facts: Sequence[Fact]
@@ -94,9 +85,8 @@ def _part(record: StudiesRecord, directory: Path) -> Part:
         for name, title in record.figures.items()
     ]
     shown = [
-        TableWithNotes(table, [_claim(claim) for claim in study.claims], study.findings)
+        Section(tables(study, about(record, study)), study.claims, study.findings)
         for study in record.studies
-        for table in tables(study, about(record, study))
     ]
     return Part(_title(record), shown, figures, record.command, _facts(record), record.notes)
 
@@ -104,10 +94,6 @@ def _part(record: StudiesRecord, directory: Path) -> Part:
 def _title(record: StudiesRecord) -> str:
     budget = f", budget {record.budget}" if record.budget else ""
     return f"{record.dataset['name']}{budget}"
-
-
-def _claim(claim: ClaimRecord) -> Claim:
-    return Claim(_WORDS[claim.holds], f"{claim.text} ({claim.column}).")
 
 
 def _uri(svg: bytes) -> str:
@@ -152,6 +138,6 @@ def to_markdown(records: Sequence[tuple[StudiesRecord, Path]], intro: str) -> st
 
 
 def _notes(study: StudyRecord) -> list[str]:
-    claims = [f"* {_WORDS[claim.holds]}: {claim.text} ({claim.column})." for claim in study.claims]
+    claims = [f"* {claim.word}: {claim.sentence}" for claim in study.claims]
     findings = [f"* Undermined: {sentence}" for sentence in study.findings]
     return [*claims, *findings, ""] if claims or findings else []

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import get_args
 
 from ccn_deploy.architectures import ARCHITECTURES, POOL, Architecture
 from ccn_deploy.attacks.spec import AttackSpec, Setting, suite
 from ccn_deploy.defenses import DEFENSES
 from ccn_deploy.errors import UsageError, named
+from ccn_deploy.robustness.judge import DISTANCES
 from ccn_deploy.studies.published import LAYERS, PAPER, Family, Numbers
 from ccn_deploy.studies.results import CellRecord, ClaimRecord, ColumnRecord, StudyRecord
 from ccn_deploy.studies.study import (
@@ -23,12 +23,6 @@ from ccn_deploy.studies.study import (
     Transferred,
     ranking,
 )
-
-SETTINGS_OF_CW: Mapping[str, Setting] = MappingProxyType({"steps": 1000, "binary_search_steps": 6})
-"""Section 7: at most 1000 iterations, 6 steps of the search."""
-
-DISTANCES = (0.1, 0.2, 0.3, 0.4, 0.5)
-"""Largest relative perturbations d of table 2."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +116,6 @@ BUDGETS: Mapping[str, Budget] = {
     )
 }
 
-_DEFENSES = ("sm", "ls", "brelu", "l2sm", "ccn", "ccn+ls")
-_LAYERS = ("conv1", "conv2", "conv3", "conv4", "fc1", "fc2")
-
 
 def family_of(shape: tuple[int, int, int]) -> Family:
     """Return whose images have this shape (channels, height, width).
@@ -179,7 +170,7 @@ class _Tables:
 
     def fgsm(self, name: str, title: str, rows: Mapping[str, System]) -> Study | None:
         """Tables 1, 4 and 9."""
-        main = self._head("FGSM", self.strengths.main)
+        main = f"FGSM {self.strengths.main}"
         claims = {
             "table1": (
                 Claim(
@@ -242,7 +233,7 @@ class _Tables:
 
     def cw(self, name: str) -> Study | None:
         """Tables 11 and 12."""
-        spec = attack_spec("cw", settings={**SETTINGS_OF_CW, **self.budget.cw})
+        spec = attack_spec("cw", settings=self.budget.cw)
         columns = (
             Column("L2 distance", Attacked(spec, "l2")),
             Column("success", Attacked(spec, "success")),
@@ -255,12 +246,13 @@ class _Tables:
     def layers(self) -> Study | None:
         """Table 13."""
         spec = attack_spec("fgsm", self.strengths.main)
+        *others, last = _ARCHITECTURE["mnist"].weighted_layers()
         rows = {
             "none": System("sm"),
-            **{layer: System("sm", compact=(layer,)) for layer in _LAYERS},
-            "fc3": System("l2sm"),
+            **{layer: System("sm", compact=(layer,)) for layer in others},
+            last: System("l2sm"),
         }
-        head = self._head("FGSM", self.strengths.main)
+        head = f"FGSM {self.strengths.main}"
         columns = (self._clean(), Column(head, Attacked(spec)))
         claims = tuple(
             Claim(f"{layer} alone above none", head, ranking(layer, "none"))
@@ -289,24 +281,21 @@ class _Tables:
 
     def _fgsm(self) -> tuple[Column, ...]:
         return tuple(
-            Column(self._head("FGSM", text), Attacked(attack_spec("fgsm", text)))
+            Column(f"FGSM {text}", Attacked(attack_spec("fgsm", text)))
             for text in self.strengths.fgsm
         )
 
     def _audit(self) -> tuple[Column, ...]:
         """Return what every table ends with: the worst case that we know of."""
         return tuple(
-            Column(self._head("audit", text), Attacked(attack_spec("audit", text)), extra=True)
+            Column(f"audit {text}", Attacked(attack_spec("audit", text)), extra=True)
             for text in self.strengths.audit[-self.budget.audits :]
         )
-
-    def _head(self, attack: str, epsilon: str) -> str:
-        return f"{attack} {epsilon}"
 
 
 def _plain() -> dict[str, System]:
     """Return the six networks that most tables are about."""
-    return {DEFENSES[name].title: System(name) for name in _DEFENSES}
+    return _systems(("sm", "ls", "brelu", "l2sm", "ccn", "ccn+ls"))
 
 
 def _adversarial(family: Family) -> dict[str, System]:
@@ -321,12 +310,15 @@ def _adversarial(family: Family) -> dict[str, System]:
 
 
 def _normalised() -> dict[str, System]:
-    names = ("sm", "bn", "lrn", "ccn", "ccn+ls")
-    return {DEFENSES[name].title if name in DEFENSES else name: System(name) for name in names}
+    return _systems(("sm", "bn", "lrn", "ccn", "ccn+ls"))
+
+
+def _systems(defenses: Sequence[str]) -> dict[str, System]:
+    return {DEFENSES[name].title: System(name) for name in defenses}
 
 
 def _number(text: str) -> float:
-    """Read an epsilon as it is printed, such as ``"8/255"``."""
+    """Read an epsilon as it is printed: also ``"0.1/255"``, which options do not take."""
     upper, _, lower = text.partition("/")
     return float(upper) / float(lower or 1)
 
@@ -339,7 +331,7 @@ def attack_spec(
     settings: Mapping[str, Setting] | None = None,
 ) -> AttackSpec:
     """Return an attack of the paper, its epsilon as it is printed, such as ``"8/255"``."""
-    epsilons = [] if epsilon is None else [_number(epsilon)]
+    epsilons = () if epsilon is None else (_number(epsilon),)
     found = suite([name], epsilons, settings={name: settings or {}})
     return next(spec for spec in found if spec.clip == clip)
 

@@ -14,7 +14,7 @@ from ccn_deploy.robustness import Evidence
 from ccn_deploy.runtimes.layer_outputs import open_layer_outputs
 from ccn_deploy.studies.paper import attack_spec
 from ccn_deploy.studies.study import Attacked, Column, Study, System
-from ccn_deploy.studies.work import OPTIONS, Setting, attacked, data, network
+from ccn_deploy.studies.work import OPTIONS, Setting, attacked, data, deployed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +78,7 @@ def figures() -> dict[str, PaperFigure]:
 
 
 def _bundles(setting: Setting, study: Study) -> Mapping[str, Bundle]:
-    return {title: network(setting, system, 0) for title, system in study.rows.items()}
+    return {title: deployed(setting, system, 0) for title, system in study.rows.items()}
 
 
 def _evidence(setting: Setting, study: Study) -> Mapping[str, Evidence]:

@@ -86,6 +86,16 @@ class ClaimRecord(Record, frozen=True):
     column: Text
     holds: bool | None
 
+    @property
+    def word(self) -> str:
+        """What became of it."""
+        return {True: "Holds", False: "Does not hold", None: "Not measured"}[self.holds]
+
+    @property
+    def sentence(self) -> str:
+        """The claim and where it is made."""
+        return f"{self.text} ({self.column})."
+
 
 class StudyRecord(Record, frozen=True, kw_only=True):
     """One table.

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ccn_deploy.attacks.spec import AttackSpec, suite
 from ccn_deploy.bundle import Bundle, open_bundle
-from ccn_deploy.data import Dataset, Split, load_dataset
+from ccn_deploy.data import Dataset, ModelInput, Split, load_dataset
 from ccn_deploy.errors import UsageError
-from ccn_deploy.evaluation import evaluation_data
 from ccn_deploy.records import Count, Record, Text, decode, encode
 from ccn_deploy.robustness import RobustnessRequest, RobustnessResult, collect, judge
 from ccn_deploy.robustness.attack_session import labels_of
@@ -93,7 +93,7 @@ class Train:
 
     def __call__(self, setting: Setting, tell: Tell = no_one) -> Bundle:
         """Do it."""
-        return network(setting, self.system, self.seed, tell)
+        return trained(setting, self.system, self.seed, tell)
 
 
 @dataclass(frozen=True)
@@ -175,13 +175,16 @@ class Counts(Record, frozen=True):
     queries: Count = 0
 
 
-def network(setting: Setting, system: System, seed: int, tell: Tell = no_one) -> Bundle:
+def deployed(setting: Setting, system: System, seed: int) -> Bundle:
+    """Open the bundle of a network: the one that was given, or that :class:`Train` made."""
+    return open_bundle(system.bundle or setting.directory("bundles", system, seed))
+
+
+def trained(setting: Setting, system: System, seed: int, tell: Tell = no_one) -> Bundle:
     """Return the bundle of a network, trained and exported now if that was not done.
 
     A run with the same settings is taken as it is, and so is a bundle of that run's weights.
     """
-    if system.bundle is not None:
-        return open_bundle(system.bundle)
     from ccn_deploy.exporters import export_bundle
     from ccn_deploy.runtimes.tensorrt.library import LIBRARIES
     from ccn_deploy.trainers import Event, Skipped, Started, TrainConfig, train
@@ -238,7 +241,7 @@ def attacked(
     tell: Tell = no_one,
 ) -> RobustnessResult:
     """Return the judged evidence of attacks on a network, measured now where it is not there."""
-    bundle = network(setting, system, seed)
+    bundle = deployed(setting, system, seed)
     request = RobustnessRequest(
         data_of(setting, bundle),
         runtime=setting.runtime,
@@ -262,7 +265,7 @@ def substituted(
 
     The attacker's first images and those that are attacked are different ones of the test split.
     """
-    bundle = network(setting, system, seed)
+    bundle = deployed(setting, system, seed)
     images = data_of(setting, bundle)
     order = images.order()
     seeds, rest = order[:SUBSTITUTE_SEEDS], order[SUBSTITUTE_SEEDS:]
@@ -306,15 +309,13 @@ def transferred(
 
     A question is ``"TESTED ON CRAFTED"``, both by the names of networks.
     """
-    bundles = {system.name: network(setting, system, seed) for system in systems}
+    bundles = {system.name: deployed(setting, system, seed) for system in systems}
     images = data_of(setting, next(iter(bundles.values())))
     chosen = images.order()[: setting.samples(spec.name)]
     asked = {"question": "transfer", "attack": spec.document(), "names": list(bundles),
              "n": len(chosen)}  # fmt: skip
 
     def measure() -> tuple[dict[str, int], int]:
-        from contextlib import ExitStack
-
         with ExitStack() as stack:
             runtimes = {
                 name: stack.enter_context(
@@ -358,16 +359,17 @@ def _kept(
     return counts
 
 
-def data(setting: Setting, split: Split) -> Dataset:
-    """Return a split of the data of a study."""
-    return _loaded(setting.dataset, split, setting.data_dir)
+def data(setting: Setting, split: Split, like: ModelInput | None = None) -> Dataset:
+    """Return a split of the data of a study; ``like`` as for :func:`load_dataset`."""
+    return _loaded(setting.dataset, split, setting.data_dir, like)
 
 
 @functools.lru_cache(maxsize=4)
-def _loaded(name: str, split: Split, directory: Path | None) -> Dataset:
-    return load_dataset(name, split, directory)
+def _loaded(name: str, split: Split, directory: Path | None, like: ModelInput | None) -> Dataset:
+    return load_dataset(name, split, directory, like=like)
 
 
 def data_of(setting: Setting, bundle: Bundle) -> Dataset:
     """Return the test split, its labels numbered as a bundle's classes."""
-    return evaluation_data(bundle, setting.dataset, setting.data_dir)
+    card = bundle.card
+    return data(setting, "test", ModelInput(card.input_shape, card.class_names))
