@@ -38,6 +38,7 @@ from ccn_deploy.trainers import (
     TrainConfig,
     train,
 )
+from tests.trainings import InterruptError, interrupt_after
 
 TINY = Architecture(
     name="tiny",
@@ -89,22 +90,6 @@ def with_images(data: Dataset, change: Callable[[NDArray[np.float32]], None]) ->
     images = data.images(range(len(data))).copy()
     change(images)
     return replace(data, fetch=partial(np.take, images, axis=0))
-
-
-class InterruptError(Exception):
-    pass
-
-
-def interrupt_after(count: int) -> Callable[[Event], None]:
-    """Watch until ``count`` events have come, then stop the training as Ctrl-C would."""
-    events: list[Event] = []
-
-    def watch(event: Event) -> None:
-        events.append(event)
-        if len(events) == count:
-            raise InterruptError
-
-    return watch
 
 
 def reference_weights(config: TrainConfig, data: Dataset) -> dict[str, torch.Tensor]:

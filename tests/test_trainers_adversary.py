@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,26 +26,10 @@ from ccn_deploy.runs import open_run
 from ccn_deploy.trainers import EpochEnded, Event, Recipe, TrainConfig, recipe_named, train
 from ccn_deploy.trainers.adversary import Adversary, default_adversary
 from ccn_deploy.trainers.crafting import adversarial_loss, craft
+from tests.trainings import BLOCK, InterruptError, interrupt_after
 
 KINDS = ("fgsm", "pgd", "trades")
 DIGITS = (1, 28, 28)
-FACTORY = """
-import torch
-from torch import nn
-
-
-class Block(nn.Module):
-    def __init__(self, classes=3):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3, bias=False)
-        self.bn = nn.BatchNorm2d(4)
-        self.drop = nn.Dropout(0.3)
-        self.fc = nn.Linear(4 * 10 * 10, classes)
-
-    def forward(self, x):
-        x = torch.relu(self.bn(self.conv(x)))
-        return self.fc(self.drop(x.view(len(x), -1)))
-"""
 
 
 def network() -> nn.Module:
@@ -202,23 +185,8 @@ STEPS = math.ceil(49 / 16)
 def settings(tmp_path: Path) -> TrainConfig:
     """A network of one's own with batch normalisation and dropout."""
     file = tmp_path / "net.py"
-    file.write_text(FACTORY)
+    file.write_text(BLOCK)
     return TrainConfig(dataset="bands", recipe=RECIPE, threads=1, network=f"{file}:Block")
-
-
-class StopError(Exception):
-    pass
-
-
-def stop_after(count: int) -> Callable[[Event], None]:
-    events: list[Event] = []
-
-    def watch(event: Event) -> None:
-        events.append(event)
-        if len(events) == count:
-            raise StopError
-
-    return watch
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -232,8 +200,8 @@ def test_a_resumed_run_ends_with_the_same_bits(
     config = replace(settings, recipe=recipe, epsilon=0.2, attack_steps=steps, label_smoothing=0.1)
     whole = train(config, *DATA, tmp_path / "whole")
     torch.rand(7)  # must not matter
-    with pytest.raises(StopError):
-        train(config, *DATA, tmp_path / "cut", watcher=stop_after(events))
+    with pytest.raises(InterruptError):
+        train(config, *DATA, tmp_path / "cut", watcher=interrupt_after(events))
     resumed = train(config, *DATA, tmp_path / "cut")
     assert resumed.weights == whole.weights
     lines = [(tmp_path / run / "metrics.csv").read_text().splitlines() for run in ("whole", "cut")]
@@ -345,8 +313,8 @@ def test_an_adversary_that_cannot_be(wrong: dict[str, Any]) -> None:
 
 def test_resuming_with_another_adversary_names_it(settings: TrainConfig, tmp_path: Path) -> None:
     config = replace(settings, adversarial="pgd", attack_steps=2)
-    with pytest.raises(StopError):
-        train(config, *DATA, tmp_path / "run", watcher=stop_after(STEPS + 2))
+    with pytest.raises(InterruptError):
+        train(config, *DATA, tmp_path / "run", watcher=interrupt_after(STEPS + 2))
     before = {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()}
     for change, words in (
         ({"epsilon": 0.2}, r"settings: recipe.adversary.epsilon was 0.0313\d* and is now 0.2\."),

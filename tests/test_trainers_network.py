@@ -22,25 +22,12 @@ from ccn_deploy.layers import CompactConv2d, CompactLinear
 from ccn_deploy.runs import open_run
 from ccn_deploy.trainers import Event, Recipe, TrainConfig, train
 from ccn_deploy.trainers.network import scalars
+from tests.trainings import BLOCK
 
 RECIPE = Recipe("test", 2, 16, 0.05, (1.5,), 0.1, warmup_steps=2)
-FACTORY = """
-import torch
-from torch import nn
-
-
-class Block(nn.Module):
-    def __init__(self, classes=3):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3, bias=False)
-        self.bn = nn.BatchNorm2d(4)
-        self.drop = nn.Dropout(0.3)
-        self.fc = nn.Linear(4 * 10 * 10, classes)
-
-    def forward(self, x):
-        x = torch.relu(self.bn(self.conv(x)))
-        return self.fc(self.drop(x.view(len(x), -1)))
-
+FACTORY = (
+    BLOCK
+    + """
 
 class Tied(nn.Module):
     def __init__(self, classes=3):
@@ -66,6 +53,7 @@ def pooled(classes):
 def frozen(classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(144, classes)).requires_grad_(False)
 """
+)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from ccn_deploy.errors import (
 from ccn_deploy.runs import open_run
 from ccn_deploy.trainers import Event, Skipped, Stepped, TrainConfig, train
 from ccn_deploy.trainers.batches import Reading, epoch_batches, fetch_ahead, read_images
+from tests.trainings import InterruptError, interrupt_after
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -100,21 +100,6 @@ def rows(run: Path) -> list[dict[str, str]]:
 def finished(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run / "run.json").read_bytes())["finished"]
     return found
-
-
-class InterruptError(Exception):
-    pass
-
-
-def interrupt_after(count: int) -> Callable[[Event], None]:
-    events: list[Event] = []
-
-    def watch(event: Event) -> None:
-        events.append(event)
-        if len(events) == count:
-            raise InterruptError
-
-    return watch
 
 
 # Worker processes.
