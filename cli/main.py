@@ -8,7 +8,9 @@ from typing import NoReturn
 
 import typer
 
+from ccn_deploy.cli import policy
 from ccn_deploy.cli.bench import bench
+from ccn_deploy.cli.certify import certify
 from ccn_deploy.cli.doctor import doctor
 from ccn_deploy.cli.export import export
 from ccn_deploy.cli.inspect import inspect
@@ -56,6 +58,8 @@ app.command("train")(train)
 app.command("export")(export)
 app.command("verify-parity")(verify_parity)
 app.command("verify-robustness")(verify_robustness)
+app.add_typer(policy.app)
+app.command("certify")(certify)
 app.command("bench")(bench)
 app.command("inspect")(inspect)
 app.command("doctor")(doctor)

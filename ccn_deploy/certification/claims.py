@@ -22,41 +22,109 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ccn_deploy.certification.certify import check_waived
 from ccn_deploy.certification.findings import Finding
 from ccn_deploy.certification.plugin import DATA_OPTIONS, NOTE, UNFIT
+from ccn_deploy.certification.policy import NEVER_WAIVED, Policy, Waiver, read_policy
 from ccn_deploy.certification.session import Certification, Options
 from ccn_deploy.data import DataOptions
-from ccn_deploy.errors import CcnDeployError, EnvironmentUnfitError
+from ccn_deploy.errors import CcnDeployError, EnvironmentUnfitError, UsageError
 from ccn_deploy.robustness.options import AttackOptions
 from ccn_deploy.verdict import Verdict
 
-_SESSION = pytest.StashKey[Certification]()
+_SUITE = pytest.StashKey["Suite"]()
 
 
-def begin(config: pytest.Config) -> Certification:
+@dataclass(frozen=True)
+class Suite:
+    """Everything that one run of the claims judges.
+
+    Attributes:
+        sessions: One a target.
+        policy: Where the demands come from; None for the command line.
+    """
+
+    sessions: tuple[Certification, ...]
+    policy: Policy | None = None
+
+    @property
+    def note(self) -> str:
+        """What a reader of the results should know; empty if nothing."""
+        return next((session.note for session in self.sessions if session.note), "")
+
+    def claims(self) -> Iterator[tuple[str, Callable[[], Finding], Waiver | None]]:
+        """Yield the name of each claim, what judges it, and the waiver that lets it go.
+
+        Of several targets, each claim says which it is about, and what concerns the bundle alone is
+        claimed once.
+        """
+        for at, session in enumerate(self.sessions):
+            for name, check in session.claims():
+                waiver = self.policy.waiver_for(name, session.target) if self.policy else None
+                if at and name.startswith(NEVER_WAIVED):
+                    continue
+                told = name
+                if len(self.sessions) > 1 and not name.startswith(NEVER_WAIVED):
+                    kind, _, what = name.partition("[")
+                    about = str(session.target)
+                    told = name if what.startswith(about) else f"{kind}[{about}-{what}"
+                yield told, check, waiver
+
+
+def begin(config: pytest.Config) -> Suite:
     """Read the options, once a run.
 
     Raises:
         pytest.UsageError: One of them means nothing.
     """
-    if _SESSION not in config.stash:
+    if _SUITE not in config.stash:
         try:
-            options = Options(
-                bundle=Path(config.getoption("--ccn-bundle")),
-                attack=AttackOptions(**_given(config, _ATTACK_FIELDS)),
-                data=DataOptions(**_given(config, _DATA_FIELDS)),
-                **_given(config, _FIELDS),
-            )
-            config.stash[_SESSION] = Certification(options)
+            config.stash[_SUITE] = _suite(config)
         except CcnDeployError as error:
             raise pytest.UsageError(str(error)) from error
-    return config.stash[_SESSION]
+    return config.stash[_SUITE]
 
+
+def _suite(config: pytest.Config) -> Suite:
+    bundle = Path(config.getoption("--ccn-bundle"))
+    path = config.getoption("--ccn-policy")
+    if path is None:
+        options = Options(
+            bundle=bundle,
+            attack=AttackOptions(**_given(config, _ATTACK_FIELDS)),
+            data=DataOptions(**_given(config, _DATA_FIELDS)),
+            **_given(config, _FIELDS),
+        )
+        return Suite((Certification(options),))
+    every = {**_FIELDS, **_ATTACK_FIELDS, **_DATA_FIELDS}
+    for field, name in every.items():
+        if field not in _OF_THE_MACHINE and config.getoption(f"--ccn-{name}") is not None:
+            raise UsageError(
+                f"--ccn-{name} was given beside --ccn-policy, which says that.",
+                "Leave it out, or change the policy.",
+            )
+    policy = read_policy(path)
+    policy.check(datetime.now(timezone.utc).date())
+    here = {
+        field: value for field, value in _given(config, _FIELDS).items() if field in _OF_THE_MACHINE
+    }
+    sessions = tuple(
+        Certification(policy.options(bundle, target, **here)) for target in policy.targets
+    )
+    for waiver in policy.waiver:
+        check_waived(waiver.claim, sessions)
+    return Suite(sessions, policy)
+
+
+_OF_THE_MACHINE = ("data_dir", "threads", "recheck")
+"""Options that a policy does not say."""
 
 _FIELDS = {
     name.replace("-", "_"): name
@@ -85,17 +153,19 @@ class ClaimsFile(pytest.File):
 
     def collect(self) -> Iterator[Claim]:
         """Yield one item per claim."""
-        certification = begin(self.config)
-        for name, check in certification.claims():
-            yield Claim.from_parent(self, name=name, check=check)
+        for name, check, waiver in begin(self.config).claims():
+            yield Claim.from_parent(self, name=name, check=check, waiver=waiver)
 
 
 class Claim(pytest.Item):
     """One claim about the bundle."""
 
-    def __init__(self, *, check: Callable[[], Finding], **rest: Any) -> None:
+    def __init__(
+        self, *, check: Callable[[], Finding], waiver: Waiver | None = None, **rest: Any
+    ) -> None:
         super().__init__(**rest)
         self._check = check
+        self._waiver = waiver
         if self.config.pluginmanager.hasplugin("timeout"):
             # The first claim of a kind collects evidence for all of its kind, which takes minutes;
             # a limit that is meant for unit tests must not cut that short.
@@ -118,6 +188,11 @@ class Claim(pytest.Item):
         if note := begin(self.config).note:
             self.user_properties.append((NOTE, note))
         if finding.verdict is not Verdict.PASS:
+            if (waiver := self._waiver) is not None:
+                pytest.xfail(
+                    f"waived by {waiver.owner} until {waiver.expires}: {waiver.reason}; "
+                    f"{finding.verdict.value}: {finding.measured}"
+                )
             raise BrokenClaimError(finding)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:

@@ -27,6 +27,9 @@ UNFIT = "ccn-unfit"
 ENVIRONMENT = 3
 """Exit code of a run whose claims fail for no other reason: as of the commands."""
 
+NOTHING_JUDGED = 4
+"""Exit code of a run in which no claim holds and none fails: inconclusive, as of the commands."""
+
 DATA_OPTIONS = {
     "resize": "MODE",
     "crop": "MODE",
@@ -43,17 +46,13 @@ _LIKEWISE = (
 _OPTIONS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("bundle", "BUNDLE", "Directory written by `ccn-deploy export`.", {}),
     (
-        "runtime",
-        "NAME",
-        "What runs the model (default: onnxruntime-cpu).",
-        {"default": "onnxruntime-cpu"},
+        "policy",
+        "FILE.toml",
+        "What is demanded, as for `ccn-deploy certify`; it says what the options below would.",
+        {"type": Path},
     ),
-    (
-        "precision",
-        "NAME",
-        "Precision of the deployed graph (default: fp32).",
-        {"default": "fp32"},
-    ),
+    ("runtime", "NAME", "What runs the model (default: onnxruntime-cpu).", {}),
+    ("precision", "NAME", "Precision of the deployed graph (default: fp32).", {}),
     (
         "max-drop",
         "SHARE",
@@ -114,6 +113,12 @@ _USAGE = (
 )
 
 
+_NOT_ASKED = (
+    "--ccn-bundle was given, and the claims about it were not asked for: nothing would be judged.\n"
+    f"Run them by their name: pytest --pyargs {PACKAGE} --ccn-bundle BUNDLE"
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options; each has the name and the meaning it has in the commands."""
     group = parser.getgroup("ccn-deploy", "certification of a bundle (ccn-deploy)")
@@ -129,6 +134,8 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.UsageError: No bundle, no such bundle, or an option that means nothing.
     """
     if not _asked_for_claims(config):
+        if config.getoption("--ccn-bundle"):
+            raise pytest.UsageError(_NOT_ASKED)
         return
     if not config.getoption("--ccn-bundle"):
         raise pytest.UsageError(_USAGE)
@@ -155,6 +162,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     failed = [*stats.get("failed", ()), *stats.get("error", ())]
     if failed and all((UNFIT, True) in getattr(r, "user_properties", ()) for r in failed):
         session.exitstatus = ENVIRONMENT
+    if (
+        _asked_for_claims(session.config)
+        and not hasattr(session.config, "workerinput")  # of pytest-xdist, which judges a part
+        and not session.config.option.collectonly
+        and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+        and not stats.get("passed")
+    ):
+        session.exitstatus = NOTHING_JUDGED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

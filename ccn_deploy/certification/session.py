@@ -32,6 +32,7 @@ from ccn_deploy.parity.tolerances import tolerance_for
 from ccn_deploy.robustness import Measurement, RobustnessRequest, RobustnessResult
 from ccn_deploy.robustness import collect as collect_robustness
 from ccn_deploy.robustness import judge as judge_robustness
+from ccn_deploy.robustness.collect import Progress
 from ccn_deploy.robustness.judge import MAX_DROP
 from ccn_deploy.robustness.options import AttackOptions, parse_recheck, rechecked
 from ccn_deploy.robustness.recheck import Recheck
@@ -64,6 +65,7 @@ class Options:
         samples: Images to attack.
         parity_samples: Images of each kind to compare with the reference; verify-parity's own
             choice if None.
+        seed: Of selection and attacks.
         attack: What to attack with.
         dataset: Name or path; the one the network was trained on if None.
         data_dir: Where the files of a named data set are.
@@ -75,14 +77,15 @@ class Options:
     """
 
     bundle: Path
-    runtime: str
-    precision: str
+    runtime: str = "onnxruntime-cpu"
+    precision: str = "fp32"
     max_drop: str = f"{MAX_DROP}"
     min_robust: Sequence[str] = ()
     min_accuracy: str | None = None
     recheck: str | None = None
     samples: int = RobustnessRequest.samples
     parity_samples: int | None = None
+    seed: int = 0
     attack: AttackOptions = field(default_factory=AttackOptions)
     dataset: str | None = None
     data_dir: Path | None = None
@@ -125,14 +128,16 @@ class Certification:
 
     Args:
         options: What to claim.
+        progress: Told what is being measured and how far it is; logged if None.
 
     Raises:
         NotABundleError: There is no bundle. A damaged one is no error here: that it is intact is
             a claim.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, progress: Progress | None = None) -> None:
         self._options = options
+        self._tell: Progress = _log if progress is None else progress
         self._say = ClaimText(options.bundle, options.runtime, options.precision)
         self._bundle = _Once(partial(open_bundle, options.bundle))
         self._copy = _Once(lambda: TemporaryCopy.of(self._bundle()))
@@ -151,6 +156,23 @@ class Certification:
             f"{self._options.bundle} cannot be written to: evidence was kept for this run only, "
             "and will be collected again by the next."
         )
+
+    @property
+    def target(self) -> Target:
+        """What the claims are about."""
+        return Target(self._options.runtime, self._options.precision)
+
+    def lineage(self) -> tuple[Rederived, ...]:
+        """Return what became of every file when it was derived again."""
+        return self._lineage()
+
+    def parity_result(self) -> ParityResult:
+        """Return how the runtime computes the reference's function."""
+        return self._parity()
+
+    def robustness_result(self) -> RobustnessResult:
+        """Return how the runtime stands up to the attacks."""
+        return self._robustness()
 
     def claims(self) -> Iterator[tuple[str, Callable[[], Finding]]]:
         """Yield the name of each claim and what judges it; nothing is measured by this."""
@@ -244,7 +266,7 @@ class Certification:
             require(module, "train", "to derive the graphs again")
         from ccn_deploy.exporters.rederive import rederive
 
-        return rederive(self._bundle(), lambda path: log.info("deriving %s again", path))
+        return rederive(self._bundle(), lambda path: self._tell(f"deriving {path} again", 0, 1))
 
     def _judged_parity(self) -> ParityResult:
         options = self._options
@@ -253,9 +275,12 @@ class Certification:
             runtime=options.runtime,
             precision=options.precision,
             samples=options.parity_samples,
+            seed=options.seed,
             threads=options.threads,
         )
-        evidence = self._measured(lambda bundle: collect_parity(bundle, request, progress=_tell))
+        evidence = self._measured(
+            lambda bundle: collect_parity(bundle, request, progress=self._tell)
+        )
         return judge_parity(evidence)
 
     def _judged_robustness(self) -> RobustnessResult:
@@ -266,11 +291,12 @@ class Certification:
             precision=options.precision,
             attacks=options.suite,
             samples=options.samples,
+            seed=options.seed,
             options=RuntimeOptions(threads=options.threads),
         )
 
         def measure(bundle: Bundle) -> tuple[Measurement, Recheck | None]:
-            measurement = collect_robustness(bundle, request, _tell)
+            measurement = collect_robustness(bundle, request, self._tell)
             return measurement, rechecked(bundle, request, measurement, options.again)
 
         measurement, again = self._measured(measure)
@@ -326,5 +352,5 @@ class _Once(Generic[T]):
         return self._made[0]
 
 
-def _tell(what: str, done: float, total: float) -> None:
+def _log(what: str, done: float, total: float) -> None:
     log.info("%s: %.0f %%", what, 100 * done / total if total else 100.0)

@@ -23,7 +23,7 @@ from ccn_deploy.parity.evidence import (
     InputRow,
     LayerRow,
     ParityEvidence,
-    setting_key,
+    evidence_path,
 )
 from ccn_deploy.parity.gradients import (
     CANDIDATES,
@@ -140,7 +140,7 @@ def collect(
     with open_runtime(bundle, request.runtime, request.precision, options) as runtime:
         setting = _setting(bundle, request, data, samples, runtime)
         target = Target(request.runtime, request.precision)
-        path = bundle.evidence_file("parity", f"{target}-{setting_key(setting)}.json")
+        path = evidence_path(bundle, setting)
         kept = None if fresh else ParityEvidence.read(path, setting)
         if kept is not None:
             return kept

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from ccn_deploy.bundle import Bundle
 from ccn_deploy.errors import IntegrityError
 from ccn_deploy.parity.comparison import Deviation
 from ccn_deploy.parity.gradients import GradientEvidence
 from ccn_deploy.parity.invariance import Claim
 from ccn_deploy.records import Count, Record, Text, decode_sealed, encode_sealed
 from ccn_deploy.storage import canonical_json, read_regular, sha256, write_atomic
+from ccn_deploy.targets import Target
 
 SCHEMA = "ccn-deploy/parity-evidence/4"
 
@@ -113,6 +115,13 @@ REFERENCE = "reference"
 """Key of the setting for what the runtime was compared with."""
 
 
-def setting_key(setting: Mapping[str, Any]) -> str:
-    """Return 16 hex digits that change with anything a measurement depends on."""
-    return sha256(canonical_json({"schema": SCHEMA, **setting}))[:16]
+def evidence_path(bundle: Bundle, setting: Mapping[str, Any]) -> Path:
+    """Return where the evidence of a setting is kept, below ``BUNDLE/evidence``.
+
+    Raises:
+        IntegrityError: There is a link on the way.
+    """
+    asked = {key: value for key, value in setting.items() if key != REFERENCE}
+    key = sha256(canonical_json({"schema": SCHEMA, **asked}))[:16]
+    target = Target(asked["runtime"]["name"], asked["runtime"]["precision"])
+    return bundle.evidence_file("parity", f"{target}-{key}.json")

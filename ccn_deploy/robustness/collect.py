@@ -13,6 +13,7 @@ import numpy as np
 from ccn_deploy.attacks import ATTACKS, AttackSpec, suite
 from ccn_deploy.attacks.source import GRADIENTS, Gradient, no_gradients, source
 from ccn_deploy.bundle import Bundle
+from ccn_deploy.certificates.commitment import commitments
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.errors import UsageError
 from ccn_deploy.evaluation import check_fits
@@ -114,6 +115,7 @@ class Measurement:
         n: How many images.
         pairs: One per attack, in order of the request.
         diagnostics: Signs of hidden slopes, on a few images; None if nobody looked.
+        diagnosed: The file of those; None likewise.
     """
 
     runtime: str
@@ -124,6 +126,7 @@ class Measurement:
     n: int
     pairs: tuple[Pair, ...]
     diagnostics: Diagnostics | None = None
+    diagnosed: Path | None = None
 
     @property
     def agreement(self) -> GradientAgreement | None:
@@ -227,7 +230,9 @@ def _measure(
                 check_pair(reference, evidence)
             found[spec, target] = collected[path, n] = evidence
             done += spec.cost * n
-        diagnostics = _diagnostics(session, request, gradient) if request.diagnose else None
+        diagnostics, diagnosed = (
+            _diagnostics(session, request, gradient) if request.diagnose else (None, None)
+        )
     dataset = request.dataset
     return Measurement(
         runtime=request.runtime,
@@ -241,6 +246,7 @@ def _measure(
             for spec in request.attacks
         ),
         diagnostics=diagnostics,
+        diagnosed=diagnosed,
     )
 
 
@@ -282,7 +288,8 @@ def _extend(
     """Measure what is missing of one job, yielding the count of samples after every batch."""
     path = evidence_path(session.bundle, header, job.spec.label)
     order = request.dataset.order(request.seed)
-    with writing(path, header) as writer:
+    policies = tuple(found.digest for found in commitments(session.bundle))
+    with writing(path, header, policies) as writer:
         yield min(writer.count, request.n)
         while writer.count < request.n:
             # Batches end at multiples of their size, so that resuming meets the same batches.
@@ -328,8 +335,8 @@ def _gradient(bundle: Bundle, request: RobustnessRequest) -> Gradient:
 
 def _diagnostics(
     session: AttackSession, request: RobustnessRequest, gradient: Gradient
-) -> Diagnostics:
-    """Return the signs of hidden slopes, measured if they are not kept yet."""
+) -> tuple[Diagnostics, Path]:
+    """Return the signs of hidden slopes, measured if they are not kept yet, and their file."""
     bundle, target, dataset = session.bundle, request.target, request.dataset
     strengths = [spec.epsilon for spec in request.attacks if spec.norm == "linf" and spec.epsilon]
     epsilon = max(strengths, default=PROBE.epsilon or 0.0)
@@ -343,7 +350,7 @@ def _diagnostics(
     path = diagnostics_path(bundle, setting, target)
     kept = Diagnostics.read(path, setting)
     if kept is not None:
-        return kept
+        return kept, path
     require("foolbox", "train", "to attack")
     from ccn_deploy.robustness.diagnose import diagnose
 
@@ -352,7 +359,7 @@ def _diagnostics(
         session, target, gradient, dataset, indices, epsilon=epsilon, seed=request.seed
     )
     found.write(path, setting)
-    return found
+    return found, path
 
 
 def _header(bundle: Bundle, request: RobustnessRequest, job: AttackJob) -> dict[str, Any]:

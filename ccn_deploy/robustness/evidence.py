@@ -138,6 +138,8 @@ class Evidence:
         path: The file, if there is one.
         origin: Whether all of it was measured by the call that returned it, or some was read.
         fetch: Maps rows int64 [m] to their adversarial images.
+        policies: Commitments that stood before every batch of it was measured, see
+            :mod:`ccn_deploy.certificates.commitment`.
     """
 
     header: Mapping[str, Any]
@@ -160,6 +162,7 @@ class Evidence:
     path: Path | None = None
     origin: Origin = "read"
     fetch: Callable[[Integers], Pixels] | None = None
+    policies: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -189,6 +192,7 @@ class Evidence:
         path: Path | None = None,
         *,
         fetch: Callable[[Integers], Pixels] | None = None,
+        policies: frozenset[str] = frozenset(),
     ) -> Evidence:
         """Put samples into columns."""
         stages = np.full((len(samples), max((len(s.stages) for s in samples), default=0), 2), -1)
@@ -224,6 +228,7 @@ class Evidence:
             seconds=seconds,
             path=path,
             fetch=fetch,
+            policies=policies,
         )
 
 
@@ -259,7 +264,14 @@ def read_evidence(path: Path, header: Mapping[str, Any], limit: int = -1) -> Evi
     images.check_size()
     samples = content.samples if limit < 0 else content.samples[:limit]
     share = len(samples) / len(content.samples) if content.samples else 0.0
-    return Evidence.of(samples, header, content.seconds * share, path, fetch=images.read)
+    return Evidence.of(
+        samples,
+        header,
+        content.seconds * share,
+        path,
+        fetch=images.read,
+        policies=content.policies or frozenset(),
+    )
 
 
 class EvidenceWriter:
@@ -269,7 +281,14 @@ class EvidenceWriter:
         count: Samples in the file, all sealed.
     """
 
-    def __init__(self, rows: FileIO, images: FileIO, path: Path, header: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        rows: FileIO,
+        images: FileIO,
+        path: Path,
+        header: Mapping[str, Any],
+        policies: tuple[str, ...],
+    ) -> None:
         content = _verified(rows.read(), path, header)
         self.count = len(content.samples)
         self._rows = _Growing(rows, content.sealed, content.digest)
@@ -279,6 +298,7 @@ class EvidenceWriter:
         self._images = _Growing(images, end, kept.digest())
         self._path = path
         self._header = header
+        self._policies = policies or msgspec.UNSET
 
     def append(self, samples: Sequence[Sample], images: Pixels, seconds: float) -> None:
         """Write a batch and its seal, and wait until they are on the disk.
@@ -303,6 +323,7 @@ class EvidenceWriter:
                 seconds=round(seconds, 3),
                 images=self._images.size + len(block),
                 images_sha256=image_digest.hexdigest(),
+                policies=self._policies,
             ),
             self._rows.with_more(data),
         )
@@ -353,8 +374,15 @@ class _Growing:
 
 
 @contextlib.contextmanager
-def writing(path: Path, header: Mapping[str, Any]) -> Iterator[EvidenceWriter]:
+def writing(
+    path: Path, header: Mapping[str, Any], policies: tuple[str, ...] = ()
+) -> Iterator[EvidenceWriter]:
     """Open both files for this process alone; a second process waits, then finds the work done.
+
+    Args:
+        path: Of the rows.
+        header: Their first line.
+        policies: Commitments that stand, for the seals of what is written.
 
     Raises:
         IntegrityError: A file was changed after it was written.
@@ -369,7 +397,7 @@ def writing(path: Path, header: Mapping[str, Any]) -> Iterator[EvidenceWriter]:
             images = stack.enter_context(open_images(beside, os.O_RDWR | os.O_CREAT))
         except OSError as error:
             raise _storage_error(path, error) from error
-        yield EvidenceWriter(rows, images, path, header)
+        yield EvidenceWriter(rows, images, path, header, policies)
 
 
 def _remove_empty(rows: FileIO, path: Path, beside: Path) -> None:
@@ -407,16 +435,21 @@ class _Content:
     sealed: int = 0  # bytes
     digest: Any = field(default_factory=hashlib.sha256)  # of those bytes
     blocks: list[Block] = field(default_factory=list)
+    policies: frozenset[str] | None = None  # of every batch; None before the first
 
 
 class _Seal(Record, frozen=True):
-    """The line that vouches for itself and, by their digest, for all bytes above it."""
+    """The line that vouches for itself and, by their digest, for all bytes above it.
+
+    ``policies`` are the commitments that stood when the batch was measured, if any did.
+    """
 
     sealed: Count
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     images: Count
     images_sha256: Digest
     sha256: Digest = "0" * 64
+    policies: tuple[Digest, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 def _seal(seal: _Seal, above: Any) -> bytes:
@@ -454,6 +487,8 @@ def _verified(data: bytes, path: Path, header: Mapping[str, Any]) -> _Content:
             content.samples += pending
             content.blocks.append(Block(count, seal.images, seal.images_sha256))
             content.seconds += seal.seconds
+            stood = frozenset(() if seal.policies is msgspec.UNSET else seal.policies)
+            content.policies = stood if content.policies is None else content.policies & stood
             pending = []
         else:
             pending.append(decode_line(whole, Sample, what, hint))
