@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ccn_deploy.bundle import Bundle, open_bundle
 from ccn_deploy.bundle.preprocessing import to_images
+from ccn_deploy.certificates.statement import Certificate
+from ccn_deploy.certificates.verify import admit, read_certificate
 from ccn_deploy.errors import (
+    CcnDeployError,
     EnvironmentUnfitError,
     GateError,
     IntegrityError,
@@ -25,7 +28,7 @@ from ccn_deploy.machine import this_machine
 from ccn_deploy.runtimes import Runtime, RuntimeOptions, RuntimeSpec, open_runtime
 from ccn_deploy.runtimes.base import Array, Closing
 from ccn_deploy.runtimes.compatibility import Candidate, candidates_for
-from ccn_deploy.targets import Role, precision_named, runtime_named
+from ccn_deploy.targets import Role, Target, precision_named, runtime_named
 
 AUTO = "auto"
 """The runtime to ask for to get the best one that works on this machine."""
@@ -76,10 +79,18 @@ class Model(Closing):
         bundle: The bundle that the runtime was opened from.
         runtime: An open runtime; closed with the model.
         choice: Why this runtime.
+        certificate: What was certified of it; None if it was not asked for.
     """
 
-    def __init__(self, bundle: Bundle, runtime: Runtime, choice: Choice) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        runtime: Runtime,
+        choice: Choice,
+        certificate: Certificate | None = None,
+    ) -> None:
         self._runtime = runtime
+        self._certificate = certificate
         self._spec = runtime.spec
         self._choice = choice
         self._digest = bundle.manifest.digest
@@ -100,6 +111,11 @@ class Model(Closing):
     def digest(self) -> str:
         """SHA-256 of the bundle's manifest: the identity of what answers."""
         return self._digest
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The signed certificate by which this runtime may serve; None if none was given."""
+        return self._certificate
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -203,6 +219,9 @@ def load(
     runtime: str = AUTO,
     precision: str | None = None,
     options: RuntimeOptions | None = None,
+    *,
+    certificate: str | os.PathLike[str] | None = None,
+    key: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Load a bundle to answer requests. It has answered one image when this returns.
 
@@ -213,30 +232,75 @@ def load(
     and fails all the same is passed over too, and logged as a warning: a server then starts,
     slower than was meant.
 
+    With a certificate, only what is certified may serve: signed with the key, of this bundle, on
+    this machine, not ended, and with the verdict pass. Evidence is not read; ``ccn-deploy verify``
+    does that.
+
     Args:
         bundle: An open bundle, or the path of one.
         runtime: A name in :data:`ccn_deploy.targets.RUNTIMES`, or ``"auto"``.
         precision: ``"fp32"``, ``"fp16"`` and so on; if not given, fp32 where the bundle has it for
             the runtime, or else the only one that it has.
         options: Threads, memory, device and batch limit; defaults if not given.
+        certificate: File that ``ccn-deploy certify`` wrote and signed; none is asked for if not
+            given.
+        key: Public key of who is to have signed it.
 
     Raises:
-        UsageError: An unknown runtime or precision, or several precisions to choose from and none
-            named.
+        UsageError: An unknown runtime or precision, several precisions to choose from and none
+            named, or a certificate without a key.
         NotABundleError: No bundle at the path.
-        IntegrityError: A file of the bundle is not what its manifest says.
+        IntegrityError: A file of the bundle is not what its manifest says, or the certificate is
+            not what was signed, not signed, or of another bundle.
+        GateError: The runtime that was named is not certified, or its verdict is no pass, or no
+            longer.
         RuntimeUnavailableError: The runtime or the precision cannot be had here.
-        MissingExtraError: The runtime's library is not installed.
+        EnvironmentUnfitError: It was certified on another machine.
+        MissingExtraError: The runtime's library is not installed, or ``cryptography``.
     """
     if precision is not None:
         precision_named(precision)
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    if (certificate is None) is not (key is None):
+        raise UsageError(
+            "A certificate needs the key that it is to be signed with, and a key a certificate.",
+            "Give both, or neither.",
+        )
+    said: Certificate | None = None
+    if certificate is None:
+        opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    else:
+        said, _, opened = read_certificate(certificate, bundle, key)
+    device = 0 if options is None else options.device
     if runtime == AUTO:
-        device = 0 if options is None else options.device
         candidates = candidates_for(opened, this_machine(), device=device)
-        return first_usable(opened, candidates, precision, options)
+        if said is not None:
+            candidates = tuple(_if_certified(one, said, device) for one in candidates)
+        return first_usable(opened, candidates, precision, options, said)
     chosen = precision or _only_precision(opened, runtime)
-    return _open(opened, Choice(runtime, chosen, "asked for by name"), options)
+    if said is not None:
+        admit(said, Target(runtime, chosen), this_machine(), device=device)
+    return _open(opened, Choice(runtime, chosen, "asked for by name"), options, said)
+
+
+def _if_certified(candidate: Candidate, certificate: Certificate, device: int) -> Candidate:
+    """Return a candidate, with a problem if it may not serve by a certificate."""
+    problem: CcnDeployError | None = candidate.problem
+    if problem is None:
+        try:
+            found = admit(certificate, candidate.target, this_machine(), device=device)
+        except (GateError, EnvironmentUnfitError) as error:
+            problem = error
+        else:
+            if candidate.record.path != found.program:
+                problem = _not_the_program(candidate.target, candidate.record.path, found.program)
+    return replace(candidate, problem=problem)
+
+
+def _not_the_program(target: Target, program: str, certified: str) -> GateError:
+    return GateError(
+        f"On this machine {target} executes {program}, and what is certified is {certified}.",
+        "Certify on this machine, or leave the other engine out of the bundle.",
+    )
 
 
 def first_usable(
@@ -244,6 +308,7 @@ def first_usable(
     candidates: Iterable[Candidate],
     precision: str | None = None,
     options: RuntimeOptions | None = None,
+    certificate: Certificate | None = None,
 ) -> Model:
     """Open the first candidate that fits, opens and answers.
 
@@ -252,6 +317,7 @@ def first_usable(
         candidates: In order of preference, as :mod:`ccn_deploy.runtimes.compatibility` gives them.
         precision: The only one to take, if given.
         options: For the runtime.
+        certificate: By which the candidates may serve; kept with the model.
 
     Raises:
         IntegrityError: A file of the bundle is not what its manifest says; such a bundle serves
@@ -274,22 +340,41 @@ def first_usable(
         others = tuple(p for p in passed if (p.runtime, p.precision) != target)
         why = "the first in order of preference that works here"
         try:
-            return _open(bundle, Choice(*target, why, others), options)
+            return _open(bundle, Choice(*target, why, others), options, certificate)
         except EnvironmentUnfitError as error:
             log.warning("%s in %s fits this machine and failed: %s", *target, error)
             passed.append(PassedOver(*target, str(error), failed=True))
     raise _none_usable(bundle, passed, precision)
 
 
-def _open(bundle: Bundle, choice: Choice, options: RuntimeOptions | None) -> Model:
+def _open(
+    bundle: Bundle,
+    choice: Choice,
+    options: RuntimeOptions | None,
+    certificate: Certificate | None = None,
+) -> Model:
     """Open a runtime and have it answer one image: what loads and cannot run fails here."""
-    model = Model(bundle, open_runtime(bundle, choice.runtime, choice.precision, options), choice)
+    runtime = open_runtime(bundle, choice.runtime, choice.precision, options)
+    model = Model(bundle, runtime, choice, certificate)
     try:
+        _check_program(runtime.spec, certificate)
         model.warm_up([1])
     except BaseException:
         model.close()
         raise
     return model
+
+
+def _check_program(spec: RuntimeSpec, certificate: Certificate | None) -> None:
+    """Refuse a runtime that chose another engine than is certified: a bundle may have several.
+
+    Raises:
+        GateError: It did.
+    """
+    target = Target(spec.name, spec.precision)
+    for certified in certificate.targets if certificate is not None else ():
+        if certified.target == target and spec.graph != certified.program:
+            raise _not_the_program(target, spec.graph, certified.program)
 
 
 def _only_precision(bundle: Bundle, runtime: str) -> str:

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from ccn_deploy.cli import policy
+from ccn_deploy.cli import key, policy
 from ccn_deploy.cli.bench import bench
 from ccn_deploy.cli.certify import certify
 from ccn_deploy.cli.doctor import doctor
@@ -18,6 +18,7 @@ from ccn_deploy.cli.quickstart import quickstart
 from ccn_deploy.cli.reproduce import reproduce
 from ccn_deploy.cli.study import study
 from ccn_deploy.cli.train import train
+from ccn_deploy.cli.verify import verify
 from ccn_deploy.cli.verify_parity import verify_parity
 from ccn_deploy.cli.verify_robustness import verify_robustness
 from ccn_deploy.errors import CcnDeployError
@@ -58,6 +59,8 @@ app.command("train")(train)
 app.command("export")(export)
 app.command("verify-parity")(verify_parity)
 app.command("verify-robustness")(verify_robustness)
+app.command("verify")(verify)
+app.add_typer(key.app, name="key")
 app.add_typer(policy.app)
 app.command("certify")(certify)
 app.command("bench")(bench)
