@@ -71,7 +71,6 @@ def commit(bundle: Bundle, policy: Digest, now: datetime) -> Commitment:
         )
     made = Commitment(policy=policy, bundle=bundle.manifest.digest, at=moment(now))
     path = commitment_path(bundle, policy)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, encode_sealed(made))
     return made
 

@@ -465,7 +465,7 @@ def _claim(bundle: Bundle, verdict: Verdict, judged: Sequence[_Judged]) -> str:
             "either is was not demanded"
         )
         let = sum(claim.waived for one in judged for claim in one.facts.claims)
-        waived = f" {let} demands were waived." if let else ""
+        waived = f" {let} {'demand was' if let == 1 else 'demands were'} waived." if let else ""
         return f"Certified: {which}: {left}.{waived}"
     broken = [
         claim
@@ -473,15 +473,14 @@ def _claim(bundle: Bundle, verdict: Verdict, judged: Sequence[_Judged]) -> str:
         for claim in one.facts.claims
         if claim.verdict == verdict.value and not claim.waived
     ]
+    broken.sort(key=lambda claim: not claim.name.startswith("sane["))  # the cause of others
+    measured = broken[0].measured.rstrip(".")
     more = f", and {len(broken) - 1} more demands are not" if len(broken) > 1 else ""
     if verdict is Verdict.FAIL:
-        return (
-            f"Not certified: {which}: {broken[0].name} is not met{more}. "
-            f"Measured: {broken[0].measured}."
-        )
+        return f"Not certified: {which}: {broken[0].name} is not met{more}. Measured: {measured}."
     return (
         f"Inconclusive, so not certified: {which}: {broken[0].name} is not shown{more}. "
-        f"Measured: {broken[0].measured}."
+        f"Measured: {measured}."
     )
 
 
