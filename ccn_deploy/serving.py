@@ -373,7 +373,7 @@ def _check_program(spec: RuntimeSpec, certificate: Certificate | None) -> None:
     """
     target = Target(spec.name, spec.precision)
     for certified in certificate.targets if certificate is not None else ():
-        if certified.target == target and spec.graph != certified.program:
+        if certified.target == target and spec.graph not in ("", certified.program):
             raise _not_the_program(target, spec.graph, certified.program)
 
 
