@@ -2,13 +2,16 @@
 
     python examples/serve.py BUNDLE --port 8080
 
-    GET  /health   what answers, and why this runtime was chosen
+    GET  /health   what answers, why this runtime was chosen, and until when it is certified
     POST /predict  images, as the bytes of a .npy file (Content-Type: application/x-npy) or as
                    JSON {"images": [N, C, H, W nested lists]}; float32 in [0, 1]
 
 The answer is JSON: {"labels": [...], "names": [...], "logits": [[...]]}. What is wrong with a
 request comes back as {"error": ..., "hint": ...} and a status of 4xx. SIGTERM lets the requests
 that have come in finish, then the process ends with exit code 0.
+
+With --certificate and --key it starts only on what is certified: of this bundle, on this machine,
+signed with that key, not ended.
 """
 
 from __future__ import annotations
@@ -78,10 +81,11 @@ class Server(ThreadingHTTPServer):
 
     def health(self) -> dict[str, Any]:
         """Return what answers, and why."""
-        spec = self.model.spec
+        spec, certificate = self.model.spec, self.model.certificate
         return {
             "status": "ok",
             "bundle": self.model.digest,
+            "certified_until": None if certificate is None else certificate.expires,
             "device": spec.device,
             "versions": dict(spec.versions),
             "input_shape": list(spec.input_shape),
@@ -194,6 +198,8 @@ def main() -> int:
     parser.add_argument("bundle")
     parser.add_argument("--runtime", default="auto")
     parser.add_argument("--precision")
+    parser.add_argument("--certificate", help="by which it may serve; needs --key")
+    parser.add_argument("--key", help="public key of who is to have signed it")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080, help="0 is any that is free")
     parser.add_argument("--workers", type=int, default=4, help="requests that compute at once")
@@ -201,7 +207,13 @@ def main() -> int:
     parser.add_argument("--patience", type=float, default=5.0, help="seconds until a 503")
     arguments = parser.parse_args()
     try:
-        model = ccn_deploy.load(arguments.bundle, arguments.runtime, arguments.precision)
+        model = ccn_deploy.load(
+            arguments.bundle,
+            arguments.runtime,
+            arguments.precision,
+            certificate=arguments.certificate,
+            key=arguments.key,
+        )
     except ccn_deploy.CcnDeployError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)
