@@ -263,7 +263,8 @@ def _taken(path: Path) -> UsageError:
 def _create(path: Path, data: bytes, mode: int) -> None:
     """Write a file that was not there, with no more permissions than ``mode`` at any time."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(path, flags, mode)
     except FileExistsError as error:
         raise _taken(path) from error
     except OSError as error:
