@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ccn_deploy.report.figures import Curve, Point
 from ccn_deploy.robustness import RobustnessResult
 from ccn_deploy.robustness.non_inferiority import Proportion
+from ccn_deploy.robustness.worst_case import worst_case
 from ccn_deploy.tables import NORMS
 
 
@@ -35,6 +36,19 @@ def curves(result: RobustnessResult) -> list[Curve]:
             )
         )
     return found
+
+
+def worst_case_curve(result: RobustnessResult) -> Curve | None:
+    """Return what is left of the runtime at each strength if every attack counts.
+
+    The reference has no such curve here: it is what is deployed that an attacker meets. None where
+    no attack has a strength.
+    """
+    norm, left = worst_case(result)
+    if not left:
+        return None
+    axis = f"ε, {NORMS[norm]} of the perturbation"
+    return Curve("Worst case over all attacks", axis, (), _points(result.clean.runtime, left))
 
 
 def _points(clean: Proportion, at: Mapping[float, Proportion]) -> list[Point]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ccn_deploy.attacks.spec import AttackSpec
 from ccn_deploy.data.dataset import Dataset
 from ccn_deploy.extras import require
+from ccn_deploy.report.rounding import to_8_bits
 from ccn_deploy.robustness import Evidence, Measurement, Pair
 from ccn_deploy.robustness.non_inferiority import Mask
 
@@ -61,13 +62,50 @@ def examples_of(measurement: Measurement, dataset: Dataset, count: int = 8) -> l
         dataset: Where their clean versions come from.
         count: How many images at most.
     """
-    shown = {_name(pair.spec): pair.runtime for pair in _one_strength_each(measurement.pairs)}
+    shown = _shown(measurement)
     if not shown:
         return []
     first = next(iter(shown.values()))
     attacked = np.any([_attacked(evidence) for evidence in shown.values()], axis=0)
     rows = np.flatnonzero(attacked)
     rows = rows[np.argsort(first.status[rows] == "already-wrong", kind="stable")][:count]
+    return _examples(shown, rows, dataset)
+
+
+def hardest_examples(measurement: Measurement, dataset: Dataset, count: int = 8) -> list[Example]:
+    """Return the images that the smallest perturbations fooled the runtime with.
+
+    Of every image that is right without an attack, the smallest perturbation counts that any attack
+    inside the box found, in the norm that most of them are bounded in. There are fewer where fewer
+    were fooled.
+
+    Args:
+        measurement: Whose attacked images are shown.
+        dataset: Where their clean versions come from.
+        count: How many images at most.
+    """
+    shown = _shown(measurement)
+    if not shown:
+        return []
+    pairs = [pair for pair in measurement.pairs if pair.spec.clip]
+    norms = [pair.spec.norm for pair in pairs]
+    norm = max(dict.fromkeys(norms), key=norms.count)
+    found = [getattr(pair.runtime, norm) for pair in pairs]
+    fooled = [pair.runtime.status == "fooled" for pair in pairs]
+    smallest = np.where(fooled, found, np.inf).min(axis=0)
+    rows = np.argsort(smallest, kind="stable")[:count]
+    return _examples(shown, rows[np.isfinite(smallest[rows])], dataset)
+
+
+def _shown(measurement: Measurement) -> dict[str, Evidence]:
+    """Return what is shown of each attack, by its name."""
+    return {_name(pair.spec): pair.runtime for pair in _one_strength_each(measurement.pairs)}
+
+
+def _examples(
+    shown: Mapping[str, Evidence], rows: NDArray[np.int64], dataset: Dataset
+) -> list[Example]:
+    first = next(iter(shown.values()))
     images = {name: evidence.adversarial(rows) for name, evidence in shown.items()}
     return [
         _example(row, first, shown, {name: kept[at] for name, kept in images.items()}, dataset)
@@ -115,10 +153,10 @@ def _example(
     return Example(
         index=index,
         label=int(first.label[at]),
-        clean=Attacked(_pixels(dataset.images([index])[0]), int(first.clean_runtime[at])),
+        clean=Attacked(to_8_bits(dataset.images([index])[0]), int(first.clean_runtime[at])),
         attacked={
             name: Attacked(
-                _pixels(images[name]),
+                to_8_bits(images[name]),
                 int(evidence.adversarial_runtime[at]),
                 f"ρ = {evidence.rho[at]:.2f}"
                 if evidence.header["attack"]["epsilon"] is None
@@ -128,11 +166,6 @@ def _example(
             if _attacked(evidence)[at]
         },
     )
-
-
-def _pixels(image: NDArray[np.float32]) -> Pixels:
-    pixels: Pixels = np.rint(np.clip(image, 0.0, 1.0) * 255).astype(np.uint8)
-    return pixels
 
 
 def _name(spec: AttackSpec) -> str:

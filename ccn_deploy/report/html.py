@@ -49,7 +49,7 @@ def write_report(
     return path
 
 
-def render(page: Page) -> str:
+def render(page: Page, template: str = "report.html.j2") -> str:
     """Return the page as HTML, everything in it escaped but the style and our own figures."""
     number = itertools.count(1)
     figures = [
@@ -61,7 +61,7 @@ def render(page: Page) -> str:
     ]
     attacks = dict.fromkeys(name for example in page.examples for name in example.attacked)
     return render_template(
-        "report.html.j2",
+        template,
         page=page,
         figures=figures,
         attacks=list(attacks),

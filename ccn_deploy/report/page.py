@@ -8,7 +8,7 @@ from typing import Any
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.report.curves import curves
 from ccn_deploy.report.examples import Example
-from ccn_deploy.report.parity import parity_table
+from ccn_deploy.report.parity import parity_tables
 from ccn_deploy.report.provenance import digests, provenance
 from ccn_deploy.report.view import Fact, Note, Page, Target
 from ccn_deploy.robustness import PrecisionsResult, RobustnessResult
@@ -46,7 +46,7 @@ def page_of(
 
     several = isinstance(result, PrecisionsResult)
     results = list(result.results.values()) if isinstance(result, PrecisionsResult) else [result]
-    targets = [_target(one) for one in results]
+    targets = [target_of(one) for one in results]
     measurements = [one.measurement for one in results]
     findings = [
         Note(finding.word, f"{one.measurement.precision}: {text}" if several else text)
@@ -63,9 +63,9 @@ def page_of(
         target=", ".join(one.name for one in targets),
         reference=str(REFERENCE),
         facts=_facts(results[0]),
-        precisions=precision_table(result) if isinstance(result, PrecisionsResult) else None,
+        precisions=[precision_table(result)] if isinstance(result, PrecisionsResult) else [],
         targets=targets,
-        parity=parity_table(parity) if parity else None,
+        parity=parity_tables(parity) if parity else [],
         examples=examples,
         class_names=bundle.card.class_names,
         pictured=targets[0].name,
@@ -77,7 +77,8 @@ def page_of(
     )
 
 
-def _target(result: RobustnessResult) -> Target:
+def target_of(result: RobustnessResult) -> Target:
+    """Work out what was found of one target: curves, then tables, settings and effort last."""
     bounded = {row.row.label: row.effort for row in result.bounded}
     others = {row.title for row in result.bounded}
     minimal = {title: e for title, e in result.efforts.items() if title not in others}

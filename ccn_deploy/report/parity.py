@@ -1,4 +1,4 @@
-"""The table of parity, from its document."""
+"""The tables of parity, from its document."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from typing import Any
 
 from ccn_deploy.tables import Mark, Row, Table, texts
 from ccn_deploy.verdict import Verdict
+
+
+def parity_tables(parity: Mapping[str, Any]) -> list[Table]:
+    """Return how far the runtime is from the reference: its answers, and its layers if there.
+
+    Args:
+        parity: A document of schema ``ccn-deploy/parity/2``.
+    """
+    return [parity_table(parity), *([layer_table(parity)] if parity.get("layers") else [])]
 
 
 def parity_table(parity: Mapping[str, Any]) -> Table:
@@ -41,6 +50,34 @@ def parity_table(parity: Mapping[str, Any]) -> Table:
         "model of its rounding made. Gradients: the runtime's own, largest error over the largest "
         "slope, away from kinks.",
     )  # fmt: skip
+
+
+def layer_table(parity: Mapping[str, Any]) -> Table:
+    """Return a row per layer in order of execution, with the worst of its kinds of input."""
+    lines = []
+    for layer in dict.fromkeys(row["layer"] for row in parity["layers"]):
+        rows = [row for row in parity["layers"] if row["layer"] == layer]
+        lines.append(
+            Row(
+                layer,
+                texts(
+                    _largest((row["max_abs"] for row in rows), "{:.1e}"),
+                    _largest((row["relative"] for row in rows), "{:.1e}"),
+                    _largest((row["rounding_units"] for row in rows), "{:.2f}"),
+                    sum(row["nonfinite"] for row in rows),
+                ),
+                Mark.of(Verdict.all_of(Verdict(row["verdict"]) for row in rows)),
+            )
+        )
+    first = parity["first_departure"]
+    return Table(
+        title=f"Layer by layer: {parity['runtime']}-{parity['precision']}",
+        columns=["Layer", "Largest error", "Of the scale", "In rounding units", "Not finite"],
+        rows=lines,
+        about="Outputs of every layer against those of the reference in float64, in order of "
+        f"execution. {f'The first to depart is {first}.' if first else 'No layer departs.'} Layers "
+        "explain the verdict and do not change it.",
+    )
 
 
 def _largest(values: Iterable[float | None], form: str) -> str:
