@@ -56,7 +56,7 @@ test-wide: $(INSTALLED) ## Derive everything from every published and every kind
 	$(BIN)/python -m pytest -m wide
 
 fakes: $(INSTALLED) ## Judge every planted fake and every unusual honest network (4 minutes)
-	$(BIN)/python -m pytest -m 'fakes or not soak and not wide' tests/test_verdicts.py
+	CCN_DEPLOY_FAKES_CERTIFY=1 $(BIN)/python -m pytest -m 'fakes or not soak and not wide' tests/test_verdicts.py tests/test_certificates.py
 
 networks: $(INSTALLED) ## Take published networks through every command: docs/networks.md (hours on two cores)
 	$(BIN)/python -m tests.campaign $(NETWORKS)

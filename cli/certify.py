@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +15,10 @@ from ccn_deploy.cli.options import BundleArgument, DataDirOption, JsonOption, Th
 from ccn_deploy.cli.text import line, plain
 
 if TYPE_CHECKING:
+    from ccn_deploy.bundle import Bundle
     from ccn_deploy.certificates.statement import Certificate
+    from ccn_deploy.certification.certify import Certified
+    from ccn_deploy.runtimes.base import Array, Runtime
 
 CERTIFICATE = "certificate.json"
 INTERRUPTED = 130
@@ -81,10 +86,9 @@ def certify(
     """
     from datetime import datetime, timezone
 
+    from ccn_deploy.bundle import open_bundle
     from ccn_deploy.certificates.envelope import seal
     from ccn_deploy.certificates.keys import load_private
-
-    from ccn_deploy.bundle import open_bundle
     from ccn_deploy.certification.certify import certify as judge
     from ccn_deploy.certification.policy import read_policy
     from ccn_deploy.cli import console
@@ -119,10 +123,8 @@ def certify(
         written.append(path.with_name("model-card.md"))
         write_atomic(written[-1], model_card(certified.statement).encode())
     if "report" in formats:
-        from ccn_deploy.certification.face import face
-
         written.append(path.with_suffix(".html"))
-        page = face(opened, certified, demanded, command, data_dir=data_dir)
+        page = _page(opened, certified, command, path.name, threads)
         write_atomic(written[-1], page.encode())
     if as_json:
         from ccn_deploy.records import document
@@ -135,6 +137,39 @@ def certify(
         if key is None:
             line("The certificate is not signed: nobody vouches for it (--sign KEY).")
     raise typer.Exit(certified.certificate.outcome.exit_code)
+
+
+def _page(
+    bundle: Bundle, certified: Certified, command: str, name: str, threads: int | None
+) -> str:
+    """Return the certificate's page; what image files would hold is asked of every target."""
+    from ccn_deploy.report import certificate_page, hardest_examples
+    from ccn_deploy.runtimes import RuntimeOptions, open_runtime
+
+    first = certified.results[0].measurement
+    with contextlib.ExitStack() as stack:
+        answers = {}
+        for target in (one.target for one in certified.certificate.targets):
+            options = RuntimeOptions(threads=threads)
+            runtime = stack.enter_context(
+                open_runtime(bundle, target.runtime, target.precision, options)
+            )
+            answers[str(target)] = partial(_labels, runtime)
+        return certificate_page(
+            bundle,
+            certified.statement,
+            certified.results,
+            [parity.document() for parity in certified.parities],
+            hardest_examples(first, certified.dataset),
+            command=command,
+            answers=answers,
+            certificate=name,
+        )
+
+
+def _labels(runtime: Runtime, images: Array) -> Array:
+    labels: Array = runtime.logits(images).argmax(axis=1)
+    return labels
 
 
 def _formats(asked: list[str] | None) -> set[str]:

@@ -10,9 +10,11 @@ A fake that does not flatter is none: one that passes must leave PGD what the ho
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,14 @@ from ccn_deploy import parity
 from ccn_deploy.attacks import suite
 from ccn_deploy.bundle import Bundle, NewFile, open_bundle, write_bundle
 from ccn_deploy.bundle.manifest import MANIFEST
+from ccn_deploy.certification.certify import certify
+from ccn_deploy.certification.policy import (
+    AttackPolicy,
+    DataPolicy,
+    Policy,
+    TargetPolicy,
+    ThresholdPolicy,
+)
 from ccn_deploy.cli.main import app
 from ccn_deploy.data import Dataset, load_dataset
 from ccn_deploy.errors import ExitCode, IntegrityError
@@ -110,12 +120,36 @@ def verdict(
     except IntegrityError as error:
         return Said("integrity", frozenset({step}), why=str(error))
     result = judge(measurement, MAX_DROP, recheck=again)
+    if CERTIFIED and "lineage" in steps and "parity" in steps and dataset is TEST:
+        said = certificate(bundle, attacks, epsilon=epsilon, samples=samples, precision=precision)
+        assert (said == "pass") <= (result.verdict is Verdict.PASS), said
     return Said(
         result.verdict.value,
         frozenset(finding.code for finding in result.findings if finding.undermines),
         min(row.runtime.count / row.runtime.n for row in result.bounded),
         "; ".join([*result.reasons, *(finding.sentence for finding in result.findings)]),
     )
+
+
+CERTIFIED = bool(os.environ.get("CCN_DEPLOY_FAKES_CERTIFY"))
+"""Whether each is put through ``certify`` too, by the same functions: ``make fakes`` does."""
+
+
+def certificate(
+    bundle: Bundle, attacks: Sequence[str], *, epsilon: float, samples: int, precision: str
+) -> str:
+    """Return the verdict of a certificate by the same demands."""
+    policy = Policy(
+        schema="ccn-deploy/policy/1",
+        name="fakes",
+        intended_use="none",
+        target=(TargetPolicy("onnxruntime-cpu", precision),),
+        data=DataPolicy(dataset="mnist5k", samples=samples, parity_samples=16),
+        attacks=AttackPolicy(names=tuple(attacks), epsilons=(epsilon,)),
+        thresholds=ThresholdPolicy(max_drop=str(MAX_DROP)),
+    )
+    now = datetime.now(timezone.utc)
+    return certify(bundle, policy, now=lambda: now, threads=1).certificate.verdict
 
 
 def robustness_alone(bundle: Bundle, dataset: Dataset = TEST, **more: Any) -> Said:

@@ -40,6 +40,7 @@ from ccn_deploy.certificates.statement import (
 from ccn_deploy.certification.findings import Finding
 from ccn_deploy.certification.policy import Policy
 from ccn_deploy.certification.session import Certification
+from ccn_deploy.data import Dataset
 from ccn_deploy.errors import StorageError, unknown
 from ccn_deploy.machine import instruction_sets, processor, this_machine
 from ccn_deploy.parity import ParityResult
@@ -81,11 +82,13 @@ class Certified:
         statement: To be sealed and written.
         results: Of the attacks, one a target.
         parities: Of parity, likewise.
+        dataset: What it was measured on.
     """
 
     statement: Statement
     results: tuple[RobustnessResult, ...]
     parities: tuple[ParityResult, ...]
+    dataset: Dataset
 
     @property
     def certificate(self) -> Certificate:
@@ -221,6 +224,7 @@ def certify(
         Statement(subject=tuple(_subjects(bundle, judged)), predicate=certificate),
         tuple(one.robustness for one in judged),
         tuple(one.parity for one in judged),
+        sessions[0].dataset(),
     )
 
 

@@ -142,6 +142,7 @@ class Certification:
         self._bundle = _Once(partial(open_bundle, options.bundle))
         self._copy = _Once(lambda: TemporaryCopy.of(self._bundle()))
         self._lineage = _Once(self._rederived)
+        self._images = _Once(self._evaluation_data)
         self._parity = _Once(self._judged_parity)
         self._robustness = _Once(self._judged_robustness)
         with contextlib.suppress(IntegrityError):
@@ -271,7 +272,7 @@ class Certification:
     def _judged_parity(self) -> ParityResult:
         options = self._options
         request = ParityRequest(
-            dataset=self._dataset(),
+            dataset=self._images(),
             runtime=options.runtime,
             precision=options.precision,
             samples=options.parity_samples,
@@ -286,7 +287,7 @@ class Certification:
     def _judged_robustness(self) -> RobustnessResult:
         options = self._options
         request = RobustnessRequest(
-            dataset=self._dataset(),
+            dataset=self._images(),
             runtime=options.runtime,
             precision=options.precision,
             attacks=options.suite,
@@ -308,7 +309,11 @@ class Certification:
             recheck=again,
         )
 
-    def _dataset(self) -> Dataset:
+    def dataset(self) -> Dataset:
+        """Return what everything is measured on."""
+        return self._images()
+
+    def _evaluation_data(self) -> Dataset:
         options = self._options
         data = evaluation_data(self._bundle(), options.dataset, options.data_dir, options.data)
         for note in data.notes:
