@@ -332,8 +332,8 @@ def test_the_report_is_no_part_of_the_bundle(bundle: Bundle) -> None:
     assert open_bundle(bundle.path).manifest == bundle.manifest
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Callable[..., subprocess.CompletedProcess[str]]:
+@pytest.fixture(scope="module", name="chromium")
+def installed_chromium() -> Callable[..., subprocess.CompletedProcess[str]]:
     program = shutil.which("chromium") or shutil.which("chromium-browser")
     if program is None:
         pytest.skip("no chromium is installed to open the report with")

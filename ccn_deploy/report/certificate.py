@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,11 +11,23 @@ from ccn_deploy.certificates.statement import (
     AttackResult,
     Certificate,
     CertifiedTarget,
-    ClaimResult,
     PolicyFacts,
     Statement,
     WaiverUse,
     time_of,
+)
+from ccn_deploy.certificates.wording import (
+    CHECK,
+    LATE,
+    bound,
+    claimed,
+    demanded,
+    headline,
+    outcome,
+    sees,
+    strength,
+    summary,
+    waiver_of,
 )
 from ccn_deploy.report.curves import worst_case_curve
 from ccn_deploy.report.examples import Example
@@ -38,23 +49,9 @@ from ccn_deploy.robustness import Evidence, RobustnessResult, compare
 from ccn_deploy.robustness.attack_session import REFERENCE
 from ccn_deploy.robustness.result import listed
 from ccn_deploy.robustness.tables import precision_table
-from ccn_deploy.tables import NORMS, Mark, Row, Table, percent, texts
+from ccn_deploy.tables import Row, Table, percent, texts
 
 CERTIFICATE = "certificate.json"
-
-HEADLINES = {
-    "pass": "Certified",
-    "fail": "Not certified",
-    "inconclusive": "Inconclusive, so not certified",
-}
-"""The verdict as the first words of the claim, and of the page."""
-
-_WORDS = {"pass": "Met", "fail": "Not met", "inconclusive": "Not shown", "void": "Not judged"}
-_SEES = {
-    "gradients": "scores and gradients (white box)",
-    "scores": "scores (black box)",
-    "labels": "labels (black box)",
-}
 
 
 def certificate_page(
@@ -98,8 +95,8 @@ def certificate_page(
         raise ValueError("results and parities must be those of the certificate's targets")
     demands = [_demands(certified, said.waivers) for certified in said.targets]
     page = CertificatePage(
-        verdict=Mark(HEADLINES[said.verdict], said.verdict),
-        reason=said.claim.removeprefix(f"{HEADLINES[said.verdict]}: "),
+        verdict=headline(said.verdict),
+        reason=_unbroken(claimed(said)),
         model=bundle.card.title,
         target=listed(names),
         reference=str(REFERENCE),
@@ -127,14 +124,14 @@ def certificate_page(
             Fact("How it is watched", said.monitoring, "not said"),
         ],
         demands=demands,
-        check=f"ccn-deploy verify {certificate} --bundle BUNDLE --key KEY.pub",
+        check=CHECK.format(certificate),
         machines=[(str(certified.target), _machine(certified)) for certified in said.targets],
     )
     return render(page, "certificate.html.j2")
 
 
 def _worst(certified: CertifiedTarget) -> WorstCase:
-    name, mark = str(certified.target), Mark(HEADLINES[certified.verdict], certified.verdict)
+    name, mark = str(certified.target), headline(certified.verdict)
     if (worst := certified.worst) is None:
         return WorstCase(name, mark)
     low, high = worst.ci95
@@ -177,29 +174,20 @@ def _fixed(policy: PolicyFacts) -> tuple[str, str]:
 
 def _demands(certified: CertifiedTarget, waivers: Sequence[WaiverUse]) -> Demands:
     """Return what was demanded, what does not hold first."""
-    claims = sorted(certified.claims, key=lambda claim: claim.verdict in ("pass", "void"))
-    counts = Counter("waived" if c.waived else _WORDS[c.verdict].lower() for c in claims)
-    n = len(claims)
-    rest = [f"{count} {word}" for word, count in counts.items() if word != "met"]
-    met = f"All {n} claims are met" if not rest else f"{counts['met']} of {n} claims are met"
     return Demands(
         target=str(certified.target),
-        summary=f"{'; '.join([met, *rest])}.",
-        demands=[_demand(claim, waivers) for claim in claims],
+        summary=summary(certified),
+        demands=[
+            Demand(
+                name=claim.name,
+                demanded=_unbroken(claim.bound),
+                reached=_unbroken(claim.measured),
+                mark=outcome(claim),
+                waiver=waiver_of(claim, waivers),
+            )
+            for claim in demanded(certified)
+        ],
     )
-
-
-def _demand(claim: ClaimResult, waivers: Sequence[WaiverUse]) -> Demand:
-    verdict = claim.verdict
-    mark, note = Mark(_WORDS[verdict], verdict), ""
-    if claim.waived:
-        mark = Mark(f"{_WORDS[verdict]}, waived", "inconclusive")
-        note = " ".join(
-            f"Waived by {waiver.owner} until {waiver.expires}: {waiver.reason}"
-            for waiver in waivers
-            if waiver.used and waiver.claim == claim.name
-        )
-    return Demand(claim.name, claim.bound, claim.measured, mark, note)
 
 
 def _target(
@@ -209,7 +197,7 @@ def _target(
     found, worst = target_of(result), worst_case_curve(result)
     return replace(
         found,
-        verdict=Mark(HEADLINES[certified.verdict], certified.verdict),
+        verdict=headline(certified.verdict),
         reason=demands.summary,
         curves=[*([worst] if worst else []), *found.curves],
         tables=[
@@ -240,14 +228,12 @@ def _attack_table(
         )
     rows = []
     for one in {attack.label: attack for attack in certified.results}.values():
-        threat = one.threat
-        size = "as small as found" if threat.epsilon is None else f"{threat.epsilon:g}"
         rows.append(
             Row(
-                one.title if threat.epsilon is None else f"{one.title} {threat.epsilon:g}",
+                one.title if one.distance is not None else strength(one),
                 texts(
-                    _SEES[threat.knowledge],
-                    f"{NORMS[threat.norm]}, {size}",
+                    sees(one),
+                    bound(one),
                     *(f"{count:,}" for count in one.queries),
                     one.invalid,
                     *(_in_8_bits(evidence[one.label], asked) if asked is not None else ()),
@@ -287,11 +273,7 @@ def _parity(parities: Sequence[Mapping[str, Any]]) -> list[Table]:
 def _findings(said: Certificate) -> Iterator[Note]:
     several = len(said.targets) > 1
     if not said.policy.before_results:
-        yield Note(
-            "Warning",
-            "The policy was not committed before every result: its thresholds may have been set to "
-            "fit them.",
-        )
+        yield Note("Warning", LATE)
     for certified in said.targets:
         for note in certified.findings:
             whose = f"{certified.target}: " if several else ""
@@ -350,6 +332,11 @@ def _digests(statement: Statement) -> list[Fact]:
         *(Fact(file.path, file.sha256, code=True) for file in said.evidence),
     ]
     return [fact for fact in facts if fact.value]
+
+
+def _unbroken(text: str) -> str:
+    """Keep numbers and their sign of percent on one line."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _day(moment: str) -> str:

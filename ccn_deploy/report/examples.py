@@ -92,7 +92,7 @@ def hardest_examples(measurement: Measurement, dataset: Dataset, count: int = 8)
     norm = max(dict.fromkeys(norms), key=norms.count)
     found = [getattr(pair.runtime, norm) for pair in pairs]
     fooled = [pair.runtime.status == "fooled" for pair in pairs]
-    smallest = np.where(fooled, found, np.inf).min(axis=0)
+    smallest = np.fmin.reduce(np.where(fooled, found, np.inf))  # NaN: not measured in that norm
     rows = np.argsort(smallest, kind="stable")[:count]
     return _examples(shown, rows[np.isfinite(smallest[rows])], dataset)
 

@@ -71,7 +71,7 @@ def layer_table(parity: Mapping[str, Any]) -> Table:
         )
     first = parity["first_departure"]
     return Table(
-        title=f"Layer by layer: {parity['runtime']}-{parity['precision']}",
+        title="Parity, layer by layer",
         columns=["Layer", "Largest error", "Of the scale", "In rounding units", "Not finite"],
         rows=lines,
         about="Outputs of every layer against those of the reference in float64, in order of "
