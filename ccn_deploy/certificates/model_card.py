@@ -239,13 +239,13 @@ def _list(sentences: Iterable[str]) -> str:
 def _text(text: str) -> str:
     """Return text that Markdown shows as it is, on one line.
 
-    What could begin markup, HTML, a formula, an entity or a mention is escaped, addresses are no
-    links, and a pipe ends no cell of a table.
+    What could begin markup, HTML, a formula, an entity or a mention is escaped, and addresses are
+    no links. Pipes are left to whoever sets a table.
     """
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     line = re.sub(r"[\\`*_\[\]<>~$&!#@{}]", r"\\\g<0>", line)
     line = re.sub(r"^([-+=]|\d+(?=[.)]))", _first, line)
-    return line.replace("|", "&#124;").replace("://", ":\\//").replace("www.", "www\\.")
+    return line.replace("://", ":\\//").replace("www.", "www\\.")
 
 
 def _first(found: re.Match[str]) -> str:
