@@ -172,7 +172,8 @@ def do(step: dict[str, Any], cwd: Path, environment: dict[str, str], **secrets: 
         secret = re.fullmatch(r"\$\{\{ secrets\.(\w+) \}\}", value)
         assert secret, value
         given[name] = secrets[secret.group(1)]
-    done = run(["bash", "-e", "-c", step["run"]], cwd, {**environment, **given})
+    everywhere = {name: str(value) for name, value in workflow()["env"].items()}
+    done = run(["bash", "-e", "-c", step["run"]], cwd, {**environment, **everywhere, **given})
     assert done.returncode == 0, (step["run"], done.stdout, done.stderr)
     return done.stdout
 
@@ -285,7 +286,7 @@ def test_the_key_is_given_to_one_step_only_and_the_second_job_waits() -> None:
     assert found["jobs"]["verify"]["needs"] == "certify"
     with_secret = [step["name"] for step in steps("certify") if "secrets." in str(step)]
     assert with_secret == ["Certify, from the same evidence"]
-    assert "secrets." not in str(steps("verify")) and "secrets." not in str(found.get("env"))
+    assert "secrets." not in str(steps("verify")) and "secrets." not in str(found["env"])
 
 
 # What all three install.
@@ -394,11 +395,13 @@ def without_git(tmp_path: Path, here: dict[str, str]) -> dict[str, str]:
 
 @pytest.mark.parametrize("fresh", FRESH)
 def test_the_image_that_judges_certifies_what_is_mounted(
-    repository: Path, without_git: dict[str, str], tmp_path: Path, fresh: bool
+    released: Released, without_git: dict[str, str], tmp_path: Path, fresh: bool
 ) -> None:
     found = Dockerfile.read(JUDGE)
     work = tmp_path / "work"
-    shutil.copytree(repository, work)
+    shutil.copytree(released.repository, work)
+    # It goes on from evidence that is there, which is asked again about in part.
+    shutil.copytree(released.artifact / "bundle", work / "bundle", dirs_exist_ok=True)
     image = found.image(tmp_path, without_git, fresh)
     image["PATH"] = os.pathsep.join(
         [image["PATH"].split(os.pathsep)[0], str(tmp_path / "programs")]
@@ -406,13 +409,13 @@ def test_the_image_that_judges_certifies_what_is_mounted(
     assert found.environment["HOME"] == "/tmp"  # the tmpfs
     (tmp_path / "tmpfs").mkdir()
     image |= {"HOME": str(tmp_path / "tmpfs"), "TMPDIR": str(tmp_path / "tmpfs")}
-    image["CCN_DEPLOY_SIGNING_KEY"] = (repository.parent / "release").read_text()
+    image["CCN_DEPLOY_SIGNING_KEY"] = released.private
     before = set(work.iterdir())
     done = run([*found.command, "--threads", "1"], work, image)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.name for path in set(work.iterdir()) - before} == {
-        "certificate.json", "certificate.html",
-    }  # fmt: skip
+    assert not list((tmp_path / "tmpfs").rglob("*onnxruntime*"))  # its telemetry
+    written = {path.name for path in set(work.iterdir()) - before}
+    assert written == {"certificate.json", "certificate.html"}
     assert statement(work / "certificate.json")["predicate"]["verdict"] == "pass"
 
 
@@ -432,7 +435,8 @@ def test_the_image_that_serves_answers_by_its_certificate(
     released: Released, here: dict[str, str], tmp_path: Path, fresh: bool
 ) -> None:
     found = Dockerfile.read(SERVE)
-    image = found.image(tmp_path, here, fresh)
+    (tmp_path / "home").mkdir()
+    image = {**found.image(tmp_path, here, fresh), "HOME": str(tmp_path / "home")}
     directory = served_directory(released, tmp_path / "srv")
     before = sorted(directory.rglob("*"))
     with subprocess.Popen(
@@ -452,6 +456,7 @@ def test_the_image_that_serves_answers_by_its_certificate(
     assert health["bundle"] == certificate["bundle"]
     assert (health["runtime"], health["precision"]) == ("onnxruntime-cpu", "fp32")
     assert sorted(directory.rglob("*")) == before  # it runs where nothing can be written
+    assert not any((tmp_path / "home").iterdir())  # and keeps no telemetry
     assert found.one("EXPOSE") == "8080"
 
 
