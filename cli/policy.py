@@ -85,7 +85,7 @@ def check(
             [
                 Row(
                     f"{cost.attack} on {cost.target}",
-                    texts(f"{cost.gradients:g}", f"{cost.minutes:.1f}"),
+                    texts(f"{cost.gradients:.0f}", f"{cost.minutes:.1f}"),
                 )
                 for cost in found.costs
             ],

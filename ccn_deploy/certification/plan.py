@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ccn_deploy.attacks.spec import AttackSpec
 from ccn_deploy.bundle import Bundle
 from ccn_deploy.certification.policy import Policy
 from ccn_deploy.evaluation import check_fits, evaluation_data
@@ -50,7 +51,7 @@ class Cost:
     Attributes:
         target: Runtime and precision.
         attack: Its label.
-        gradients: An image takes so many at most.
+        gradients: So many an image at most, a mean over all.
         minutes: All images take so long at most, here.
     """
 
@@ -147,10 +148,16 @@ def plan(
     for target in policy.targets:
         both = reference + _seconds(bundle, target, threads)
         costs += [
-            Cost(target, spec.label, spec.cost, spec.cost * images * both / 60)
+            Cost(target, spec.label, asked / images, asked * both / 60)
             for spec in policy.options(bundle.path, target).suite
+            for asked in [_gradients(spec, images)]
         ]
     return Plan(images, tuple(demands), tuple(costs))
+
+
+def _gradients(spec: AttackSpec, images: int) -> float:
+    """Return roughly how many gradients an attack takes at most: no image falls before the end."""
+    return sum(stage.cost * min(stage.part or images, images) for stage in (spec.stages or (spec,)))
 
 
 def _seconds(bundle: Bundle, target: Target, threads: int | None) -> float:
