@@ -21,7 +21,6 @@ from ccn_deploy.certificates.statement import (
 from ccn_deploy.certificates.wording import (
     CHECK,
     LATE,
-    bound,
     claimed,
     demanded,
     headline,
@@ -31,7 +30,7 @@ from ccn_deploy.certificates.wording import (
     summary,
     waiver_of,
 )
-from ccn_deploy.tables import Mark, Row, Table, markdown, percent, texts
+from ccn_deploy.tables import NORMS, Mark, Row, Table, markdown, percent, texts
 
 LIBRARY = "ccn-deploy"
 TASK = "image-classification"
@@ -111,7 +110,7 @@ def _identifier(name: str) -> str:
 
 def _body(said: Certificate, certificate: str) -> Iterator[str]:
     yield f"# {_text(said.network['title'])}"
-    yield f"> **{headline(said.verdict).word}:** {_text(claimed(said))}"
+    yield f"> **{headline(said.verdict, said.targets).word}:** {_text(claimed(said))}"
     several = len(said.targets) > 1
     for certified in said.targets:
         yield _worst(certified)
@@ -177,7 +176,7 @@ def _demands(said: Certificate, certified: CertifiedTarget) -> Table:
 def _attacks(certified: CertifiedTarget) -> Table:
     return Table(
         "",
-        ("Attack", "Sees", "May change", "Reference", str(certified.target)),
+        ("Attack", "Norm", "Sees", "Reference", str(certified.target)),
         [
             Row("none", texts("", "", *map(_share, certified.clean))),
             *map(_attack, certified.results),
@@ -189,7 +188,9 @@ def _attacks(certified: CertifiedTarget) -> Table:
 def _attack(attack: AttackResult) -> Row:
     shares = map(_share, (attack.reference, attack.target))
     mark = Mark(attack.verdict.capitalize(), attack.verdict)
-    return Row(_text(strength(attack)), texts(sees(attack), bound(attack), *shares), mark)
+    return Row(
+        _text(strength(attack)), texts(NORMS[attack.threat.norm], sees(attack), *shares), mark
+    )
 
 
 def _share(found: Proportion) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from ccn_deploy.certificates.statement import (
@@ -13,7 +13,7 @@ from ccn_deploy.certificates.statement import (
     ClaimResult,
     WaiverUse,
 )
-from ccn_deploy.tables import NORMS, Mark
+from ccn_deploy.tables import Mark
 
 HEADLINES: Mapping[str, str] = MappingProxyType(
     {
@@ -34,15 +34,17 @@ CHECK = "ccn-deploy verify {} --bundle BUNDLE --key KEY.pub"
 
 _WORDS = {"pass": "Met", "fail": "Not met", "inconclusive": "Not shown", "void": "Not judged"}
 _SEES = {
-    "gradients": "scores and gradients (white box)",
-    "scores": "scores (black box)",
-    "labels": "labels (black box)",
+    "gradients": "gradients (white box)",
+    "scores": "scores only",
+    "labels": "labels only",
 }
 
 
-def headline(verdict: str) -> Mark:
-    """Return a verdict in words that nobody can take for another."""
-    return Mark(HEADLINES[verdict], verdict)
+def headline(verdict: str, targets: Iterable[CertifiedTarget]) -> Mark:
+    """Return a verdict on targets in words that nobody can take for another."""
+    waived = sum(claim.waived for certified in targets for claim in certified.claims)
+    but = f", with {waived} waived" if waived and verdict == "pass" else ""
+    return Mark(f"{HEADLINES[verdict]}{but}", verdict)
 
 
 def claimed(said: Certificate) -> str:
@@ -81,12 +83,6 @@ def waiver_of(claim: ClaimResult, waivers: Sequence[WaiverUse]) -> str:
 def sees(attack: AttackResult) -> str:
     """Return what an attacker is told of every image."""
     return _SEES[attack.threat.knowledge]
-
-
-def bound(attack: AttackResult) -> str:
-    """Return what an attacker may do to an image."""
-    size = attack.threat.epsilon
-    return f"{NORMS[attack.threat.norm]}, {'as small as found' if size is None else f'{size:g}'}"
 
 
 def strength(attack: AttackResult) -> str:

@@ -19,7 +19,6 @@ from ccn_deploy.certificates.statement import (
 from ccn_deploy.certificates.wording import (
     CHECK,
     LATE,
-    bound,
     claimed,
     demanded,
     headline,
@@ -49,9 +48,12 @@ from ccn_deploy.robustness import Evidence, RobustnessResult, compare
 from ccn_deploy.robustness.attack_session import REFERENCE
 from ccn_deploy.robustness.result import listed
 from ccn_deploy.robustness.tables import precision_table
-from ccn_deploy.tables import Row, Table, percent, texts
+from ccn_deploy.tables import NORMS, Row, Table, percent, texts
 
 CERTIFICATE = "certificate.json"
+
+_THRESHOLDS = ("accurate[", "robust[")
+"""What the names of claims begin with that say how much must be left."""
 
 
 def certificate_page(
@@ -95,7 +97,7 @@ def certificate_page(
         raise ValueError("results and parities must be those of the certificate's targets")
     demands = [_demands(certified, said.waivers) for certified in said.targets]
     page = CertificatePage(
-        verdict=headline(said.verdict),
+        verdict=headline(said.verdict, said.targets),
         reason=_unbroken(claimed(said)),
         model=bundle.card.title,
         target=listed(names),
@@ -131,7 +133,7 @@ def certificate_page(
 
 
 def _worst(certified: CertifiedTarget) -> WorstCase:
-    name, mark = str(certified.target), headline(certified.verdict)
+    name, mark = str(certified.target), headline(certified.verdict, [certified])
     if (worst := certified.worst) is None:
         return WorstCase(name, mark)
     low, high = worst.ci95
@@ -173,11 +175,12 @@ def _fixed(policy: PolicyFacts) -> tuple[str, str]:
 
 
 def _demands(certified: CertifiedTarget, waivers: Sequence[WaiverUse]) -> Demands:
-    """Return what was demanded, what does not hold first."""
-    return Demands(
-        target=str(certified.target),
-        summary=summary(certified),
-        demands=[
+    """Return what was demanded: what does not hold, what was required of accuracy, the rest."""
+    first: list[Demand] = []
+    others: list[Demand] = []
+    for claim in demanded(certified):
+        held = claim.verdict in ("pass", "void")
+        (others if held and not claim.name.startswith(_THRESHOLDS) else first).append(
             Demand(
                 name=claim.name,
                 demanded=_unbroken(claim.bound),
@@ -185,9 +188,8 @@ def _demands(certified: CertifiedTarget, waivers: Sequence[WaiverUse]) -> Demand
                 mark=outcome(claim),
                 waiver=waiver_of(claim, waivers),
             )
-            for claim in demanded(certified)
-        ],
-    )
+        )
+    return Demands(str(certified.target), summary(certified), first, others)
 
 
 def _target(
@@ -197,7 +199,7 @@ def _target(
     found, worst = target_of(result), worst_case_curve(result)
     return replace(
         found,
-        verdict=headline(certified.verdict),
+        verdict=headline(certified.verdict, [certified]),
         reason=demands.summary,
         curves=[*([worst] if worst else []), *found.curves],
         tables=[
@@ -215,13 +217,14 @@ def _attack_table(
     evidence = {pair.spec.label: pair.runtime for pair in result.measurement.pairs}
     asked = answer if all(one.fetch is not None for one in evidence.values()) else None
     about = (
-        "An attack may change every pixel within the bound, to values from 0 to 1. "
+        "An attack may change every pixel, to values from 0 to 1, within the norm that stands "
+        "beside it. "
         f"{' '.join(dict.fromkeys(map(_class, certified.results)))} Queries are those of all "
         "images."
     )
-    columns = ["Attack", "Sees", "Bound", "Logits asked", "Gradients asked", "Not legal"]
+    columns = ["Attack", "Norm", "Sees", "Logits\nasked", "Gradients\nasked", "Not legal"]
     if asked is not None:
-        columns += ["Fooled it", "Still fooled after\nrounding to 8 bits"]
+        columns += ["Fooled it", "Still fooled after\nrounding to 8\N{NO-BREAK SPACE}bits"]
         about += (
             " Image files round every pixel to one of 256 values: the last column counts the "
             "images that fool it even so. Rounding moves a pixel by up to 0.002."
@@ -232,8 +235,8 @@ def _attack_table(
             Row(
                 one.title if one.distance is not None else strength(one),
                 texts(
+                    NORMS[one.threat.norm],
                     sees(one),
-                    bound(one),
                     *(f"{count:,}" for count in one.queries),
                     one.invalid,
                     *(_in_8_bits(evidence[one.label], asked) if asked is not None else ()),

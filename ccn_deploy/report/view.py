@@ -126,17 +126,19 @@ class Demand:
 
 @dataclass(frozen=True)
 class Demands:
-    """Everything that was demanded of a target, what is not met first.
+    """Everything that was demanded of a target.
 
     Attributes:
         target: Runtime and precision.
         summary: How many are met, in a sentence.
-        demands: Each of them.
+        first: What does not hold, and then the thresholds of accuracy.
+        others: All that are met besides; folded on a screen.
     """
 
     target: str
     summary: str
-    demands: Sequence[Demand]
+    first: Sequence[Demand]
+    others: Sequence[Demand]
 
 
 @dataclass(frozen=True)
