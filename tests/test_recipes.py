@@ -355,7 +355,8 @@ class Dockerfile:
         return {**base, **self.environment}
 
 
-FRESH = [False, pytest.param(True, marks=pytest.mark.wide)]
+# All of torch is installed into a new environment: minutes.
+FRESH = [False, pytest.param(True, marks=[pytest.mark.wide, pytest.mark.timeout(1800)])]
 
 
 @pytest.mark.parametrize("path", [JUDGE, SERVE])
