@@ -76,6 +76,15 @@ def certify(
         ),
     ] = None,
     data_dir: DataDirOption = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            min=1,
+            help="Processes that collect evidence; what is measured does not depend on it.",
+            show_default="one a core; one where a target is on a GPU",
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -108,6 +117,7 @@ def certify(
                 data_dir=data_dir,
                 threads=threads,
                 recheck=recheck,
+                jobs=jobs,
                 progress=bar,
             )
     except KeyboardInterrupt:

@@ -168,7 +168,7 @@ def _worst(certified: CertifiedTarget) -> str:
 def _demands(said: Certificate, certified: CertifiedTarget) -> Table:
     rows = []
     for claim in demanded(certified):
-        cells = (claim.bound, f"{claim.measured} {waiver_of(claim, said.waivers)}")
+        cells = (claim.bound, f"{claim.measured} {waiver_of(claim, certified, said.waivers)}")
         rows.append(Row(_text(claim.name), texts(*map(_text, cells)), outcome(claim)))
     return Table("", ("Claim", "Demanded", "Reached"), rows)
 

@@ -307,6 +307,7 @@ class WaiverUse(Record, frozen=True):
         owner: Who answers for it.
         expires: Last day, as ``"2027-01-31"``.
         used: Whether the claim does not hold, so that the verdict rests on the waiver.
+        target: Runtime and precision that it is about; empty for all.
     """
 
     claim: Text
@@ -314,6 +315,11 @@ class WaiverUse(Record, frozen=True):
     owner: Text
     expires: Text
     used: bool
+    target: Text = ""
+
+    def lets(self, claim: ClaimResult, target: Target) -> bool:
+        """Whether a claim about a target need not hold because of it."""
+        return claim.waived and claim.name == self.claim and self.target in ("", str(target))
 
 
 class LineageFact(Record, frozen=True):

@@ -408,8 +408,11 @@ def _judge(
 
 def _used(certificate: Certificate, targets: Sequence[CertifiedTarget]) -> Iterator[WaiverUse]:
     """Yield the waivers that the verdict on targets rests on."""
-    waived = {claim.name for found in targets for claim in found.claims if claim.waived}
-    return (waiver for waiver in certificate.waivers if waiver.used and waiver.claim in waived)
+    return (
+        waiver
+        for waiver in certificate.waivers
+        if any(waiver.lets(claim, one.target) for one in targets for claim in one.claims)
+    )
 
 
 def _last_day(waiver: WaiverUse) -> date:

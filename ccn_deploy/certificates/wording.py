@@ -71,12 +71,12 @@ def summary(certified: CertifiedTarget) -> str:
     return "; ".join([first, *(f"{count} {word}" for word, count in counts.items())]) + "."
 
 
-def waiver_of(claim: ClaimResult, waivers: Sequence[WaiverUse]) -> str:
-    """Return who let a claim go, until when and why; empty if nobody did."""
+def waiver_of(claim: ClaimResult, certified: CertifiedTarget, waivers: Sequence[WaiverUse]) -> str:
+    """Return who let a claim about a target go, until when and why; empty if nobody did."""
     return " ".join(
         f"Waived by {waiver.owner} until {waiver.expires}: {waiver.reason}"
         for waiver in waivers
-        if claim.waived and waiver.used and waiver.claim == claim.name
+        if waiver.lets(claim, certified.target)
     )
 
 

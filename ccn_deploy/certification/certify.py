@@ -6,12 +6,16 @@ evidence, by the same functions.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 import ccn_deploy
 from ccn_deploy.attacks.spec import ATTACKS, AttackSpec
@@ -37,9 +41,10 @@ from ccn_deploy.certificates.statement import (
     WaiverUse,
     moment,
 )
+from ccn_deploy.certificates.wording import HEADLINES
 from ccn_deploy.certification.findings import Finding
 from ccn_deploy.certification.policy import Policy
-from ccn_deploy.certification.session import Certification
+from ccn_deploy.certification.session import Certification, Options
 from ccn_deploy.data import Dataset
 from ccn_deploy.errors import StorageError, unknown
 from ccn_deploy.machine import instruction_sets, processor, this_machine
@@ -55,10 +60,13 @@ from ccn_deploy.robustness.kept_images import images_path
 from ccn_deploy.robustness.non_inferiority import NonInferiorityTest
 from ccn_deploy.robustness.non_inferiority import Proportion as Counted
 from ccn_deploy.robustness.result import listed
+from ccn_deploy.robustness.thresholds import Threshold
 from ccn_deploy.robustness.worst_case import worst_case
 from ccn_deploy.storage import sha256, sha256_file
+from ccn_deploy.tables import NORMS
 from ccn_deploy.targets import Target
 from ccn_deploy.verdict import Verdict
+from ccn_deploy.workers import Tell, Workers
 
 if TYPE_CHECKING:
     from ccn_deploy.exporters.rederive import Rederived
@@ -105,6 +113,7 @@ def certify(
     data_dir: Path | None = None,
     threads: int | None = None,
     recheck: str | None = None,
+    jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Certified:
     """Judge a bundle by a policy, collecting the evidence that is missing.
@@ -121,6 +130,9 @@ def certify(
         threads: CPU threads; the runtime's own choice if None.
         recheck: How many images of evidence that was read to ask again about, ``"all"`` or a
             number; a tenth if None.
+        jobs: Processes that collect evidence, an attack on a target each; cores are shared out
+            among them unless ``threads`` is given. One a core if None, or a single one where a
+            target is on a GPU. What is measured does not depend on it.
         progress: Told what is being measured, and how far it is.
 
     Raises:
@@ -130,6 +142,11 @@ def certify(
         StorageError: The bundle cannot be written to.
     """
     policy.check(now().date())
+    cores = os.cpu_count() or 1
+    on_gpu = any(target.on_gpu for target in policy.targets)
+    jobs = jobs or (1 if on_gpu else cores)
+    if jobs > 1 and threads is None:
+        threads = max(1, cores // jobs)
     sessions = [
         Certification(
             policy.options(
@@ -146,6 +163,8 @@ def certify(
     from ccn_deploy.exporters.rederive import refuse_differences
 
     refuse_differences(lineage)
+    if jobs > 1:
+        _collect(sessions, jobs, progress)
     judged = [_Judged.of(session, policy, bundle) for session in sessions]
     if any(session.note for session in sessions):
         raise StorageError(
@@ -197,10 +216,11 @@ def certify(
                 owner=waiver.owner,
                 expires=waiver.expires.isoformat(),
                 used=any(
-                    claim.waived and claim.name == waiver.claim and waiver.covers(target.target)
+                    claim.waived and policy.waiver_for(claim.name, target.target) is waiver
                     for target in targets
                     for claim in target.claims
                 ),
+                target="" if isinstance(waiver.target, msgspec.UnsetType) else waiver.target,
             )
             for waiver in policy.waiver
         ),
@@ -226,6 +246,34 @@ def certify(
         tuple(one.parity for one in judged),
         sessions[0].dataset(),
     )
+
+
+def _collect(sessions: Sequence[Certification], jobs: int, progress: Progress | None) -> None:
+    """Collect evidence in several processes, the longest pieces first."""
+    attacks = [(session.options, spec) for session in sessions for spec in session.missing()]
+    if len(attacks) < 2:  # nothing to share out
+        return
+    attacks.sort(key=lambda piece: -piece[1].cost)
+    parity: list[tuple[Options, AttackSpec | None]] = [(s.options, None) for s in sessions]
+    every = [partial(_piece, options, spec) for options, spec in [*parity, *attacks]]
+    shares = [0.0] * len(every)
+
+    def heard(place: int, what: str, done: float, total: float) -> None:
+        shares[place] = done / total if total else 1.0
+        if progress is not None:
+            progress(what, sum(shares), len(every))
+
+    with Workers(min(jobs, len(every))) as workers:
+        workers.run(every, heard)
+
+
+def _piece(options: Options, spec: AttackSpec | None, tell: Tell) -> None:
+    """Collect the evidence of one attack, or of parity, in a process of its own."""
+    session = Certification(options, tell)
+    if spec is None:
+        session.parity_result()
+    else:
+        session.measure(spec)
 
 
 def check_waived(claim: str, sessions: Sequence[Certification]) -> None:
@@ -283,7 +331,7 @@ class _Judged:
             worst=None if strongest is None else _proportion(left[strongest]),
             worst_attack=""
             if strongest is None
-            else f"{result.attacks}, within {NORMS[norm]} {strongest:g}",
+            else f"{result.attacks}, within {strongest:g} in the {NORMS[norm]}",
             results=tuple(_results(result)),
             parity=_parity(parity),
             claims=tuple(claims),
@@ -298,9 +346,6 @@ class _Judged:
             ),
         )
         return cls(facts, result, parity)
-
-
-NORMS = {"linf": "Linf", "l2": "L2"}
 
 
 def _claim_result(name: str, finding: Finding, waived: bool) -> ClaimResult:
@@ -457,20 +502,23 @@ def _claim(bundle: Bundle, verdict: Verdict, judged: Sequence[_Judged]) -> str:
     which = f"{bundle.card.title}, deployed as {listed([str(o.facts.target) for o in judged])}"
     n = judged[0].robustness.measurement.n
     if verdict is Verdict.PASS:
-        tests = judged[0].robustness.thresholds
+        let = [claim.name for one in judged for claim in one.facts.claims if claim.waived]
         said = [
-            f"at least {100 * test.threshold.share:g} % right under {test.threshold.where}"
-            for test in tests
+            f"at least {100 * limit.share:g} % right under {limit.where}"
+            for limit in (test.threshold for test in judged[0].robustness.thresholds)
+            if not any(name.startswith(_claim_about(limit)) for name in let)
         ]
-        left = (
-            f"it keeps {listed(said)}, shown at 95 % confidence on {n} images"
-            if said
-            else f"it is no worse under attack than its reference, on {n} images; how robust "
-            "either is was not demanded"
-        )
-        let = sum(claim.waived for one in judged for claim in one.facts.claims)
-        waived = f" {let} {'demand was' if let == 1 else 'demands were'} waived." if let else ""
-        return f"Certified: {which}: {left}.{waived}"
+        left = f"it keeps {listed(said)}, shown at 95 % confidence on {n} images" if said else ""
+        if not said and any(name.startswith("no-worse[") for name in let):
+            left = "it is what it was exported as; nothing of its robustness is claimed"
+        elif not said:
+            left = (
+                f"it is no worse under attack than its reference, on {n} images; how robust either "
+                "is, is not claimed"
+            )
+        many = "demand was" if len(let) == 1 else "demands were"
+        waived = f" {len(let)} {many} waived: {listed(let)}." if let else ""
+        return f"{HEADLINES['pass']}: {which}: {left}.{waived}"
     broken = [
         claim
         for one in judged
@@ -480,12 +528,16 @@ def _claim(bundle: Bundle, verdict: Verdict, judged: Sequence[_Judged]) -> str:
     broken.sort(key=lambda claim: not claim.name.startswith("sane["))  # the cause of others
     measured = broken[0].measured.rstrip(".")
     more = f", and {len(broken) - 1} more demands are not" if len(broken) > 1 else ""
-    if verdict is Verdict.FAIL:
-        return f"Not certified: {which}: {broken[0].name} is not met{more}. Measured: {measured}."
+    how = "met" if verdict is Verdict.FAIL else "shown"
     return (
-        f"Inconclusive, so not certified: {which}: {broken[0].name} is not shown{more}. "
+        f"{HEADLINES[verdict.value]}: {which}: {broken[0].name} is not {how}{more}. "
         f"Measured: {measured}."
     )
+
+
+def _claim_about(limit: Threshold) -> str:
+    """Return what the name of the claim about a threshold begins with."""
+    return "accurate[" if limit.attack is None else f"robust[{limit.label}]"
 
 
 def _not_claimed(
@@ -495,7 +547,7 @@ def _not_claimed(
     yield "This is no proof: an attack that was not tried may do more than those that were."
     norm, left = worst_case(result)
     if left:
-        yield f"Nothing is said of perturbations above {max(left):g} in {NORMS[norm]}."
+        yield f"Nothing is said of perturbations above {max(left):g} in the {NORMS[norm]}."
     if not any(threshold.attack for threshold in policy.limits):
         yield (
             "How robust the network is, is not claimed: the policy demands only that what is "

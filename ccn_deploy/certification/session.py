@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
@@ -32,7 +32,7 @@ from ccn_deploy.parity.tolerances import tolerance_for
 from ccn_deploy.robustness import Measurement, RobustnessRequest, RobustnessResult
 from ccn_deploy.robustness import collect as collect_robustness
 from ccn_deploy.robustness import judge as judge_robustness
-from ccn_deploy.robustness.collect import Progress
+from ccn_deploy.robustness.collect import Progress, missing
 from ccn_deploy.robustness.judge import MAX_DROP
 from ccn_deploy.robustness.options import AttackOptions, parse_recheck, rechecked
 from ccn_deploy.robustness.recheck import Recheck
@@ -159,6 +159,11 @@ class Certification:
         )
 
     @property
+    def options(self) -> Options:
+        """What is claimed, of which bundle."""
+        return self._options
+
+    @property
     def target(self) -> Target:
         """What the claims are about."""
         return Target(self._options.runtime, self._options.precision)
@@ -170,6 +175,15 @@ class Certification:
     def parity_result(self) -> ParityResult:
         """Return how the runtime computes the reference's function."""
         return self._parity()
+
+    def missing(self) -> tuple[AttackSpec, ...]:
+        """Return the attacks whose evidence is not whole."""
+        return missing(self._bundle(), self._request())
+
+    def measure(self, spec: AttackSpec) -> None:
+        """Collect the evidence of one attack; what is there already is left as it is."""
+        request = replace(self._request(), attacks=(spec,), diagnose=False)
+        collect_robustness(self._bundle(), request, self._tell)
 
     def robustness_result(self) -> RobustnessResult:
         """Return how the runtime stands up to the attacks."""
@@ -284,9 +298,9 @@ class Certification:
         )
         return judge_parity(evidence)
 
-    def _judged_robustness(self) -> RobustnessResult:
+    def _request(self) -> RobustnessRequest:
         options = self._options
-        request = RobustnessRequest(
+        return RobustnessRequest(
             dataset=self._images(),
             runtime=options.runtime,
             precision=options.precision,
@@ -295,6 +309,9 @@ class Certification:
             seed=options.seed,
             options=RuntimeOptions(threads=options.threads),
         )
+
+    def _judged_robustness(self) -> RobustnessResult:
+        options, request = self._options, self._request()
 
         def measure(bundle: Bundle) -> tuple[Measurement, Recheck | None]:
             measurement = collect_robustness(bundle, request, self._tell)

@@ -186,7 +186,7 @@ def _demands(certified: CertifiedTarget, waivers: Sequence[WaiverUse]) -> Demand
                 demanded=_unbroken(claim.bound),
                 reached=_unbroken(claim.measured),
                 mark=outcome(claim),
-                waiver=waiver_of(claim, waivers),
+                waiver=waiver_of(claim, certified, waivers),
             )
         )
     return Demands(str(certified.target), summary(certified), first, others)

@@ -196,6 +196,22 @@ def collect_all(
     ]
 
 
+def missing(bundle: Bundle, request: RobustnessRequest) -> tuple[AttackSpec, ...]:
+    """Return the attacks of a request whose evidence is not whole, measuring nothing.
+
+    Raises:
+        CcnDeployError: As :func:`collect_all`.
+    """
+    _, jobs = _plan(bundle, request)
+    specs = {
+        job.spec: None
+        for job, header in jobs
+        if len(read_evidence(evidence_path(bundle, header, job.spec.label), header, request.n))
+        < request.n
+    }
+    return tuple(specs)
+
+
 Collected = dict[tuple[Path, int], Evidence]
 """What a call has at hand already, by file and number of images: requests share the reference's."""
 
