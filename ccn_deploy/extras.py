@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
 from ccn_deploy.errors import MissingExtraError
@@ -20,6 +21,8 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         MissingExtraError: ``module`` is not installed.
     """
     package = module.partition(".")[0]
+    # Foolbox imports GitPython, which raises where there is no git, though nobody asks for it.
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -121,6 +121,7 @@ def certified(bundle: Bundle, **changes: Any) -> CertifiedTarget:
         "measured_with": {},
         "hardware": here(),
         "gradient": "native",
+        "origin": "All evidence was measured by this run.",
         "verdict": "pass",
         "clean": (share, share),
         "worst": share,

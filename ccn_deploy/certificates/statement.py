@@ -222,6 +222,8 @@ class CertifiedTarget(Record, frozen=True):
         measured_with: All libraries that shaped the numbers, by name.
         hardware: Where it was measured.
         gradient: Where gradients of the attacks came from: native, reference or transfer.
+        origin: Whether evidence was measured by the run that certified or read, and what asking
+            again about it showed.
         verdict: Of all its claims, waivers counted.
         clean: Accuracy without an attack, of reference and target.
         worst: The least that any judged attack at the largest strength left of the target;
@@ -242,6 +244,7 @@ class CertifiedTarget(Record, frozen=True):
     measured_with: dict[str, str]
     hardware: Hardware
     gradient: Text
+    origin: Text
     verdict: ShortVerdict
     clean: tuple[Proportion, Proportion]
     worst: Proportion | None

@@ -326,6 +326,7 @@ class _Judged:
             measured_with={k: v for k, v in runtime.header["versions"].items() if v is not None},
             hardware=_hardware(target),
             gradient=result.measurement.gradient,
+            origin=result.origin,
             verdict=Verdict.all_of(binding).value,
             clean=(_proportion(result.clean.reference), _proportion(result.clean.runtime)),
             worst=None if strongest is None else _proportion(left[strongest]),

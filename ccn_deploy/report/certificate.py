@@ -297,6 +297,7 @@ def _machine(certified: CertifiedTarget) -> list[Fact]:
         Fact("Instruction sets", ", ".join(hardware.instruction_sets)),
         Fact("GPU", ", ".join(gpu) if hardware.gpu else ""),
         Fact("Gradients of the attacks", certified.gradient),
+        Fact("Evidence", certified.origin),
         Fact("Measured with", ", ".join(versions)),
     ]
     return [fact for fact in facts if fact.value]
