@@ -250,7 +250,12 @@ def certify(
 
 def _collect(sessions: Sequence[Certification], jobs: int, progress: Progress | None) -> None:
     """Collect evidence in several processes, the longest pieces first."""
-    attacks = [(session.options, spec) for session in sessions for spec in session.missing()]
+    lacking = [(session, session.missing()) for session in sessions]
+    attacks = [
+        (session.options, spec)
+        for session, found in lacking
+        for spec in dict.fromkeys(spec for spec, _ in found)
+    ]
     if len(attacks) < 2:  # nothing to share out
         return
     attacks.sort(key=lambda piece: -piece[1].cost)
@@ -265,6 +270,8 @@ def _collect(sessions: Sequence[Certification], jobs: int, progress: Progress | 
 
     with Workers(min(jobs, len(every))) as workers:
         workers.run(every, heard)
+    for session, found in lacking:
+        session.told_measured([which for which, count in found.items() if count == 0])
 
 
 def _piece(options: Options, spec: AttackSpec | None, tell: Tell) -> None:

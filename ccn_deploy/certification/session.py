@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,16 @@ from ccn_deploy.parity.invariance import DETERMINISTIC
 from ccn_deploy.parity.judge import ParityResult
 from ccn_deploy.parity.judge import judge as judge_parity
 from ccn_deploy.parity.tolerances import tolerance_for
-from ccn_deploy.robustness import Measurement, RobustnessRequest, RobustnessResult
+from ccn_deploy.robustness import (
+    Evidence,
+    Measurement,
+    Pair,
+    RobustnessRequest,
+    RobustnessResult,
+)
 from ccn_deploy.robustness import collect as collect_robustness
 from ccn_deploy.robustness import judge as judge_robustness
+from ccn_deploy.robustness.attack_session import REFERENCE
 from ccn_deploy.robustness.collect import Progress, missing
 from ccn_deploy.robustness.judge import MAX_DROP
 from ccn_deploy.robustness.options import AttackOptions, parse_recheck, rechecked
@@ -139,6 +146,7 @@ class Certification:
         self._options = options
         self._tell: Progress = _log if progress is None else progress
         self._say = ClaimText(options.bundle, options.runtime, options.precision)
+        self._fresh: frozenset[tuple[AttackSpec, Target]] = frozenset()
         self._bundle = _Once(partial(open_bundle, options.bundle))
         self._copy = _Once(lambda: TemporaryCopy.of(self._bundle()))
         self._lineage = _Once(self._rederived)
@@ -176,9 +184,13 @@ class Certification:
         """Return how the runtime computes the reference's function."""
         return self._parity()
 
-    def missing(self) -> tuple[AttackSpec, ...]:
-        """Return the attacks whose evidence is not whole."""
+    def missing(self) -> dict[tuple[AttackSpec, Target], int]:
+        """Return which evidence is not whole, and how many images it has."""
         return missing(self._bundle(), self._request())
+
+    def told_measured(self, which: Collection[tuple[AttackSpec, Target]]) -> None:
+        """Take note that other processes of this run measured evidence, which is then as fresh."""
+        self._fresh = frozenset(which)
 
     def measure(self, spec: AttackSpec) -> None:
         """Collect the evidence of one attack; what is there already is left as it is."""
@@ -314,7 +326,7 @@ class Certification:
         options, request = self._options, self._request()
 
         def measure(bundle: Bundle) -> tuple[Measurement, Recheck | None]:
-            measurement = collect_robustness(bundle, request, self._tell)
+            measurement = self._freshened(collect_robustness(bundle, request, self._tell))
             return measurement, rechecked(bundle, request, measurement, options.again)
 
         measurement, again = self._measured(measure)
@@ -329,6 +341,20 @@ class Certification:
     def dataset(self) -> Dataset:
         """Return what everything is measured on."""
         return self._images()
+
+    def _freshened(self, measurement: Measurement) -> Measurement:
+        def freshened(spec: AttackSpec, target: Target, side: Evidence) -> Evidence:
+            return replace(side, origin="measured") if (spec, target) in self._fresh else side
+
+        pairs = (
+            Pair(
+                pair.spec,
+                freshened(pair.spec, REFERENCE, pair.reference),
+                freshened(pair.spec, self.target, pair.runtime),
+            )
+            for pair in measurement.pairs
+        )
+        return replace(measurement, pairs=tuple(pairs))
 
     def _evaluation_data(self) -> Dataset:
         options = self._options

@@ -196,20 +196,20 @@ def collect_all(
     ]
 
 
-def missing(bundle: Bundle, request: RobustnessRequest) -> tuple[AttackSpec, ...]:
-    """Return the attacks of a request whose evidence is not whole, measuring nothing.
+def missing(bundle: Bundle, request: RobustnessRequest) -> dict[tuple[AttackSpec, Target], int]:
+    """Return which evidence of a request is not whole, and how many images it has; measure nothing.
 
     Raises:
         CcnDeployError: As :func:`collect_all`.
     """
     _, jobs = _plan(bundle, request)
-    specs = {
-        job.spec: None
+    found = {
+        (job.spec, job.target): len(
+            read_evidence(evidence_path(bundle, header, job.spec.label), header, request.n)
+        )
         for job, header in jobs
-        if len(read_evidence(evidence_path(bundle, header, job.spec.label), header, request.n))
-        < request.n
     }
-    return tuple(specs)
+    return {which: count for which, count in found.items() if count < request.n}
 
 
 Collected = dict[tuple[Path, int], Evidence]
