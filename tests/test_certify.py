@@ -264,6 +264,14 @@ def test_the_command_writes_a_certificate_whatever_the_verdict(
     assert output.read_bytes() == kept
 
 
+def test_layers_are_compared_where_the_policy_says_so(ccn_bundle: Bundle, tmp_path: Path) -> None:
+    text = POLICY.replace("parity-samples = 8", "parity-samples = 8\nparity-layers = true")
+    made = certified(ccn_bundle, policy(tmp_path, text))
+    layers = made.parities[0].layers
+    assert layers is not None and {finding.subject for finding in layers} >= {"conv1", "fc1"}
+    assert made.certificate.verdict == "pass"
+
+
 def test_evidence_that_was_cut_is_measured_again_or_refused(again: Bundle, tmp_path: Path) -> None:
     """Cut in the middle of a line: what was not sealed is measured again, to the same numbers."""
     demanded = policy(tmp_path)

@@ -51,7 +51,8 @@ def test_every_key_reaches_what_it_is_about(tmp_path: Path) -> None:
         HEAD
         + "seed = 3\nvalid-days = 7\n"
         + TARGET
-        + 'precision = "fp16"\n[data]\ndataset = "pictures"\nsamples = 40\nparity-samples = 9\n'
+        + 'precision = "fp16"\n[data]\ndataset = "pictures"\nsamples = 40\n'
+        "parity-samples = 9\nparity-layers = true\n"
         'resize = "stretch"\ncrop = "none"\ninterpolation = "box"\nlayout = "nhwc"\n'
         'npz-images = "x"\nnpz-labels = "y"\n'
         '[attacks]\nnames = ["pgd", "pgd-l2"]\nepsilons = ["8/255", 0.1]\nepsilons-l2 = [0.5]\n'
@@ -63,6 +64,7 @@ def test_every_key_reaches_what_it_is_about(tmp_path: Path) -> None:
     options = policy.options(Path("b"), target, threads=2, recheck="all", data_dir=Path("d"))
     assert str(target) == "onnxruntime-cpu-fp16" and policy.valid_days == 7
     assert (options.seed, options.samples, options.parity_samples) == (3, 40, 9)
+    assert options.parity_layers
     assert (options.threads, options.again, options.data_dir) == (2, "all", Path("d"))
     data = options.data
     assert (data.resize, data.crop, data.interpolation) == ("stretch", "none", "box")

@@ -66,11 +66,13 @@ class DataPolicy(Record, frozen=True, rename="kebab"):
         dataset: Name, directory or .npz file; the data set the network was trained on if unset.
         samples: Images to attack.
         parity_samples: Images of each kind to compare with the reference.
+        parity_layers: Whether to compare every layer, too, for the certificate's page.
     """
 
     dataset: Text | msgspec.UnsetType = msgspec.UNSET
     samples: Positive = 500
     parity_samples: Positive | msgspec.UnsetType = msgspec.UNSET
+    parity_layers: bool = False
     resize: Text | msgspec.UnsetType = msgspec.UNSET
     crop: Text | msgspec.UnsetType = msgspec.UNSET
     interpolation: Text | msgspec.UnsetType = msgspec.UNSET
@@ -232,6 +234,7 @@ class Policy(Record, frozen=True, rename="kebab"):
             recheck=recheck,
             samples=data.samples,
             parity_samples=_given(data.parity_samples),
+            parity_layers=data.parity_layers,
             seed=self.seed,
             attack=AttackOptions(
                 attacks=self.attacks.names,
@@ -353,6 +356,7 @@ valid-days = 90  # how long a certificate is good for
 # dataset = "DIR"  # a name, class folders or an .npz; without it the one it was trained on
 samples = 500      # images to attack: fewer than 299 cannot show a drop of at most 1 %
 # parity-samples = 256
+# parity-layers = true  # compare every layer, too, for the page; takes longer
 
 [attacks]
 names = ["audit"]  # the recommended set; or fgsm, pgd, apgd, deepfool, cw, square, ...

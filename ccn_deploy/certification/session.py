@@ -72,6 +72,7 @@ class Options:
         samples: Images to attack.
         parity_samples: Images of each kind to compare with the reference; verify-parity's own
             choice if None.
+        parity_layers: Whether to compare every layer, too; they explain, and are no claim.
         seed: Of selection and attacks.
         attack: What to attack with.
         dataset: Name or path; the one the network was trained on if None.
@@ -92,6 +93,7 @@ class Options:
     recheck: str | None = None
     samples: int = RobustnessRequest.samples
     parity_samples: int | None = None
+    parity_layers: bool = False
     seed: int = 0
     attack: AttackOptions = field(default_factory=AttackOptions)
     dataset: str | None = None
@@ -302,6 +304,7 @@ class Certification:
             runtime=options.runtime,
             precision=options.precision,
             samples=options.parity_samples,
+            per_layer=options.parity_layers,
             seed=options.seed,
             threads=options.threads,
         )
