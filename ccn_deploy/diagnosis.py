@@ -188,7 +188,9 @@ def read_requirements(machine: Machine) -> tuple[Requirement, ...]:
         extra = re.search(r"""extra\s*==\s*["']([^"']+)""", marker)
         parts = re.match(r"\s*([A-Za-z0-9._-]+)\s*(\[[^\]]*\])?\s*\(?([^)]*)", package)
         group = extra.group(1) if extra else ""
-        if parts is None or group not in EXTRAS:
+        older = re.search(r"""python_version\s*<\s*["']([0-9.]+)""", marker)
+        needless = older is not None and release(machine.python) >= release(older.group(1))
+        if parts is None or group not in EXTRAS or needless:
             continue
         name = re.sub(r"[-_.]+", "-", parts.group(1)).lower()
         needed = ",".join(sorted(parts.group(3).replace(" ", "").split(","), reverse=True))

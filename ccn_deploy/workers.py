@@ -64,11 +64,18 @@ _news: Any = None
 def _begin(news: Any) -> None:
     global _news  # noqa: PLW0603
     _news = news
-    # A parent that is killed outright can end nobody: its workers would wait for it for ever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Let this process, which ``multiprocessing`` started, end when the one that started it does.
+
+    A parent that is killed outright can end nobody: its workers would wait for it for ever.
+    """
+    threading.Thread(target=_wait_and_end, daemon=True).start()
+
+
+def _wait_and_end() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -29,6 +29,7 @@ from ccn_deploy.errors import (
     UnreadableImageError,
     one_line,
 )
+from ccn_deploy.workers import end_with_parent
 
 AHEAD = 4
 """Batches fetched while a step runs, on as many threads; decoding files is what this hides."""
@@ -213,6 +214,8 @@ def _by_processes(shares: _Shares, workers: int) -> Generator[Batch, None, None]
             num_workers=workers,
             prefetch_factor=1,  # batches that each has ready: all of them together are in memory
             collate_fn=_as_sent,
+            # torch's own watch misses a parent that is killed before the worker first looks at it.
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # else a number is drawn from that of dropout
         )
         with _signals_kept():
@@ -225,6 +228,10 @@ def _by_processes(shares: _Shares, workers: int) -> Generator[Batch, None, None]
             yield replace(batch, images=images.numpy())
     finally:
         del received  # which ends the workers; the traceback of an error would keep it
+
+
+def _begin_worker(_: int) -> None:
+    end_with_parent()
 
 
 def _next(received: Iterator[_Sent]) -> _Sent | None:
