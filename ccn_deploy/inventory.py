@@ -14,7 +14,7 @@ import msgspec
 from ccn_deploy.bundle import Bundle, FileRecord
 from ccn_deploy.errors import CcnDeployError
 from ccn_deploy.machine import Machine
-from ccn_deploy.runtimes.compatibility import files_for, incompatibility
+from ccn_deploy.runtimes.compatibility import incompatibility
 from ccn_deploy.targets import DEPLOYED_RUNTIMES, Target
 
 SCHEMA = "ccn-deploy/inspect/1"
@@ -74,7 +74,7 @@ def _targets(bundle: Bundle, record: FileRecord) -> list[Target]:
             if target.kind.runs_engines == record.role.is_engine
             and record.runtime in ("", target.runtime)
         ]
-    return [target for target in targets if record in files_for(bundle, target)]
+    return [target for target in targets if record in bundle.programs(target)]
 
 
 def _told(problem: CcnDeployError | None) -> dict[str, Any]:

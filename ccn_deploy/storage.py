@@ -36,8 +36,12 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_regular(path: Path) -> bytes | None:
+def read_regular(path: Path, limit: int = -1) -> bytes | None:
     """Return the bytes of a file; None if there is none.
+
+    Args:
+        path: The file.
+        limit: Read so many bytes at most; all if negative.
 
     Raises:
         IntegrityError: There is something else: a link, a directory, a pipe.
@@ -47,7 +51,7 @@ def read_regular(path: Path) -> bytes | None:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with os.fdopen(descriptor, "rb") as file:
             if not path.is_symlink() and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return file.read()
+                return file.read(limit)
     except (FileNotFoundError, NotADirectoryError):
         if not path.is_symlink():
             return None

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from ccn_deploy.runtimes.base import Array, Runtime
 
 CERTIFICATE = "certificate.json"
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 
 PolicyOption = Annotated[
     Path,
@@ -107,22 +105,18 @@ def certify(
     demanded = read_policy(policy)
     key = None if sign is None else load_private(sign)  # before hours of measuring
     opened = open_bundle(bundle)
-    try:
-        with console.Bar() as bar:
-            certified = judge(
-                opened,
-                demanded,
-                now=lambda: datetime.now(timezone.utc),
-                tester=tester,
-                data_dir=data_dir,
-                threads=threads,
-                recheck=recheck,
-                jobs=jobs,
-                progress=bar,
-            )
-    except KeyboardInterrupt:
-        console.err.print("Interrupted. The same command goes on from the last whole batch.")
-        raise typer.Exit(INTERRUPTED) from None
+    with console.resumable("from the last whole batch"), console.Bar() as bar:
+        certified = judge(
+            opened,
+            demanded,
+            now=lambda: datetime.now(timezone.utc),
+            tester=tester,
+            data_dir=data_dir,
+            threads=threads,
+            recheck=recheck,
+            jobs=jobs,
+            progress=bar,
+        )
     path = output or bundle / CERTIFICATE
     written = [path]
     write_atomic(path, seal(certified.statement, key))
@@ -194,14 +188,14 @@ def _formats(asked: list[str] | None) -> set[str]:
 
 def _show(certificate: Certificate) -> None:
     """Print what was judged, what rests on waivers, and the verdict on the last line."""
+    from ccn_deploy.certificates.wording import told
     from ccn_deploy.cli.tables import show, show_verdict
     from ccn_deploy.tables import Mark, Row, Table, texts
 
-    marks = {"pass": "pass", "fail": "fail", "inconclusive": "inconclusive", "void": ""}
     for target in certificate.targets:
         rows = []
         for claim in target.claims:
-            mark = Mark(claim.verdict, marks[claim.verdict]) if marks[claim.verdict] else None
+            mark = None if claim.verdict == "void" else Mark(claim.verdict, claim.verdict)
             rows.append(Row(claim.name, texts("waived" if claim.waived else ""), mark))
         show(Table(f"{target.target}: what was demanded", ("claim", ""), rows))
         for claim in target.claims:
@@ -212,10 +206,8 @@ def _show(certificate: Certificate) -> None:
         for note in target.findings:
             line(f"{note.word}: {plain(note.sentence)}")
         if target.worst is not None:
-            low, high = (100 * side for side in target.worst.ci95)
             line(
-                f"Worst case over all attacks on {target.target}: {100 * target.worst.value:.1f} % "
-                f"({low:.1f} to {high:.1f}) of {target.worst.n} images stay right: "
+                f"Worst case over all attacks on {target.target}: {told(target.worst)} stay right: "
                 f"{plain(target.worst_attack)}."
             )
     for waiver in certificate.waivers:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -50,6 +53,24 @@ def progress() -> Progress:
         TimeRemainingColumn(),
         console=err,
     )
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+@contextlib.contextmanager
+def resumable(where: str) -> Iterator[None]:
+    """Let Ctrl-C end a command, which says where the same command goes on.
+
+    Raises:
+        typer.Exit: It was pressed.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(f"Interrupted. The same command goes on {where}.")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 class Bar:

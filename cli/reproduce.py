@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from ccn_deploy.studies.study import Study
     from ccn_deploy.studies.work import Setting
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
-
 JobsOption = Annotated[
     int | None,
     typer.Option(
@@ -137,22 +134,18 @@ def fill(
     for module in ("torch", "lightning_fabric", "safetensors", "onnx", "foolbox", "jinja2"):
         require(module, "train", "to fill a study")
     processes = jobs or (1 if setting.target.on_gpu else os.cpu_count() or 1)
-    try:
-        with console.Bar() as bar:
-            return run.fill(
-                setting,
-                studies,
-                seeds,
-                jobs=processes,
-                watch=bar,
-                title=title,
-                command=shlex.join(["ccn-deploy", *sys.argv[1:]]),
-                described=described,
-                figures=figures,
-            )
-    except KeyboardInterrupt:
-        console.err.print("Interrupted. The same command goes on where it was.")
-        raise typer.Exit(INTERRUPTED) from None
+    with console.resumable("where it was"), console.Bar() as bar:
+        return run.fill(
+            setting,
+            studies,
+            seeds,
+            jobs=processes,
+            watch=bar,
+            title=title,
+            command=shlex.join(["ccn-deploy", *sys.argv[1:]]),
+            described=described,
+            figures=figures,
+        )
 
 
 def show_record(record: StudiesRecord) -> None:

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 ADVERSARIAL = "Adversarial training"
 """Heading of its options in --help."""
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
-
 
 class Device(str, Enum):
     """What ``--device`` takes."""
@@ -202,7 +199,7 @@ def train(
     for module in ("torch", "lightning_fabric", "safetensors"):
         require(module, "train", "to train a network")
     from ccn_deploy.architectures import architecture_named
-    from ccn_deploy.cli.console import err, print_json
+    from ccn_deploy.cli.console import print_json, resumable
     from ccn_deploy.data import ModelInput, load_dataset
     from ccn_deploy.trainers import TrainConfig
     from ccn_deploy.trainers import train as train_run
@@ -237,14 +234,8 @@ def train(
         strict=strict,
     )
     display = Display(network.rpartition(":")[2] if network else defense or "ccn")
-    try:
-        with display:
-            run = train_run(
-                config, train_data, test_data, output, watcher=display, overwrite=overwrite
-            )
-    except KeyboardInterrupt:
-        err.print("Interrupted. The same command goes on from the last whole epoch.")
-        raise typer.Exit(INTERRUPTED) from None
+    with resumable("from the last whole epoch"), display:
+        run = train_run(config, train_data, test_data, output, watcher=display, overwrite=overwrite)
     if as_json:
         print_json(_document(run, already_finished=not display.started))
     else:

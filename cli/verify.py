@@ -112,6 +112,8 @@ def _show(checked: Checked) -> None:
 
 
 def _show_target(target: CertifiedTarget) -> None:
+    from ccn_deploy.certificates.wording import told
+
     on = target.hardware
     machine = f"{on.system} {on.architecture}, {on.gpu or on.processor}"
     line(
@@ -119,13 +121,7 @@ def _show_target(target: CertifiedTarget) -> None:
         + f": {target.verdict}"
     )
     if target.worst is not None:
-        low, high = (100 * side for side in target.worst.ci95)
-        line(
-            plain(
-                f"Worst case left: {100 * target.worst.value:.1f} % ({low:.1f} to {high:.1f}) of "
-                f"{target.worst.n} images, {target.worst_attack}."
-            )
-        )
+        line(plain(f"Worst case left: {told(target.worst)}, {target.worst_attack}."))
 
 
 def _policy(policy: PolicyFacts) -> str:

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
     from ccn_deploy.data import DataOptions
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
-
 SAMPLES = 500
 
 
@@ -181,16 +178,13 @@ def verify_robustness(
         )
         for name in dict.fromkeys(precision or ["fp32"])
     ]
-    try:
+    with console.resumable("from the last whole batch"):
         with console.Bar() as bar:
             measurements = collect_all(opened, requests, bar)
         rechecks = [
             rechecked(opened, request, measurement, again)
             for request, measurement in zip(requests, measurements, strict=True)
         ]
-    except KeyboardInterrupt:
-        console.err.print("Interrupted. The same command goes on from the last whole batch.")
-        raise typer.Exit(INTERRUPTED) from None
     results = [
         judge(measurement, allowed, thresholds, epsilons=asked.linf, recheck=found)
         for measurement, found in zip(measurements, rechecks, strict=True)

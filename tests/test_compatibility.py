@@ -28,7 +28,6 @@ from ccn_deploy.runtimes.compatibility import (
     candidates_for,
     check_engine,
     choose_engine,
-    files_for,
 )
 from ccn_deploy.targets import Role, Target
 from tests.cards import a_card
@@ -320,7 +319,7 @@ class TestChoosing:
             engine(RTX, name="c", precision="fp16"),
             engine(RTX, name="d"),
         )
-        assert [r.path[-8:] for r in files_for(bundle, Target("tensorrt-rtx", "fp16"))] == [
+        assert [r.path[-8:] for r in bundle.programs(Target("tensorrt-rtx", "fp16"))] == [
             "c.engine"
         ]
         chosen = choose_engine(bundle, FP32, WITH_L4)

@@ -102,6 +102,19 @@ class Bundle:
         own = self.files(role, precision, target.runtime)
         return own[0] if own else self.file(role, precision)
 
+    def programs(self, target: Target) -> tuple[FileRecord, ...]:
+        """Return what a target may execute: any of its engines, or the graph that it takes.
+
+        Args:
+            target: Runtime and precision.
+        """
+        if target.kind.runs_engines:
+            return self.files(Role.ENGINE, target.precision, target.runtime)
+        try:
+            return (self.program(target),)
+        except RuntimeUnavailableError:
+            return ()
+
     def read(self, record: FileRecord) -> bytes:
         """Return the bytes of a file, checked again, for a parser to read.
 

@@ -14,7 +14,7 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ccn_deploy.bundle import MANIFEST, Bundle, FileRecord, open_bundle
+from ccn_deploy.bundle import MANIFEST, Bundle, open_bundle
 from ccn_deploy.bundle.manifest import check_path
 from ccn_deploy.bundle.reader import EVIDENCE
 from ccn_deploy.certificates.envelope import DAMAGED, LARGEST_ENVELOPE, opened
@@ -33,12 +33,11 @@ from ccn_deploy.errors import (
     EnvironmentUnfitError,
     GateError,
     IntegrityError,
-    RuntimeUnavailableError,
 )
 from ccn_deploy.machine import Machine, instruction_sets, processor, this_machine
 from ccn_deploy.records import document
 from ccn_deploy.storage import read_regular, sha256
-from ccn_deploy.targets import Role, Target
+from ccn_deploy.targets import Target
 from ccn_deploy.verdict import Verdict
 
 SCHEMA = "ccn-deploy/verify/1"
@@ -261,23 +260,13 @@ def _check_bundle(statement: Statement, bundle: Bundle) -> None:
         if (
             record is None
             or record.sha256 != certified.program_sha256
-            or record not in _programs(bundle, certified.target)
+            or record not in bundle.programs(certified.target)
         ):
             raise IntegrityError(
                 f"The certificate says that {certified.target} executes {certified.program!r}, and "
                 "in this bundle it does not.",
                 _OTHER,
             )
-
-
-def _programs(bundle: Bundle, target: Target) -> tuple[FileRecord, ...]:
-    """Return what a target can execute: any of its engines, or the graph that it takes."""
-    if target.kind.runs_engines:
-        return bundle.files(Role.ENGINE, target.precision, target.runtime)
-    try:
-        return (bundle.program(target),)
-    except RuntimeUnavailableError:
-        return ()
 
 
 def _check_evidence(bundle: Bundle, file: EvidenceFile) -> None:

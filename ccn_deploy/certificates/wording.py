@@ -11,6 +11,7 @@ from ccn_deploy.certificates.statement import (
     Certificate,
     CertifiedTarget,
     ClaimResult,
+    Proportion,
     WaiverUse,
 )
 from ccn_deploy.tables import Mark
@@ -78,6 +79,12 @@ def waiver_of(claim: ClaimResult, certified: CertifiedTarget, waivers: Sequence[
         for waiver in waivers
         if waiver.lets(claim, certified.target)
     )
+
+
+def told(share: Proportion) -> str:
+    """Return a proportion on a line, with its interval and of how many images it is."""
+    low, high = (100 * side for side in share.ci95)
+    return f"{100 * share.value:.1f} % ({low:.1f} to {high:.1f}) of {share.n} images"
 
 
 def sees(attack: AttackResult) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 import ccn_deploy
-from ccn_deploy.attacks.spec import ATTACKS, AttackSpec
+from ccn_deploy.attacks.spec import ATTACKS, AttackSpec, Norm
 from ccn_deploy.bundle import MANIFEST, Bundle
 from ccn_deploy.certificates.commitment import Commitment, commit, commitment_path
 from ccn_deploy.certificates.statement import (
@@ -141,27 +141,19 @@ def certify(
         RuntimeUnavailableError: A target cannot be had here.
         StorageError: The bundle cannot be written to.
     """
+    from ccn_deploy.exporters.rederive import refuse_differences
+
     policy.check(now().date())
     cores = os.cpu_count() or 1
     on_gpu = any(target.on_gpu for target in policy.targets)
     jobs = jobs or (1 if on_gpu else cores)
     if jobs > 1 and threads is None:
         threads = max(1, cores // jobs)
-    sessions = [
-        Certification(
-            policy.options(
-                bundle.path, target, data_dir=data_dir, threads=threads, recheck=recheck
-            ),
-            progress,
-        )
-        for target in policy.targets
-    ]
-    for waiver in policy.waiver:
-        check_waived(waiver.claim, sessions)
+    sessions = sessions_of(
+        policy, bundle.path, progress, data_dir=data_dir, threads=threads, recheck=recheck
+    )
     commitment = commit(bundle, policy.digest, now())
     lineage = sessions[0].lineage()
-    from ccn_deploy.exporters.rederive import refuse_differences
-
     refuse_differences(lineage)
     if jobs > 1:
         _collect(sessions, jobs, progress)
@@ -283,15 +275,28 @@ def _piece(options: Options, spec: AttackSpec | None, tell: Tell) -> None:
         session.measure(spec)
 
 
-def check_waived(claim: str, sessions: Sequence[Certification]) -> None:
-    """Refuse a waiver of a claim that nobody makes: it would let nothing pass, silently.
+def sessions_of(
+    policy: Policy, bundle: Path, progress: Progress | None = None, **here: Any
+) -> tuple[Certification, ...]:
+    """Return the claims of a policy about a bundle, a session a target; nothing is measured.
+
+    Args:
+        policy: Checked already.
+        bundle: Path of the bundle.
+        progress: As for :class:`~ccn_deploy.certification.session.Certification`.
+        here: What is this machine's to say, as :meth:`Policy.options` takes it.
 
     Raises:
-        UsageError: There is none of that name; the hint suggests the nearest.
+        UsageError: A waiver is of a claim that nobody makes: it would let nothing pass, silently.
     """
+    sessions = tuple(
+        Certification(policy.options(bundle, target, **here), progress) for target in policy.targets
+    )
     names = dict.fromkeys(name for session in sessions for name, _ in session.claims())
-    if claim not in names:
-        raise unknown("claim to waive", claim, names)
+    for waiver in policy.waiver:
+        if waiver.claim not in names:
+            raise unknown("claim to waive", waiver.claim, names)
+    return sessions
 
 
 @dataclass(frozen=True)
@@ -301,6 +306,7 @@ class _Judged:
     facts: CertifiedTarget
     robustness: RobustnessResult
     parity: ParityResult
+    worst: tuple[Norm, Mapping[float, Counted]]
 
     @property
     def evidence(self) -> list[Evidence]:
@@ -353,7 +359,7 @@ class _Judged:
                 for found in result.findings
             ),
         )
-        return cls(facts, result, parity)
+        return cls(facts, result, parity, (norm, left))
 
 
 def _claim_result(name: str, finding: Finding, waived: bool) -> ClaimResult:
@@ -551,9 +557,8 @@ def _claim_about(limit: Threshold) -> str:
 def _not_claimed(
     policy: Policy, judged: Sequence[_Judged], bundle: Bundle, lineage: Sequence[Rederived]
 ) -> Iterator[str]:
-    result = judged[0].robustness
     yield "This is no proof: an attack that was not tried may do more than those that were."
-    norm, left = worst_case(result)
+    norm, left = judged[0].worst
     if left:
         yield f"Nothing is said of perturbations above {max(left):g} in the {NORMS[norm]}."
     if not any(threshold.attack for threshold in policy.limits):

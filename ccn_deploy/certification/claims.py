@@ -29,7 +29,7 @@ from typing import Any
 
 import pytest
 
-from ccn_deploy.certification.certify import check_waived
+from ccn_deploy.certification.certify import sessions_of
 from ccn_deploy.certification.findings import Finding
 from ccn_deploy.certification.plugin import DATA_OPTIONS, NOTE, UNFIT
 from ccn_deploy.certification.policy import NEVER_WAIVED, Policy, Waiver, read_policy
@@ -115,12 +115,7 @@ def _suite(config: pytest.Config) -> Suite:
     here = {
         field: value for field, value in _given(config, _FIELDS).items() if field in _OF_THE_MACHINE
     }
-    sessions = tuple(
-        Certification(policy.options(bundle, target, **here)) for target in policy.targets
-    )
-    for waiver in policy.waiver:
-        check_waived(waiver.claim, sessions)
-    return Suite(sessions, policy)
+    return Suite(sessions_of(policy, bundle, **here), policy)
 
 
 _OF_THE_MACHINE = ("data_dir", "threads", "recheck")

@@ -294,13 +294,13 @@ def read_policy(path: Path) -> Policy:
         UsageError: No such file, not TOML, or a key that is unknown, missing or of another type.
         EnvironmentUnfitError: It is of a newer schema.
     """
-    data = read_regular(path)
+    data = read_regular(path, LARGEST + 1)
     if data is None:
         raise UsageError(
             f"{path} is not there.", "Write one with: ccn-deploy policy init BUNDLE -o policy.toml"
         )
     if len(data) > LARGEST:
-        raise UsageError(f"{path} has {len(data):,} bytes, more than {LARGEST:,}.", _FORM)
+        raise UsageError(f"{path} has more than {LARGEST:,} bytes.", _FORM)
     toml = _toml()
     try:
         plain: dict[str, Any] = toml.loads(data.decode())

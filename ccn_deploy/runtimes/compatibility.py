@@ -69,7 +69,7 @@ def candidates_for(bundle: Bundle, machine: Machine, *, device: int = 0) -> tupl
         for runtime in DEPLOYED_RUNTIMES
         for precision in DEPLOYED_PRECISIONS
         for target in [Target(runtime, precision)]
-        for record in files_for(bundle, target)
+        for record in bundle.programs(target)
     )
 
 
@@ -317,21 +317,6 @@ def no_gpu(machine: Machine, device: int, what: str, extra: str) -> CcnDeployErr
 
 def _called(gpu: Gpu) -> str:
     return f"GPU {gpu.index} ({gpu.name})"
-
-
-def files_for(bundle: Bundle, target: Target) -> tuple[FileRecord, ...]:
-    """Return what a target may execute: its engines, or the graph that it takes.
-
-    Args:
-        bundle: An open bundle.
-        target: Runtime and precision.
-    """
-    if target.kind.runs_engines:
-        return bundle.files(Role.ENGINE, target.precision, target.runtime)
-    try:
-        return (bundle.program(target),)
-    except RuntimeUnavailableError:
-        return ()
 
 
 def incompatibility(
