@@ -29,6 +29,7 @@ from ccn_deploy.certificates.statement import (
     moment,
     time_of,
 )
+from ccn_deploy.certificates.wording import LATE
 from ccn_deploy.errors import (
     EnvironmentUnfitError,
     GateError,
@@ -387,9 +388,7 @@ def _judge(
         else:
             notes.append(text)
     if not certificate.policy.before_results:
-        notes.append(
-            "The policy was not committed before every result: it may have been set to fit them."
-        )
+        notes.append(LATE)
     if ended and verdict is Verdict.PASS:
         verdict = Verdict.INCONCLUSIVE
     return verdict, ended, notes
